@@ -1,0 +1,147 @@
+"""Components: what a job runs. The protocol, the options that all share, and the registry.
+
+A new component type is one file here plus its line in COMPONENTS: a class with the methods of `Component` and `Options`.
+"""
+
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from model_compose.errors import NotFound
+from model_compose.expressions import Path as ValuePath
+from model_compose.expressions import Template, parse
+from model_compose.generation import Usage
+from model_compose.lora.blend import Blend
+from model_compose.progress import Report
+from model_compose.registry import Registry
+from model_compose.schema import Options, TemplateValue
+
+DEFAULT_ID = "__default__"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of text that belongs at `path` of the value that is being made."""
+
+    path: ValuePath
+    text: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Which model component answered, under which blend, at what cost."""
+
+    component: str
+    blend: Blend
+    identity: str
+    usage: Usage
+
+
+@dataclass(frozen=True)
+class Result:
+    """A component's whole value; the last item of every run."""
+
+    value: Any
+    answer: Answer | None = None
+
+
+class ActionOptions(Options):
+    """What every action has. `output` maps the component's `result`.
+
+    needs: fields (any one of them) without which the action cannot run; input that feeds only other fields is optional.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    id: str = "__action__"
+    output: TemplateValue = None
+    default: bool = False
+
+    def fields(self) -> dict[str, Template]:
+        """What the YAML gives for the action's own fields, parsed; those that it needs come first."""
+        common = set(ActionOptions.model_fields)
+        given = self.model_dump(include=self.model_fields_set - common, exclude_unset=True)
+        return {name: parse(given[name]) for name in sorted(given, key=lambda name: name not in self.needs)}
+
+
+class ComponentOptions(Options):
+    """What every component has."""
+
+    id: str = "__component__"
+    type: str
+    runtime: Literal["native", "embedded"] = "native"
+    max_concurrent_count: int = Field(default=0, ge=0, description="Runs at once; 0 is unlimited")
+    default: bool = False
+
+    @model_validator(mode="after")
+    def _id_has_no_colon(self) -> Self:
+        if ":" in self.id or self.id == DEFAULT_ID:
+            raise ValueError(f"a component's id holds no ':' and is not '{DEFAULT_ID}'; got '{self.id}'")
+        return self
+
+    @property
+    def all_actions(self) -> tuple[ActionOptions, ...]:
+        """The actions, wherever the YAML has them (action or actions)."""
+        raise NotImplementedError
+
+    def find_action(self, id: str) -> ActionOptions:
+        """Raises NotFound."""
+        return pick(self.all_actions, id, "action")
+
+
+class Component(Protocol):
+    """Opened once, then runs any number of jobs at once."""
+
+    Options: ClassVar[Any]
+
+    def __init__(self, options: Any, base_dir: Path) -> None: ...
+    async def open(self, report: Report) -> None: ...
+
+    def run(self, action: str, context: Mapping[str, Any], blend: Any = None) -> AsyncGenerator[Delta | Result]:
+        """Runs an action with `input` and `context` as sources. Deltas as they come, then one Result.
+
+        blend: the caller's blend, which goes before the action's own; None leaves it to the action.
+        """
+
+    async def close(self) -> None: ...
+
+
+COMPONENTS: Registry[type[Component]] = Registry(
+    "component type", {"model": "model_compose.components.model:ModelComponent"}
+)
+
+
+class Picked(Protocol):
+    """Something with an id that can be the default."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def default(self) -> bool: ...
+
+
+P = TypeVar("P", bound=Picked)
+T = TypeVar("T")
+
+
+def pick(items: tuple[P, ...], id: str, what: str) -> P:
+    """The item with the id; for "__default__" the only one, else the one marked default. Raises NotFound."""
+    found = _default(items) if id == DEFAULT_ID else next((item for item in items if item.id == id), None)
+    if found is None:
+        known = ", ".join(item.id for item in items) or "none"
+        wish = f"there is no default {what}" if id == DEFAULT_ID else f"there is no {what} '{id}'"
+        raise NotFound(f"{wish}; known: {known}")
+    return found
+
+
+def _default(items: tuple[P, ...]) -> P | None:
+    return items[0] if len(items) == 1 else next((item for item in items if item.default), None)
+
+
+def one_or_many(one: T | None, many: tuple[T, ...]) -> Iterator[T]:
+    """The dialect's `component` and `components`, as one."""
+    if one is not None:
+        yield one
+    yield from many

@@ -1,0 +1,260 @@
+"""`type: model`: generates text with a base model and its blended adapters, on any engine."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from model_compose.components import ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
+from model_compose.engines import ENGINES, Engine, ModelOptions
+from model_compose.errors import FieldError, InputError
+from model_compose.expressions import parse
+from model_compose.generation import Chunk, Message, Request, Sampling, Usage
+from model_compose.lora.blend import Blend
+from model_compose.progress import Report
+from model_compose.schema import Options, has_expression, templated
+
+
+class Params(Options):
+    """How tokens are drawn; the dialect's defaults."""
+
+    later: ClassVar[Mapping[str, Any]] = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": True}
+    do_sample: bool = True
+    temperature: float = Field(default=0.7, ge=0, description="0 is greedy")
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    top_k: int = Field(default=50, ge=0, description="0 is off")
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+
+class Generation(Options):
+    """What an action of a language model takes besides its prompt. Lengths are in tokens."""
+
+    blend: str | dict[str, Any] | None = Field(default=None, description="A named blend, or {adapter: weight}")
+    max_input_length: int | None = Field(default=None, ge=1, description="Truncates longer prompts")
+    max_output_length: int | None = Field(default=None, ge=1, description="Until EOS or the context's end if unset")
+    min_output_length: int = Field(default=1, ge=0)
+    num_return_sequences: int = Field(default=1, ge=1, le=64)
+    stop_sequences: str | tuple[str, ...] | None = None
+    batch_size: int = Field(default=1, ge=1, description="Prompts of a list that run at the same time")
+    streaming: bool = Field(default=False, description="With output_only, answer as the dialect's event stream")
+    params: Params = Params()
+
+    @property
+    def sampling(self) -> Sampling:
+        stops = (self.stop_sequences,) if isinstance(self.stop_sequences, str) else self.stop_sequences or ()
+        return Sampling(
+            max_output_length=self.max_output_length,
+            min_output_length=self.min_output_length,
+            num_return_sequences=self.num_return_sequences,
+            stop_sequences=tuple(stop for stop in stops if stop),
+            **self.params.model_dump(),
+        )
+
+
+class TextGeneration(Generation):
+    """`task: text-generation`: a raw prompt. `text` is the same as `prompt`."""
+
+    prompt: str | tuple[str, ...] | None = None
+    text: str | tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.text is None):
+            raise ValueError("give one of 'prompt' and 'text'")
+        return self
+
+    def prompts(self) -> str | tuple[str, ...]:
+        prompt = self.prompt if self.prompt is not None else self.text
+        assert prompt is not None
+        return prompt
+
+
+class ChatMessage(Options):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class ChatCompletion(Generation):
+    """`task: chat-completion`: messages, through the base's chat template."""
+
+    messages: ChatMessage | tuple[ChatMessage, ...]
+
+    def prompts(self) -> tuple[Message, ...]:
+        turns = (self.messages,) if isinstance(self.messages, ChatMessage) else self.messages
+        return tuple(Message(turn.role, turn.content) for turn in turns)
+
+
+class TextGenerationTemplate(ActionOptions):
+    needs: ClassVar[tuple[str, ...]] = ("prompt", "text")
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if len({"prompt", "text"} & self.model_fields_set) != 1:
+            raise ValueError("an action of a text-generation model needs one of 'prompt' and 'text'")
+        return self
+
+
+class ChatCompletionTemplate(ActionOptions):
+    needs: ClassVar[tuple[str, ...]] = ("messages",)
+
+
+TextGenerationAction = templated(TextGeneration, TextGenerationTemplate)
+ChatCompletionAction = templated(ChatCompletion, ChatCompletionTemplate)
+
+
+class LanguageModelOptions(ModelOptions, ComponentOptions):
+    """A `model` component, whatever its task."""
+
+    type: Literal["model"]
+
+    @property
+    def all_actions(self) -> tuple[ActionOptions, ...]:
+        both: Any = self
+        return tuple(one_or_many(both.action, both.actions))
+
+
+class TextGenerationOptions(LanguageModelOptions):
+    task: Literal["text-generation"]
+    action: TextGenerationAction | None = None  # type: ignore[valid-type]  # made by templated()
+    actions: tuple[TextGenerationAction, ...] = ()  # type: ignore[valid-type]
+
+
+class ChatCompletionOptions(LanguageModelOptions):
+    task: Literal["chat-completion"]
+    action: ChatCompletionAction | None = None  # type: ignore[valid-type]
+    actions: tuple[ChatCompletionAction, ...] = ()  # type: ignore[valid-type]
+
+
+INPUTS: dict[str, type[TextGeneration] | type[ChatCompletion]] = {
+    "text-generation": TextGeneration,
+    "chat-completion": ChatCompletion,
+}
+
+
+class ModelComponent:
+    """One engine with its base and adapters, and the actions that ask it."""
+
+    Options: ClassVar[Any] = Annotated[TextGenerationOptions | ChatCompletionOptions, Field(discriminator="task")]
+
+    def __init__(self, options: TextGenerationOptions | ChatCompletionOptions, base_dir: Path) -> None:
+        self.options = options
+        self.blends = options.to_blends()
+        self.engine: Engine = ENGINES[options.driver](options, self.blends, base_dir)
+        self._inputs = INPUTS[options.task]
+
+    async def open(self, report: Report) -> None:
+        await self.engine.open(report)
+
+    async def close(self) -> None:
+        await self.engine.close()
+
+    def sampling(self) -> Sampling:
+        """The default action's sampling as far as it is constant: what /v1 uses for fields that a request leaves out."""
+        action = self.options.find_action("__default__") if self.options.all_actions else None
+        given: Any = action.model_dump(exclude_unset=True) if action else {}
+        params = {name: value for name, value in given.get("params", {}).items() if not has_expression(value)}
+        constant = {
+            name: value
+            for name, value in given.items()
+            if name in ("max_output_length", "min_output_length", "stop_sequences") and not has_expression(value)
+        }
+        return Generation(params=Params(**params), **constant).sampling
+
+    async def run(self, action: str, context: Mapping[str, Any], blend: Any = None) -> AsyncGenerator[Delta | Result]:
+        chosen = self.options.find_action(action)
+        inputs = self._evaluate(chosen, context)
+        used = self.blends.resolve(inputs.blend if blend in (None, "") else blend)
+        prompts, sampling = inputs.prompts(), inputs.sampling
+        several = isinstance(inputs, TextGeneration) and not isinstance(prompts, str)
+        requests = [
+            Request(prompt, used, sampling, inputs.max_input_length)
+            for prompt in (prompts if several else (prompts,))
+        ]  # type: ignore[misc]  # prompts is a tuple of texts where several is true
+        as_list = several or sampling.num_return_sequences > 1
+        output = parse(chosen.output)
+        places = output.places("result", ()) if chosen.output is not None else [()]
+
+        texts = [""] * (len(requests) * sampling.num_return_sequences)
+        usage = Usage()
+        async with aclosing(_merge(self.engine, requests, inputs.batch_size)) as chunks:
+            async for chunk in chunks:
+                texts[chunk.index] += chunk.text
+                usage = _add(usage, chunk.usage) if chunk.usage else usage
+                if chunk.text:
+                    for place in places:
+                        yield Delta((*place, chunk.index) if as_list else place, chunk.text)
+        value: Any = texts if as_list else texts[0]
+        if chosen.output is not None:
+            value = output.evaluate({**context, "result": value})
+        yield Result(value, Answer(self.options.id, used, self.engine.identity(used), usage))
+
+    def _evaluate(self, action: ActionOptions, context: Mapping[str, Any]) -> TextGeneration | ChatCompletion:
+        """The action's fields with expressions evaluated; null leaves a field at its default. Raises InputError."""
+        values = {name: _drop_nulls(field.evaluate(context)) for name, field in action.fields().items()}
+        try:
+            return self._inputs.model_validate({name: value for name, value in values.items() if value is not None})
+        except ValidationError as error:
+            fields = [FieldError(".".join(map(str, e["loc"])) or "input", e["msg"]) for e in error.errors()]
+            summary = "; ".join(f"{field.field}: {field.message}" for field in fields)
+            raise InputError(f"the action '{action.id}' cannot take this input: {summary}", fields) from None
+
+
+async def _merge(engine: Engine, requests: list[Request], at_once: int) -> AsyncGenerator[Chunk]:
+    """The chunks of all requests, at most `at_once` running, renumbered so that every sequence has its own index."""
+    if len(requests) == 1:
+        async for chunk in engine.generate(requests[0]):
+            yield chunk
+        return
+    width = requests[0].sampling.num_return_sequences
+    queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
+    limit = asyncio.Semaphore(at_once)
+
+    async def feed(number: int, request: Request) -> None:
+        async with limit:
+            async for chunk in engine.generate(request):
+                await queue.put(replace(chunk, index=number * width + chunk.index))
+
+    async def feed_all() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number, request in enumerate(requests):
+                    group.create_task(feed(number, request))
+        finally:
+            queue.put_nowait(None)
+
+    feeding = asyncio.create_task(feed_all())
+    try:
+        while (item := await queue.get()) is not None:
+            yield item
+        await _reraise(feeding)
+    finally:
+        feeding.cancel()
+        await asyncio.gather(feeding, return_exceptions=True)
+
+
+async def _reraise(task: asyncio.Task[None]) -> None:
+    """A task group wraps what failed; the first failure is the one to tell."""
+    try:
+        await task
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+def _add(one: Usage, other: Usage) -> Usage:
+    return Usage(
+        one.prompt_tokens + other.prompt_tokens,
+        one.completion_tokens + other.completion_tokens,
+        max(one.seconds, other.seconds),
+    )
+
+
+def _drop_nulls(value: Any) -> Any:
+    """A null inside params leaves that parameter at its default."""
+    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value

@@ -1,0 +1,187 @@
+"""`Compose`: opens what a file declares, runs its workflows, closes it again. The Python API, and what servers call.
+
+    async with Compose.open("model-compose.yml") as compose:
+        done = await compose.answer({"prompt": "Hello"}, blend={"alpaca": 0.7})
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+from model_compose.components import COMPONENTS, Component, Delta, Result, pick
+from model_compose.components.model import ModelComponent
+from model_compose.config import Config
+from model_compose.errors import InputError, NotFound, NotReady
+from model_compose.generation import Chunk, Request
+from model_compose.loading import Loaded, find_files, load
+from model_compose.lora.blend import Blend
+from model_compose.progress import Progress, Report, silent
+from model_compose.workflow import runner, variables
+from model_compose.workflow.jobs import JobOptions
+from model_compose.workflow.runner import Done
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Compose:
+    """The components of one file, and its workflows over them.
+
+    `load` opens the components; until it has, runs raise NotReady. Lifetimes are the caller's: `open` as a context
+    manager does load and close.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.config: Config = loaded.config
+        self.files = loaded.files
+        self.progress: Progress | None = Progress("starting")
+        self.ready = False
+        self.busy = 0
+        self._components: dict[str, Component] = {
+            options.id: COMPONENTS[options.type](options, loaded.base_dir) for options in loaded.config.all_components
+        }
+        self._limits: dict[str, AbstractAsyncContextManager[Any]] = {
+            options.id: _limit(options.max_concurrent_count) for options in loaded.config.all_components
+        }
+        self._runs = _limit(loaded.config.serving.max_concurrent_count)
+        self._inputs = {
+            workflow.id: variables.inputs(workflow, loaded.config.all_components)
+            for workflow in loaded.config.all_workflows
+        }
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls, path: str | Path | Sequence[Path] = (), *, env: Mapping[str, str] | None = None, report: Report = silent
+    ) -> AsyncGenerator["Compose"]:
+        """Reads the file (model-compose.yml of the current folder by default), loads its models, and closes them after.
+
+        Raises ConfigError, SourceError, AdapterError, LoadError.
+        """
+        files = find_files((Path(path),) if isinstance(path, str | Path) else path)
+        compose = cls(load(files, env))
+        try:
+            await compose.load(report)
+            yield compose
+        finally:
+            await compose.close()
+
+    async def load(self, report: Report = silent) -> None:
+        """Opens every component, one after the other."""
+
+        def keep(progress: Progress) -> None:
+            self.progress = progress
+            report(progress)
+
+        for component in self._components.values():
+            await component.open(keep)
+        self.progress, self.ready = None, True
+
+    async def close(self) -> None:
+        """Stops all computation and frees the models."""
+        self.ready = False
+        await asyncio.gather(*(component.close() for component in self._components.values()))
+
+    def inputs(self, workflow: str) -> tuple[variables.Variable, ...]:
+        """What the workflow takes."""
+        return self._inputs[workflow]
+
+    def streams(self, job: JobOptions) -> bool:
+        """Whether the dialect's `streaming: true` stands on the job's action."""
+        action = pick(self.config.all_components, job.component, "component").find_action(job.action)
+        return getattr(action, "streaming", False) is True
+
+    @property
+    def models(self) -> dict[str, ModelComponent]:
+        """The model components by id."""
+        return {id: part for id, part in self._components.items() if isinstance(part, ModelComponent)}
+
+    async def run(
+        self, input: Any = None, *, workflow: str | None = None, blend: Any = None, context: Mapping[str, Any] | None = None
+    ) -> AsyncGenerator[Delta | Done]:
+        """Runs a workflow: deltas of its output as they are made, then Done. Closing the iterator stops the run.
+
+        blend: a name, {adapter: weight}, or {component: blend}; None leaves it to the actions.
+        Raises NotFound, InputError, NotReady, RunError.
+        """
+        chosen = self.config.find_workflow(workflow)
+        self.check_ready()
+        blends = self._resolve_blends(blend)
+        variables.check(self._inputs[chosen.id], input)
+
+        async def run_component(id: str, action: str, sources: Mapping[str, Any]) -> AsyncGenerator[Delta | Result]:
+            id = pick(self.config.all_components, id, "component").id
+            running = self._components[id].run(action, sources, blends.get(id))
+            async with self._limits[id], aclosing(running) as items:
+                async for item in items:
+                    yield item
+
+        async with self._runs, aclosing(runner.run(chosen, input, context or {}, run_component)) as events:
+            async for event in self._counted(events):
+                yield event
+
+    async def answer(self, input: Any = None, *, workflow: str | None = None, blend: Any = None) -> Done:
+        """`run`, collected."""
+        async with aclosing(self.run(input, workflow=workflow, blend=blend)) as events:
+            async for event in events:
+                if isinstance(event, Done):
+                    return event
+        raise AssertionError("a run ends with Done")
+
+    async def generate(self, component: str, request: Request) -> AsyncGenerator[Chunk]:
+        """Asks a model component directly, past workflows and actions. Raises NotFound, InputError, NotReady, RunError."""
+        self.check_ready()
+        if component not in self.models:
+            raise NotFound(f"there is no model component '{component}'; known: {', '.join(self.models)}")
+        async with self._limits[component], aclosing(self.models[component].engine.generate(request)) as chunks:
+            async for chunk in self._counted(chunks):
+                yield chunk
+
+    async def _counted(self, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
+        """Counts as `busy` while it runs."""
+        self.busy += 1
+        try:
+            async for item in items:
+                yield item
+        finally:
+            self.busy -= 1
+
+    def check_ready(self) -> None:
+        """Raises NotReady."""
+        if not self.ready:
+            raise NotReady("the models are still loading, or the service is shutting down; try again in a moment")
+
+    def _resolve_blends(self, blend: Any) -> dict[str, Blend]:
+        """A caller's blend -> one for each model component that it speaks of. In {k: v} a number means an adapter, a
+        mapping or a name means a component. Raises InputError."""
+        if blend is None or blend == "":
+            return {}
+        if isinstance(blend, Mapping) and any(_names_blend(value) for value in blend.values()):
+            if unknown := [id for id in blend if id not in self.models]:
+                raise InputError(
+                    f"blend: there is no model component '{unknown[0]}'; known: {', '.join(self.models)}. Weights of "
+                    "adapters are numbers, blends of components are names or mappings",
+                    field="blend",
+                )
+            return {id: self.models[id].blends.resolve(value, place=f"blend.{id}") for id, value in blend.items()}
+        return {id: model.blends.resolve(blend) for id, model in self.models.items()}
+
+
+def _limit(count: int) -> AbstractAsyncContextManager[Any]:
+    """At most `count` at once; 0 is unlimited."""
+    return asyncio.Semaphore(count) if count else nullcontext()
+
+
+def _names_blend(value: Any) -> bool:
+    """Whether a value in a caller's mapping is a blend rather than a weight; forms send weights as text."""
+    if not isinstance(value, str):
+        return isinstance(value, Mapping)
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False

@@ -1,0 +1,148 @@
+"""Engines: what runs a base model with blended adapters. The protocol, the options that all share, and the registry.
+
+A new engine is one file here plus its line in ENGINES: a class with the methods of `Engine` and its own `Options`.
+"""
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
+
+from model_compose.generation import Chunk, Request
+from model_compose.lora.blend import Blend, Blends
+from model_compose.progress import Report
+from model_compose.registry import Registry
+from model_compose.schema import Options, Weight
+from model_compose.sources import ModelSource
+
+Precision = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+class Engine(Protocol):
+    """Runs one base model with its adapters. Opened once, then serves any number of requests at once."""
+
+    Options: ClassVar[type[Options]]
+
+    def __init__(self, options: "ModelOptions", blends: Blends, base_dir: Path) -> None: ...
+
+    @classmethod
+    def refuse(cls, options: "ModelOptions") -> None:
+        """Raises ValueError for a valid option that this driver cannot honour; it names the option and what would work."""
+
+    async def open(self, report: Report) -> None:
+        """Fetches and loads everything. Raises SourceError, AdapterError, LoadError."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        """The text as it is made. Closing the iterator stops the computation within one token.
+
+        Raises InputError (prompt too long, no chat template), RunError.
+        """
+
+    def identity(self, blend: Blend) -> str:
+        """The blend's digest over base, adapter contents, weights and method."""
+
+    async def close(self) -> None: ...
+
+
+ENGINES: Registry[type[Engine]] = Registry(
+    "driver", {"huggingface": "model_compose.engines.huggingface:HuggingfaceEngine"}
+)
+
+
+class AdapterOptions(Options):
+    """One LoRA adapter of the default blend. precision and device default to the base's."""
+
+    type: Literal["lora"]
+    name: str | None = Field(default=None, min_length=1, description="Its name in blends; peft_adapter_<i> if left out")
+    model: ModelSource
+    weight: Weight = 1.0
+    precision: Precision = "auto"
+    device: str | None = None
+    quantization: SkipJsonSchema[Any] = None
+    low_cpu_mem_usage: bool = False
+
+    @field_validator("name")
+    @classmethod
+    def _no_colon(cls, name: str | None) -> str | None:
+        if name is not None and ":" in name:
+            raise ValueError(f"an adapter's name holds no ':', which separates component and blend; got '{name}'")
+        return name
+
+    @field_validator("quantization")
+    @classmethod
+    def _no_quantization(cls, value: Any) -> Any:
+        if value is not None:
+            raise ValueError("adapters are never quantised; remove 'quantization', or set precision: float16")
+        return value
+
+
+class ModelOptions(Options):
+    """What every driver is told about its model."""
+
+    driver: str = "huggingface"
+    model: ModelSource
+    precision: Precision = "auto"
+    device: str = "auto"
+    device_mode: Literal["auto", "single"] = "auto"
+    quantization: Any = None
+    max_seq_length: int | None = Field(default=None, ge=1, description="Upper limit of the context, in tokens")
+    fast_tokenizer: bool = True
+    low_cpu_mem_usage: bool = False
+    preload: bool = True
+    on_demand: Any = False
+    runtime_spec: Any = None
+    peft_adapters: tuple[AdapterOptions, ...] = ()
+    blends: dict[str, dict[str, Weight]] = Field(default_factory=dict, description="Named blends: {adapter: weight}")
+    options: SerializeAsAny[Options] = Field(default_factory=Options, validate_default=True)
+
+    @field_validator("driver")
+    @classmethod
+    def _known_driver(cls, driver: str) -> str:
+        if driver not in ENGINES:
+            raise ValueError(f"unknown driver '{driver}'; available: {', '.join(ENGINES)}")
+        return driver
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _options_of_the_driver(cls, value: Any, info: ValidationInfo) -> Any:
+        driver = info.data.get("driver")
+        if driver is None:  # the driver itself was wrong, and is reported
+            return Options()
+        return ENGINES[driver].Options.model_validate({} if value is None or value == Options() else value)
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        seen: set[str] = set()
+        for name in (*self.adapter_names, *self.blends):
+            if name in seen:
+                raise PydanticCustomError(
+                    "duplicate_name",
+                    "the name '{key}' is used twice; adapters and blends of a component share one namespace",
+                    {"key": name},
+                )
+            if ":" in name:
+                raise PydanticCustomError("name", "a blend's name holds no ':'; got '{key}'", {"key": name})
+            seen.add(name)
+        for blend, weights in self.blends.items():
+            for adapter in weights:
+                if adapter not in self.adapter_names:
+                    raise PydanticCustomError(
+                        "unknown_adapter",
+                        "blend '{blend}' names the unknown adapter '{key}'; known: {known}",
+                        {"blend": blend, "key": adapter, "known": ", ".join(self.adapter_names) or "none"},
+                    )
+        ENGINES[self.driver].refuse(self)
+        return self
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        return tuple(adapter.name or f"peft_adapter_{index}" for index, adapter in enumerate(self.peft_adapters))
+
+    def to_blends(self) -> Blends:
+        """The vocabulary of blends: the adapters, the named blends, and the default from the adapters' weights."""
+        weights = {name: adapter.weight for name, adapter in zip(self.adapter_names, self.peft_adapters, strict=True)}
+        named = {name: Blend(dict(weights), name) for name, weights in self.blends.items()}
+        return Blends(self.adapter_names, named, Blend(weights, "default"))

@@ -1,0 +1,151 @@
+"""The embedded engine: transformers in this process, any blend for any request. `driver: huggingface`."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from model_compose.engines import ModelOptions
+from model_compose.errors import InputError, NotReady
+from model_compose.generation import Chunk, Request, Usage
+from model_compose.lora.blend import Blend, Blends
+from model_compose.progress import Report
+from model_compose.schema import Options
+
+if TYPE_CHECKING:
+    from model_compose.engines.huggingface.loop import Loop
+    from model_compose.engines.huggingface.model import Loaded
+
+
+class HuggingfaceOptions(Options):
+    """`options` of the embedded engine."""
+
+    trust_remote_code: bool = Field(default=False, description="Run Python code that the model's repository brings")
+    fold: Literal["never", "always"] = Field(
+        default="never",
+        description="always: add the default blend into the weights at load; no cost per token, no other blend",
+    )
+
+
+class HuggingfaceEngine:
+    """Tokenizes, hands sequences to its thread, and turns what comes back into one stream a request."""
+
+    Options: ClassVar[type[Options]] = HuggingfaceOptions
+
+    def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
+        assert isinstance(options.options, HuggingfaceOptions)
+        self._options, self._own = options, options.options
+        self._blends, self._base_dir = blends, base_dir
+        self._loaded: Loaded | None = None
+        self._loop: Loop | None = None
+
+    @classmethod
+    def refuse(cls, options: ModelOptions) -> None:
+        refused = {
+            "quantization": (options.quantization is not None, "the embedded engine serves float32, float16, bfloat16"),
+            "fast_tokenizer": (not options.fast_tokenizer, "streaming needs the fast tokenizer; leave it out"),
+            "preload": (not options.preload, "models load when the service starts; leave it out"),
+            "on_demand": (bool(options.on_demand), "models stay loaded; leave it out"),
+            "runtime_spec": (options.runtime_spec is not None, "it would have no effect; leave it out"),
+        }
+        for key, (given, remedy) in refused.items():
+            if given:
+                raise ValueError(f"driver huggingface cannot honour '{key}': {remedy}")
+
+    async def open(self, report: Report) -> None:
+        from model_compose.engines.huggingface.loop import Loop
+        from model_compose.engines.huggingface.model import load
+
+        self._loaded = await asyncio.to_thread(
+            load, self._options, self._base_dir, report, trust_remote_code=self._own.trust_remote_code
+        )
+        if self._own.fold == "always":
+            await asyncio.to_thread(self._loaded.lora.fold, self._blends.default)
+        self._loop = Loop()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        from model_compose.engines.huggingface.sequence import Sequence
+
+        if self._loaded is None or self._loop is None:
+            raise NotReady("the model is not loaded")
+        self._check_blend(request.blend)
+        start = time.perf_counter()
+        prompt = await asyncio.to_thread(self._tokenize, request)
+        mailbox = self._loop.mailbox()
+        sequences = [
+            Sequence(self._loaded, request, index, prompt, mailbox.put)
+            for index in range(request.sampling.num_return_sequences)
+        ]
+        self._loop.add(sequences, mailbox)
+        try:
+            unfinished = len(sequences)
+            while unfinished:
+                chunk = await mailbox.get()
+                unfinished -= chunk.finish is not None
+                if unfinished:
+                    yield chunk
+            tokens = sum(sequence.generated for sequence in sequences)
+            usage = Usage(len(prompt), tokens, time.perf_counter() - start)
+            yield Chunk(chunk.index, chunk.text, chunk.finish, chunk.logprobs, usage)
+        finally:
+            for sequence in sequences:
+                sequence.done = True  # the thread drops it before its next step
+
+    def identity(self, blend: Blend) -> str:
+        if self._loaded is None:
+            raise NotReady("the model is not loaded")
+        adapters = self._loaded.lora.adapters
+        return blend.identity(self._loaded.identity, {name: adapter.digest for name, adapter in adapters.items()})
+
+    async def close(self) -> None:
+        if self._loop is not None:
+            await asyncio.to_thread(self._loop.close)
+        self._loop = self._loaded = None
+
+    def _check_blend(self, blend: Blend) -> None:
+        if self._own.fold == "always" and blend.active != self._blends.default.active:
+            raise InputError(
+                "this model has its default blend folded in (options.fold: always) and takes no other; leave 'blend' out, "
+                "or set fold: never",
+                field="blend",
+            )
+
+    def _tokenize(self, request: Request) -> list[int]:
+        """The prompt's token ids. Raises InputError for one that does not fit, or has no chat template to go through."""
+        assert self._loaded is not None
+        tokenizer = self._loaded.tokenizer
+        if isinstance(request.prompt, str):
+            ids: list[int] = tokenizer(request.prompt)["input_ids"]
+        else:
+            ids = tokenizer(self._render_chat(request), add_special_tokens=False)["input_ids"]
+        if request.max_input_length is not None and len(ids) > request.max_input_length:
+            left = tokenizer.truncation_side == "left"
+            ids = ids[-request.max_input_length :] if left else ids[: request.max_input_length]
+        if not ids:
+            raise InputError("the prompt is empty, and this model has no token that starts a text", field="prompt")
+        if len(ids) >= self._loaded.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, and this model's context holds {self._loaded.context} with the answer; "
+                "shorten it, or set max_input_length to truncate it",
+                field="prompt",
+            )
+        return ids
+
+    def _render_chat(self, request: Request) -> str:
+        import jinja2
+
+        assert self._loaded is not None
+        tokenizer = self._loaded.tokenizer
+        if not tokenizer.chat_template:
+            raise InputError(
+                "the base model has no chat template; use /v1/completions or task: text-generation", field="messages"
+            )
+        messages = [{"role": m.role, "content": m.content} for m in request.prompt if not isinstance(m, str)]
+        try:
+            text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise InputError(f"the base's chat template refuses these messages: {error}", field="messages") from error
+        return text

@@ -1,0 +1,259 @@
+"""Loading: from model references to a base model with its adapters attached, checked before the large download ends."""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from model_compose.engines import ModelOptions
+from model_compose.errors import AdapterError, LoadError, SourceError
+from model_compose.lora.adapter import LoraAdapter, check, read_adapter, read_config
+from model_compose.lora.layers import LoraModel, Placement, module_shapes
+from model_compose.progress import Progress, Report
+from model_compose.sources import Fetched, HuggingfaceSource, ModelSource, describe, fetch
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILES = ("*.json",)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Everything that generation needs. context: the longest prompt plus text, in tokens; eos: ids that end a text."""
+
+    lora: LoraModel
+    tokenizer: Any
+    device: torch.device
+    context: int
+    eos: tuple[int, ...]
+    identity: str
+
+    @property
+    def model(self) -> nn.Module:
+        return self.lora.model
+
+
+def load(options: ModelOptions, base_dir: Path, report: Report, *, trust_remote_code: bool) -> Loaded:
+    """Fetches and loads base and adapters. Blocking. Raises SourceError, AdapterError, LoadError."""
+    from transformers.utils import logging as transformers_logging
+
+    device = pick_device(options.device)
+    # Devices are looked at before anything is fetched.
+    devices = {
+        name: pick_device(adapter.device)
+        for name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True)
+        if adapter.device is not None
+    }
+    adapters = _fetch_adapters(options, base_dir, report)
+    _preflight(options, base_dir, adapters, trust_remote_code=trust_remote_code)
+    base = fetch(options.model, base_dir=base_dir, report=report)
+    _warn_of_other_base(adapters, options, base)
+    transformers_logging.set_verbosity_error()
+    with _tqdm_reports(report), _load_errors(describe(options.model), device):
+        tokenizer = _load_tokenizer(base, trust_remote_code)
+        model = _load_model(base, options, device, trust_remote_code)
+        report(Progress("attaching adapters", 0, len(adapters), "adapters"))
+        placements = {
+            name: Placement(devices.get(name), DTYPES.get(adapter.precision))
+            for name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True)
+        }
+        lora = LoraModel(model, adapters, placements)
+        report(Progress("attaching adapters", len(adapters), len(adapters), "adapters"))
+    return Loaded(lora, tokenizer, device, _context(model, options), _eos(model, tokenizer), base.identity)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for a YAML value. Raises LoadError for one that this machine does not have."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise LoadError(f"device '{name}' is not known; use auto, cpu, cuda, cuda:0 or mps") from None
+    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= found.get(device.type, 0):
+        have = ", ".join(f"{count} {kind}" for kind, count in found.items() if count)
+        raise LoadError(f"device '{name}' does not exist on this machine (it has {have}); use 'auto' or 'cpu'")
+    return device
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype | str:
+    """The compute dtype: `auto` is the checkpoint's own on an accelerator, and on CPU bfloat16 where the processor
+    computes it natively, else float32."""
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type != "cpu":
+        return "auto"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> list[LoraAdapter]:
+    adapters = []
+    for name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True):
+        if isinstance(adapter.model, HuggingfaceSource):
+            # The config is small and decides whether the weights are worth fetching.
+            only = fetch(adapter.model, base_dir=base_dir, only=CONFIG_FILES, report=report)
+            read_config(only.folder, name)
+        try:
+            fetched = fetch(adapter.model, base_dir=base_dir, report=report)
+        except SourceError as error:
+            raise SourceError(f"adapter '{name}': {error}") from error
+        adapters.append(read_adapter(fetched.folder, name))
+    return adapters
+
+
+def _preflight(
+    options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter], *, trust_remote_code: bool
+) -> None:
+    """Checks the adapters against the base's config alone, on the meta device, before its weights are fetched."""
+    if not isinstance(options.model, HuggingfaceSource) or options.model.filename is not None:
+        return  # everything is on disk already, or the config is inside the GGUF file: checked when attached
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = fetch(options.model, base_dir=base_dir, only=CONFIG_FILES).folder
+    with _load_errors(describe(options.model), torch.device("meta")), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        shapes = module_shapes(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    for adapter in adapters:
+        check(adapter, shapes)
+
+
+def _warn_of_other_base(adapters: list[LoraAdapter], options: ModelOptions, base: Fetched) -> None:
+    """A base with the same shapes under another name may be meant (a re-upload, a GGUF), so this is no error."""
+    name = describe(options.model)
+    known = f"{name} {base.folder} {base.file or ''} {_name_in_config(base.folder)}".lower()
+    for adapter in adapters:
+        if adapter.base and Path(adapter.base).name.lower() not in known:
+            log.warning(
+                "adapter '%s' was trained on %s, but the base model is %s; the shapes fit, the text may still suffer",
+                adapter.name, adapter.base, name,
+            )  # fmt: skip
+
+
+def _name_in_config(folder: Path) -> str:
+    path = folder / "config.json"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _load_tokenizer(base: Fetched, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    gguf = {"gguf_file": base.file} if base.file and base.file.endswith(".gguf") else {}
+    tokenizer = AutoTokenizer.from_pretrained(
+        base.folder, trust_remote_code=trust_remote_code, local_files_only=True, **gguf
+    )
+    if not tokenizer.is_fast:
+        raise LoadError(
+            f"{base.folder} has only a slow tokenizer, which cannot stream; add a tokenizer.json (transformers: "
+            "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...))"
+        )
+    return tokenizer
+
+
+def _load_model(base: Fetched, options: ModelOptions, device: torch.device, trust_remote_code: bool) -> nn.Module:
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    extra: dict[str, Any] = {}
+    if base.file and base.file.endswith(".gguf"):
+        extra = {"gguf_file": base.file, "quantization_config": GgufConfig(dequantize=True)}
+    elif base.file:
+        raise LoadError(f"{base.file} is not a GGUF file; leave 'filename' out to load a checkpoint folder")
+    if device.type != "cpu":
+        extra["device_map"] = {"": device}
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        base.folder,
+        dtype=pick_dtype(options.precision, device),
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+        **extra,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _context(model: nn.Module, options: ModelOptions) -> int:
+    config: Any = model.config
+    own = getattr(config.get_text_config(), "max_position_embeddings", None) or options.max_seq_length or 2048
+    return min(int(own), options.max_seq_length or int(own))
+
+
+def _eos(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
+    config: Any = model.generation_config
+    listed = config.eos_token_id
+    ids = listed if isinstance(listed, list) else [listed]
+    return tuple({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
+
+
+@contextmanager
+def _load_errors(name: str, device: torch.device) -> Iterator[None]:
+    """Turns what torch and transformers raise while loading into one sentence with a remedy."""
+    try:
+        yield
+    except (LoadError, AdapterError):
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(name, device) from error
+    except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
+        text = str(error)
+        if "allocate memory" in text or "Cannot allocate" in text or "bad alloc" in text:
+            raise _out_of_memory(name, device) from error
+        first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+        raise LoadError(f"{name} cannot be loaded as a causal language model: {first}") from error
+
+
+def _out_of_memory(name: str, device: torch.device) -> LoadError:
+    return LoadError(
+        f"out of memory on {device} while loading {name}; use a smaller precision (bfloat16 halves float32), a smaller "
+        "model, or another device"
+    )
+
+
+@contextmanager
+def _tqdm_reports(report: Report) -> Iterator[None]:
+    """Sends transformers' own progress bars (reading GGUF blocks, placing weights) to the report."""
+    from transformers.utils import logging as transformers_logging
+
+    def bar(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _Bar(report, *args, **kwargs)
+
+    before = transformers_logging.set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        transformers_logging.set_tqdm_hook(before)
+
+
+class _Bar:
+    """As much of tqdm's interface as transformers uses while loading."""
+
+    def __init__(self, report: Report, iterable: Any = None, *, desc: str = "", total: int | None = None, **_: Any):
+        self._report, self._iterable, self._done = report, iterable, 0
+        self._what = (desc or "loading").rstrip(".:").lower()
+        self._total = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._iterable:
+            yield item
+            self.update(1)
+
+    def update(self, count: int = 1) -> None:
+        self._done += count
+        self._report(Progress(self._what, self._done, self._total, "tensors"))
+
+    def set_postfix(self, *_: Any, **__: Any) -> None: ...
+    def set_description(self, *_: Any, **__: Any) -> None: ...
+    def refresh(self) -> None: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...

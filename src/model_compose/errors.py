@@ -1,0 +1,138 @@
+"""Every error that model-compose raises on purpose, written out once.
+
+Each class knows the HTTP status it becomes, so servers hold no tables of their own. The message is a sentence for a
+person: it names the place, the value and the remedy. It never holds a secret or a traceback.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class ComposeError(Exception):
+    """Base of all errors raised on purpose. `status` is the HTTP status, `title` the problem's short name."""
+
+    status = 500
+    title = "Internal error"
+
+    @property
+    def code(self) -> str:
+        """The machine-readable name: the title in snake case."""
+        return self.title.lower().replace(" ", "_")
+
+
+# Before anything runs: the file, the sources, the adapters.
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the user's files something stands. Lines and columns count from 1."""
+
+    file: str
+    line: int
+    column: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class ConfigError(ComposeError):
+    """The YAML is wrong. Each problem is one line that starts with file:line."""
+
+    title = "Invalid configuration"
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class SourceError(ComposeError):
+    """Weights cannot be had: missing, gated, no network, damaged."""
+
+    title = "Model not available"
+
+
+class AdapterError(ComposeError):
+    """An adapter cannot be applied exactly to this base."""
+
+    title = "Adapter not usable"
+
+
+class LoadError(ComposeError):
+    """The base model cannot be loaded, for want of memory for instance."""
+
+    title = "Model not loadable"
+
+
+class AddressInUse(ComposeError):
+    """A port that a server should listen on is taken."""
+
+    title = "Address in use"
+
+
+# A request that cannot be served: the caller's doing (4xx).
+
+
+@dataclass(frozen=True)
+class FieldError:
+    """One field of a request and what is wrong with it."""
+
+    field: str
+    message: str
+
+
+class InputError(ComposeError):
+    """A request is wrong: `fields` names each field and the allowed values."""
+
+    status = 400
+    title = "Invalid request"
+
+    def __init__(self, message: str, fields: Sequence[FieldError] = (), *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.fields = tuple(fields) or ((FieldError(field, message),) if field else ())
+
+
+class NotFound(ComposeError):
+    """A workflow, component, task or model id that does not exist."""
+
+    status = 404
+    title = "Not found"
+
+
+class Unauthorized(ComposeError):
+    status = 401
+    title = "Unauthorized"
+
+
+class Conflict(ComposeError):
+    """The thing exists but is in the wrong state for this call."""
+
+    status = 409
+    title = "Conflict"
+
+
+class PayloadTooLarge(ComposeError):
+    status = 413
+    title = "Payload too large"
+
+
+class NotReady(ComposeError):
+    """The models are still loading, or the service is shutting down: try again later."""
+
+    status = 503
+    title = "Not ready"
+
+
+# A run that failed.
+
+
+class RunError(ComposeError):
+    """A job failed while running. The cause is chained and goes to the log, never to the client."""
+
+    title = "Run failed"
+
+
+class Cancelled(ComposeError):
+    """Somebody stopped the run on purpose."""
+
+    status = 409
+    title = "Cancelled"

@@ -1,0 +1,309 @@
+"""${...}: parsed once, evaluated many times. A leaf: knows neither workflows nor configs.
+
+    ${key.path[0] as type[]/subtype;format | default @(description text)}
+
+The order is fixed: as, then |, then @(). A string that is one expression keeps the value's own type; an expression inside
+a longer string is spliced in as text. Substituted values are never scanned again. Missing values are null.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from model_compose.errors import RunError
+
+CONVERTED_TYPES = frozenset("string text markdown integer number boolean list object json base64".split())
+FORM_TYPES = frozenset("select slider any none".split())
+MEDIA_TYPES = frozenset("image audio video file stream".split())
+TYPES = CONVERTED_TYPES | FORM_TYPES | MEDIA_TYPES
+
+OPERATOR_KEYS = frozenset(("...", "*", "?", "+", "|"))
+
+Step = str | int | slice
+Path = tuple[Step, ...]
+ALL = slice(None)
+
+
+class SyntaxProblem(ValueError):
+    """An expression that cannot be parsed; the message says what and where in the text."""
+
+
+@dataclass(frozen=True)
+class Type:
+    """`as name[]/subtype;format`."""
+
+    name: str
+    is_list: bool = False
+    subtype: str | None = None
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One ${...}. source: its text, for messages. default: a literal, a nested expression, or None."""
+
+    key: str
+    path: Path
+    source: str
+    type: Type | None = None
+    default: "str | Reference | None" = None
+    description: str | None = None
+
+    def evaluate(self, context: Mapping[str, Any]) -> Any:
+        value = _walk(context.get(self.key), self.path)
+        if value is None and self.default is not None:
+            value = self.default.evaluate(context) if isinstance(self.default, Reference) else self.default
+        return convert(value, self.type, self.source) if self.type else value
+
+    @property
+    def name(self) -> str:
+        """The path as text: "a.b[0]"."""
+        return "".join(f"[{_show(step)}]" if not isinstance(step, str) else f".{step}" for step in self.path).lstrip(".")
+
+
+@dataclass(frozen=True)
+class Splice:
+    """Text with expressions in it."""
+
+    parts: tuple["str | Reference", ...]
+
+    def evaluate(self, context: Mapping[str, Any]) -> str:
+        return "".join(part if isinstance(part, str) else _text(part.evaluate(context)) for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A parsed YAML value: constants, expressions, and mappings and lists of them."""
+
+    node: Any  # a constant, Reference, Splice, dict[str, Template] or list[Template]
+
+    def evaluate(self, context: Mapping[str, Any]) -> Any:
+        """The value, given the sources by name. Raises RunError where a conversion fails."""
+        if isinstance(self.node, Reference | Splice):
+            return self.node.evaluate(context)
+        if isinstance(self.node, dict):
+            return {key: item.evaluate(context) for key, item in self.node.items()}
+        if isinstance(self.node, list):
+            return [item.evaluate(context) for item in self.node]
+        return self.node
+
+    def references(self) -> Iterator[Reference]:
+        """Every expression, those in defaults included."""
+        for _, item in self.leaves():
+            for part in item.parts if isinstance(item, Splice) else (item,):
+                while isinstance(part, Reference):
+                    yield part
+                    part = part.default
+
+    def leaves(self, at: Path = ()) -> Iterator[tuple[Path, Any]]:
+        """Every leaf with its path: constants, References and Splices."""
+        if isinstance(self.node, dict | list):
+            children = self.node.items() if isinstance(self.node, dict) else enumerate(self.node)
+            for step, item in children:
+                yield from item.leaves((*at, step))
+        else:
+            yield at, self.node
+
+    def places(self, key: str, path: Path) -> list[Path]:
+        """Where the value that stands at `key.path` appears unchanged in this template's result."""
+        found = []
+        for at, item in self.leaves():
+            if isinstance(item, Reference) and item.key == key and path[: len(item.path)] == item.path:
+                verbatim = item.type is None or (item.type.name in ("text", "string") and not item.type.format)
+                if verbatim:
+                    found.append((*at, *path[len(item.path) :]))
+        return found
+
+
+def parse(value: Any) -> Template:
+    """Parses a YAML value and all that is in it. Raises SyntaxProblem."""
+    if isinstance(value, dict):
+        for key in value:
+            if key in OPERATOR_KEYS:
+                raise SyntaxProblem(f"the structural operator '{key}' is not supported in this version")
+        return Template({key: parse(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return Template([parse(item) for item in value])
+    if not isinstance(value, str) or "${" not in value:
+        return Template(value)
+    if value.startswith("...${"):
+        raise SyntaxProblem("the structural operator '...' is not supported in this version")
+    parts = tuple(_parts(value))
+    return Template(parts[0] if len(parts) == 1 and isinstance(parts[0], Reference) else Splice(parts))
+
+
+def split(text: str) -> Iterator[tuple[str, bool]]:
+    """The pieces of a string in order; true for those that are expressions, braces included. Raises SyntaxProblem."""
+    at = 0
+    while (start := text.find("${", at)) >= 0:
+        if start > at:
+            yield text[at:start], False
+        depth, end = 1, start + 2
+        while depth and end < len(text):
+            if text.startswith("${", end):
+                depth, end = depth + 1, end + 2
+            else:
+                depth, end = depth - (text[end] == "}"), end + 1
+        if depth:
+            raise SyntaxProblem(f"'{text[start:]}' has no closing brace")
+        yield text[start:end], True
+        at = end
+    if at < len(text):
+        yield text[at:], False
+
+
+def _parts(text: str) -> Iterator[str | Reference]:
+    for piece, is_expression in split(text):
+        yield parse_reference(piece) if is_expression else piece
+
+
+_HEAD = re.compile(
+    r"""\s*(?P<key>[A-Za-z_][^.\[\s|}]*(?:\[\])?)
+    (?P<path>(?:\.[-\w]+|\[(?:\*|-?\d+|-?\d*:-?\d*)\])*)
+    (?:\s+as\s+(?P<type>[-\w]+)(?P<list>\[\])?(?:/(?P<subtype>[^\s;|}]+))?(?:;(?P<format>[-\w]+))?)?
+    (?P<rest>\s*(?:\|.*|@\(.*)?)$""",
+    re.VERBOSE | re.DOTALL,
+)
+_ANNOTATION = re.compile(r"\s*@\((?P<name>\w+)\s(?P<text>.*?)\)(?=\s*@\(|\s*$)", re.DOTALL)
+
+
+def parse_reference(text: str) -> Reference:
+    """Parses "${...}". Raises SyntaxProblem."""
+    match = _HEAD.match(text[2:-1])
+    if not match:
+        raise SyntaxProblem(f"'{text}' is not an expression; expected ${{name.path as type | default @(description …)}}")
+    rest, description = match["rest"], None
+    if (at := rest.find("@(")) >= 0 and (at == 0 or rest[at - 1].isspace()):
+        for annotation in _ANNOTATION.finditer(rest, at):
+            if annotation["name"] == "description":
+                description = annotation["text"].strip()
+        rest = rest[:at]
+    default: str | Reference | None = None
+    if rest.strip():
+        literal = rest.strip()[1:].strip()
+        default = parse_reference(literal) if literal.startswith("${") else _unquote(literal)
+    as_type = Type(match["type"], bool(match["list"]), match["subtype"], match["format"]) if match["type"] else None
+    return Reference(match["key"], tuple(_steps(match["path"])), text, as_type, default, description)
+
+
+def _steps(path: str) -> Iterator[Step]:
+    for name, bracket in re.findall(r"\.([-\w]+)|\[([^\]]+)\]", path):
+        if name:
+            yield name
+        elif bracket == "*":
+            yield ALL
+        elif ":" in bracket:
+            start, stop = bracket.split(":")
+            # [0:] keeps its 0, so that only [*] maps over the rest of the path
+            yield slice(int(start or 0), int(stop) if stop else None)
+        else:
+            yield int(bracket)
+
+
+def _unquote(text: str) -> str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def _walk(value: Any, path: Path) -> Any:
+    """Follows the path; None where it leads nowhere. [*] maps the rest of the path over a list."""
+    for at, step in enumerate(path):
+        if step == ALL and isinstance(step, slice):
+            return [_walk(item, path[at + 1 :]) for item in value] if isinstance(value, list | tuple) else None
+        if isinstance(step, str):
+            value = value.get(step) if isinstance(value, Mapping) else None
+        elif isinstance(value, list | tuple):
+            value = value[step] if isinstance(step, slice) or -len(value) <= step < len(value) else None
+        else:
+            return None
+    return value
+
+
+def convert(value: Any, to: Type, source: str = "the value") -> Any:
+    """The value as the type. null stays null; unknown types pass. Raises RunError naming source and value."""
+    if value is None:
+        return None
+    if to.is_list:
+        if not isinstance(value, list | tuple):
+            raise RunError(f"{source}: `{to.name}[]` needs a list, got {_kind(value)} {value!r}")
+        element = Type(to.name, False, to.subtype, to.format)
+        return [convert(item, element, source) for item in value]
+    try:
+        if to.format == "base64" and to.name in ("text", "string"):
+            return base64.b64decode(value, validate=True).decode()
+        return _CONVERSIONS.get(to.name, lambda value, _: value)(value, to)
+    except (ValueError, TypeError, UnicodeDecodeError) as error:
+        raise RunError(f"{source}: {value!r} is not {_ARTICLES.get(to.name, to.name)} ({error})") from error
+
+
+def _boolean(value: Any, _: Type) -> bool:
+    return str(value).lower() in ("true", "1")
+
+
+def _json(value: Any, _: Type) -> Any:
+    return json.loads(value) if isinstance(value, str | bytes) else value
+
+
+def _list(value: Any, to: Type) -> Any:
+    found = _json(value, to)
+    if not isinstance(found, list):
+        raise ValueError(f"it is {_kind(found)}")
+    return found
+
+
+def _object(value: Any, to: Type) -> Any:
+    found = _json(value, to)
+    if not isinstance(found, dict):
+        raise ValueError(f"it is {_kind(found)}")
+    if not to.subtype:
+        return found
+    paths = [tuple(path.split(".")) for path in to.subtype.split(",")]
+    return {path[-1]: _walk(found, path) for path in paths}
+
+
+def _encode(value: Any, _: Type) -> str:
+    return base64.b64encode(value if isinstance(value, bytes) else str(value).encode()).decode()
+
+
+def _text(value: Any, _: Type | None = None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict | list):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _number(value: Any, to: Type) -> float:
+    if isinstance(value, bool):
+        raise ValueError("it is a boolean")
+    return int(value) if to.name == "integer" else float(value)
+
+
+_CONVERSIONS = {
+    "string": _text,
+    "text": _text,
+    "select": _text,
+    "markdown": _text,
+    "integer": _number,
+    "number": _number,
+    "slider": _number,
+    "boolean": _boolean,
+    "json": _json,
+    "list": _list,
+    "object": _object,
+    "base64": _encode,
+}
+_ARTICLES = {"integer": "an integer", "number": "a number", "slider": "a number", "list": "a list", "object": "an object"}
+
+
+def _kind(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def _show(step: Step) -> str:
+    if isinstance(step, slice):
+        return "*" if step == ALL else f"{step.start}:{'' if step.stop is None else step.stop}"
+    return str(step)

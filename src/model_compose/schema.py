@@ -1,0 +1,142 @@
+"""The base class of everything a user writes in YAML or sends as a request: frozen, and unknown keys are errors.
+
+Knows nothing of any particular option; each driver, component and server derives its own options from `Options`
+beside its code.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, create_model
+from pydantic import model_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from model_compose.expressions import SyntaxProblem, parse
+
+
+class Options(BaseModel):
+    """A frozen pydantic model that refuses unknown keys and names the nearest valid one.
+
+    later: keys of the dialect that this version accepts only at the given default; anything else is refused by name.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    later: ClassVar[Mapping[str, Any]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        for key, value in data.items():
+            if key in cls.later and value is not None and value != cls.later[key]:
+                raise PydanticCustomError(
+                    "unsupported_key", "'{key}' is not supported in this version; leave it out", {"key": key}
+                )
+            if key not in cls.model_fields and key not in cls.later:
+                raise unknown_key(str(key), sorted(cls.model_fields))
+        return {key: value for key, value in data.items() if key not in cls.later}
+
+
+def unknown_key(key: str, valid: list[str]) -> PydanticCustomError:
+    """The error for a key that is not in `valid`; ctx["key"] lets the loader find its line."""
+    return PydanticCustomError("unknown_key", "unknown key '{key}'; {hint}", {"key": key, "hint": nearest(key, valid)})
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint for a misspelt name: the nearest valid one, else all of them."""
+    valid = list(valid)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"valid: {', '.join(valid)}" if valid else "there are none"
+
+
+def finite_number(value: Any) -> float:
+    """A finite number, or a numeric string as forms send it. true, NaN and infinity are errors."""
+    problem = PydanticCustomError("weight", "a weight must be a finite number, not {value}", {"value": repr(value)})
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise problem
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise problem from None
+    if not math.isfinite(number):
+        raise problem
+    return number
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1.0}
+
+
+def _seconds(value: Any) -> Any:
+    """The dialect's durations: a number of seconds, or 500ms, 30s, 5m, 1h, 1d."""
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value.strip())
+        if match is None:
+            raise PydanticCustomError(
+                "duration", "a duration is a number of seconds or like 500ms, 30s, 5m; got '{value}'", {"value": value}
+            )
+        return float(match[1]) * _SECONDS[match[2]]
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds)]
+Weight = Annotated[float, BeforeValidator(finite_number)]
+
+
+def has_expression(value: Any) -> bool:
+    """Whether there is a ${...} anywhere in a YAML value."""
+    if isinstance(value, Mapping):
+        return any(has_expression(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(has_expression(item) for item in value)
+    return isinstance(value, str) and "${" in value
+
+
+def checked_expression(value: Any) -> Any:
+    """The value as it is, after its expressions have been parsed once to find mistakes at load."""
+    try:
+        parse(value)
+    except SyntaxProblem as problem:
+        raise PydanticCustomError("expression", "{problem}", {"problem": str(problem)}) from None
+    return value
+
+
+TemplateValue = Annotated[Any, BeforeValidator(checked_expression)]
+"""Any YAML value with expressions in it; kept as written, parsed where it is used."""
+
+
+class OrExpression:
+    """Annotation: the field's own type, or a value that contains expressions and is checked after they are evaluated."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def check(value: Any, inner: core_schema.ValidatorFunctionWrapHandler) -> Any:
+            return checked_expression(value) if has_expression(value) else inner(value)
+
+        return core_schema.no_info_wrap_validator_function(check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [handler(schema), {"type": "string", "pattern": r"\$\{"}]}
+
+
+def templated(model: type[Options], base: type[Options]) -> type[Any]:
+    """The class for what the YAML holds of `model`: the same fields, each of which may hold expressions instead.
+
+    Fields that are Options themselves (params) are taken apart, so their unknown keys are found at load too.
+    """
+    fields: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        annotation: Any = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Options):
+            fields[name] = (templated(annotation, Options), FieldInfo(default_factory=dict))
+        else:
+            field = FieldInfo.merge_field_infos(info, annotation=info.annotation)
+            fields[name] = (Annotated[(annotation, *info.metadata, OrExpression())], field)
+            field.metadata = []
+    return create_model(model.__name__, __base__=base, __module__=model.__module__, **fields)

@@ -1,0 +1,54 @@
+"""Servers: the faces of a Compose. Their options stand here, apart from the code that needs FastAPI and gradio."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_core import PydanticCustomError
+
+from model_compose.schema import Options
+
+DEFAULT_MAX_BODY = 10 << 20
+
+
+def _listed(value: Any) -> Any:
+    """One value, a comma-separated string, or a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _keys(value: Any) -> Any:
+    """API keys fail closed: a list that was given but holds no usable key is an error, not an open door."""
+    keys = _listed(value)
+    if keys is not None and (not isinstance(keys, list | tuple) or not keys or not all(isinstance(k, str) and k for k in keys)):
+        raise PydanticCustomError("api_keys", "api_keys must be a list of non-empty strings (usually ${{env.…}})")
+    return keys
+
+
+def _prefix(value: Any) -> Any:
+    """"/api/" and "api" are "/api"; "/" is ""."""
+    return f"/{value.strip('/')}".rstrip("/") if isinstance(value, str) else value
+
+
+class HttpServerOptions(Options):
+    """`type: http-server`: workflows under base_path, OpenAI's API under /v1, health, metrics of neither."""
+
+    later: ClassVar[Mapping[str, Any]] = {"websocket": False}
+    type: Literal["http-server"] = "http-server"
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535, description="0 takes a free one")
+    base_path: Annotated[str, BeforeValidator(_prefix)] = "/api"
+    origins: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
+        default=(), description="CORS origins that may call this server from a browser; none by default"
+    )
+    api_keys: Annotated[tuple[SecretStr, ...] | None, BeforeValidator(_keys)] = None
+    max_body_size: int = Field(default=DEFAULT_MAX_BODY, ge=1, description="Largest request body, in bytes")
+    callback_private_hosts: bool = Field(default=False, description="Allow callback_url to reach private addresses")
+    callback_secret: SecretStr | None = Field(default=None, description="Signs callbacks (HMAC-SHA256)")
+
+
+class WebuiOptions(Options):
+    """The web page."""
+
+    driver: Literal["gradio"] = "gradio"
+    host: str = "127.0.0.1"
+    port: int = Field(default=8081, ge=0, le=65535, description="0 takes a free one")

@@ -1,0 +1,341 @@
+"""OpenAI's API at /v1, as the official client speaks it: models, completions, chat completions.
+
+It goes past workflows straight to a model component. A model id is the component's id ("default" for one without), with
+":" and a blend's or an adapter's name behind it where one is meant; `lora` mixes freely.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import BeforeValidator, Field, ValidationError
+
+from model_compose.components.model import ModelComponent
+from model_compose.compose import Compose
+from model_compose.errors import ComposeError, FieldError, InputError, NotFound
+from model_compose.generation import Chunk, Message, Sampling, Text, TokenLogprob, Usage, collect
+from model_compose.generation import Request as Generation
+from model_compose.lora.blend import Blend
+from model_compose.schema import Options, Weight
+from model_compose.servers.documents import OPENAI_ERRORS
+from model_compose.servers.wire import EventStream, body_of, event, first_of, openai_error, watching
+
+UNNAMED = "__component__"
+UNNAMED_ON_V1 = "default"
+
+
+class LoraWeight(Options):
+    """One entry of `lora` in its list form."""
+
+    name: str
+    scale: Weight = 1.0
+
+
+class StreamOptions(Options):
+    include_usage: bool = False
+
+
+class Body(Options):
+    """What completions and chat share. Fields without effect here are accepted; unknown ones are refused by name."""
+
+    later: ClassVar[Mapping[str, Any]] = {
+        "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": None, "echo": False, "best_of": 1,
+        "tools": [], "functions": [], "response_format": {"type": "text"}, "modalities": ["text"],
+    }  # fmt: skip
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy")
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    n: int | None = Field(default=None, ge=1, le=64)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    lora: list[LoraWeight] | dict[str, Weight] | None = Field(
+        default=None, description="Free mixing: {adapter: weight}, or [{name, scale}]; [] is the bare base"
+    )
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """The request's sampling; what it leaves out comes from the component's action."""
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        given = {
+            "max_output_length": self.max_tokens,
+            "temperature": self.temperature,
+            "do_sample": None if self.temperature is None else self.temperature > 0,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+            "num_return_sequences": self.n or 1,
+            "seed": self.seed,
+            "stop_sequences": None if stops is None else tuple(stop for stop in stops if stop),
+        }
+        return replace(default, **{key: value for key, value in given.items() if value is not None})
+
+
+class CompletionBody(Body):
+    """POST /v1/completions: raw text in, raw text out."""
+
+    prompt: str | list[str]
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def sampling(self, default: Sampling) -> Sampling:
+        return replace(super().sampling(default), logprobs=self.logprobs)
+
+
+def _plain_text(value: Any) -> Any:
+    """Content as a string, or as a list of text parts."""
+    if value is None:
+        return ""
+    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
+        return "".join(str(part.get("text", "")) for part in value)
+    return value
+
+
+class ChatMessage(Options):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(_plain_text)]
+    name: str | None = None
+    refusal: str | None = None
+
+
+class ChatBody(Body):
+    """POST /v1/chat/completions: messages, through the base's chat template."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    parallel_tool_calls: bool | None = None
+
+    def sampling(self, default: Sampling) -> Sampling:
+        sampling = super().sampling(default)
+        if self.max_completion_tokens is not None:
+            sampling = replace(sampling, max_output_length=self.max_completion_tokens)
+        return replace(sampling, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer on its way out: its id, its model id, and how this route shapes a choice."""
+
+    id: str
+    object: str
+    model: str
+    created: int
+    shape: "Shape"
+
+    def document(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        return {"id": self.id, "object": self.object, "created": self.created, "model": self.model, "choices": choices, **more}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The differences between the two routes."""
+
+    prefix: str
+    whole: str
+    part: str
+    choice: Callable[[int, Text], dict[str, Any]]
+    piece: Callable[[Chunk, bool], dict[str, Any]]
+
+
+def create_router(compose: Compose) -> APIRouter:
+    router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
+
+    @router.get("/models")
+    async def models() -> dict[str, Any]:
+        """Components, their named blends and their single adapters."""
+        compose.check_ready()
+        return {"object": "list", "data": [_model(id, parent) for id, parent in _model_ids(compose)]}
+
+    @router.get("/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        """One model."""
+        compose.check_ready()
+        _find(compose, model)
+        return _model(model, model.partition(":")[0] if ":" in model else None)
+
+    @router.post("/completions", openapi_extra={"requestBody": _schema(CompletionBody)})
+    async def completions(request: Request) -> Response:
+        """Completes raw text, whatever the component's task."""
+        body = _parse(CompletionBody, await body_of(request))
+        prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+        if len(prompts) != 1:
+            raise InputError("prompt must be one text; send one request a prompt, they share a batch", field="prompt")
+        return await _answer(compose, request, body, prompts[0], COMPLETION)
+
+    @router.post("/chat/completions", openapi_extra={"requestBody": _schema(ChatBody)})
+    async def chat_completions(request: Request) -> Response:
+        """Answers messages through the base's chat template, whatever the component's task."""
+        body = _parse(ChatBody, await body_of(request))
+        messages = tuple(Message("system" if m.role == "developer" else m.role, m.content) for m in body.messages)
+        return await _answer(compose, request, body, messages, CHAT)
+
+    return router
+
+
+async def _answer(
+    compose: Compose, request: Request, body: CompletionBody | ChatBody, prompt: str | tuple[Message, ...], shape: Shape
+) -> Response:
+    component, blend = _find(compose, body.model)
+    if body.lora is not None:
+        if ":" in body.model:
+            raise InputError(
+                f"the model id '{body.model}' names a blend already; send 'lora' with the plain model id", field="lora"
+            )
+        listed = {entry.name: entry.scale for entry in body.lora} if isinstance(body.lora, list) else body.lora
+        blend = component.blends.resolve(listed, place="lora")
+    compose.check_ready()
+    sampling = body.sampling(component.sampling())
+    chunks = compose.generate(component.options.id, Generation(prompt, blend, sampling))
+    streaming = bool(body.stream)
+    kind = shape.part if streaming else shape.whole
+    reply = Reply(f"{shape.prefix}-{uuid.uuid4().hex}", kind, body.model, int(time.time()), shape)
+    if streaming:
+        with_usage = body.stream_options is not None and body.stream_options.include_usage
+        return EventStream(_stream(reply, await first_of(chunks), with_usage=with_usage))
+    return JSONResponse(await _whole(reply, chunks, request))
+
+
+async def _whole(reply: Reply, chunks: AsyncGenerator[Chunk], request: Request) -> dict[str, Any]:
+    async def work() -> dict[str, Any]:
+        async with aclosing(chunks):
+            done = await collect(chunks)
+        choices = [reply.shape.choice(index, text) for index, text in enumerate(done.texts)]
+        return reply.document(choices, usage=_usage(done.usage))
+
+    task = asyncio.create_task(work())
+    async with watching(request, task):
+        return await task
+
+
+async def _stream(reply: Reply, chunks: AsyncGenerator[Chunk], *, with_usage: bool) -> AsyncGenerator[str]:
+    usage = Usage()
+    started: set[int] = set()
+    async with aclosing(chunks):
+        try:
+            async for chunk in chunks:
+                usage = chunk.usage or usage
+                yield event(reply.document([reply.shape.piece(chunk, chunk.index not in started)]))
+                started.add(chunk.index)
+        except ComposeError as error:
+            yield event(openai_error(error))
+            return
+    if with_usage:
+        yield event(reply.document([], usage=_usage(usage)))
+    yield "data: [DONE]\n\n"
+
+
+def _completion_choice(index: int, text: Text) -> dict[str, Any]:
+    logprobs = _completion_logprobs(text.logprobs) if text.logprobs else None
+    return {"index": index, "text": text.text, "finish_reason": text.finish, "logprobs": logprobs}
+
+
+def _completion_piece(chunk: Chunk, first: bool) -> dict[str, Any]:
+    logprobs = _completion_logprobs(chunk.logprobs) if chunk.logprobs else None
+    return {"index": chunk.index, "text": chunk.text, "finish_reason": chunk.finish, "logprobs": logprobs}
+
+
+def _chat_choice(index: int, text: Text) -> dict[str, Any]:
+    message = {"role": "assistant", "content": text.text, "refusal": None}
+    logprobs = _chat_logprobs(text.logprobs) if text.logprobs else None
+    return {"index": index, "message": message, "finish_reason": text.finish, "logprobs": logprobs}
+
+
+def _chat_piece(chunk: Chunk, first: bool) -> dict[str, Any]:
+    delta = {"role": "assistant"} if first else {}
+    delta |= {"content": chunk.text} if chunk.text or first else {}
+    logprobs = _chat_logprobs(chunk.logprobs) if chunk.logprobs else None
+    return {"index": chunk.index, "delta": delta, "finish_reason": chunk.finish, "logprobs": logprobs}
+
+
+COMPLETION = Shape("cmpl", "text_completion", "text_completion", _completion_choice, _completion_piece)
+CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice, _chat_piece)
+
+
+def _completion_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    offsets, position = [], 0
+    for token in tokens:
+        offsets.append(position)
+        position += len(token.text)
+    return {
+        "tokens": [token.text for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [dict(token.top) for token in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _chat_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any]:
+    def entry(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = [
+        {**entry(token.text, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]} for token in tokens
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _usage(usage: Usage) -> dict[str, int]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def public_id(component: str) -> str:
+    """The component's id on /v1."""
+    return UNNAMED_ON_V1 if component == UNNAMED else component
+
+
+def _model_ids(compose: Compose) -> list[tuple[str, str | None]]:
+    """Model ids, each with its parent: what lists of known models show."""
+    ids: list[tuple[str, str | None]] = []
+    for id, component in compose.models.items():
+        own = public_id(id)
+        names = (*component.blends.named, *component.blends.adapters)
+        ids += [(own, None), *((f"{own}:{name}", own) for name in names)]
+    return ids
+
+
+def _model(id: str, parent: str | None) -> dict[str, Any]:
+    return {"id": id, "object": "model", "created": 0, "owned_by": "model-compose", "parent": parent}
+
+
+def _find(compose: Compose, model: str) -> tuple[ModelComponent, Blend]:
+    """The component and blend that a model id names. Raises NotFound that lists the known ids."""
+    id, colon, name = model.partition(":")
+    component = next((part for own, part in compose.models.items() if public_id(own) == id), None)
+    if component is None or (colon and name not in (*component.blends.named, *component.blends.adapters)):
+        known = ", ".join(id for id, _ in _model_ids(compose))
+        raise NotFound(f"there is no model '{model}'; known: {known}")
+    return component, component.blends.resolve(name or None)
+
+
+def _parse(model: type[Any], data: Any) -> Any:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        fields = []
+        for item in error.errors():
+            key = item.get("ctx", {}).get("key")
+            field = ".".join([*map(str, item["loc"]), *([key] if key else [])]) or "body"
+            fields.append(FieldError(field, item["msg"].replace("is not supported in this version", "is not supported")))
+        raise InputError("; ".join(f"{f.field}: {f.message}" for f in fields), fields) from None
+
+
+def _schema(model: type[Options]) -> dict[str, Any]:
+    return {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}

@@ -1,0 +1,62 @@
+"""Weights that already lie on this machine, as a folder or a single file. Nothing is copied."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from model_compose.errors import SourceError
+from model_compose.schema import Options
+from model_compose.sources.fetched import Fetched
+
+
+class LocalSource(Options):
+    """A folder or file; a relative `path` counts from the folder of the YAML file that says it."""
+
+    provider: Literal["local"] = "local"
+    path: str = Field(min_length=1)
+
+    def __str__(self) -> str:
+        return self.path
+
+
+def fetch(source: LocalSource, *, base_dir: Path) -> Fetched:
+    """Look the path up. Raises SourceError, naming the absolute path, where it leads to nothing."""
+    path = absolute(source.path, base_dir)
+    if path.is_file():
+        return Fetched(path.parent, path.name, f"local:{_digest(path.parent, [path])}", source.path)
+    if not path.is_dir():
+        raise SourceError(
+            f"There is no file or folder {path}, where '{source.path}' leads from {base_dir}: correct the path."
+        )
+    files = sorted(_files(path))
+    if not files:
+        raise SourceError(f"The folder {path} holds no files: point '{source.path}' to the folder with the weights.")
+    return Fetched(path, None, f"local:{_digest(path, files)}", source.path)
+
+
+def absolute(path: str, base_dir: Path) -> Path:
+    """`path` with ~ expanded, relative to `base_dir`. Links are kept: a Hub snapshot is a folder of links."""
+    try:
+        return Path(os.path.abspath(base_dir / Path(path).expanduser()))
+    except RuntimeError as error:  # ~ of a user that does not exist, or no home folder
+        raise SourceError(f"The ~ in '{path}' leads to no home folder: write the path out.") from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below, but hidden ones: .git and .cache change without the weights changing."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def _digest(folder: Path, files: list[Path]) -> str:
+    """A digest over names, sizes and times: reading gigabytes at every start would cost minutes."""
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat() if file.exists() else file.lstat()  # a dangling link counts as itself
+        digest.update(f"{file.relative_to(folder).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]

