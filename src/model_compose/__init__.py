@@ -1,7 +1,7 @@
 """Serve a base language model plus several weighted LoRA adapters, blended exactly, from one YAML file.
 
-    async with Compose.open("model-compose.yml") as compose:
-        done = await compose.answer({"prompt": "Hello"}, blend={"alpaca": 0.7})
+async with Compose.open("model-compose.yml") as compose:
+    done = await compose.answer({"prompt": "Hello"}, blend={"alpaca": 0.7})
 """
 
 from importlib import import_module

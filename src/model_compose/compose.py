@@ -1,7 +1,7 @@
 """`Compose`: opens what a file declares, runs its workflows, closes it again. The Python API, and what servers call.
 
-    async with Compose.open("model-compose.yml") as compose:
-        done = await compose.answer({"prompt": "Hello"}, blend={"alpaca": 0.7})
+async with Compose.open("model-compose.yml") as compose:
+    done = await compose.answer({"prompt": "Hello"}, blend={"alpaca": 0.7})
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from model_compose.loading import Loaded, find_files, load
 from model_compose.lora.blend import Blend
 from model_compose.progress import Progress, Report, silent
 from model_compose.workflow import runner, variables
-from model_compose.workflow.jobs import JobOptions
+from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 from model_compose.workflow.runner import Done
 
 log = logging.getLogger(__name__)
@@ -90,6 +90,13 @@ class Compose:
         """What the workflow takes."""
         return self._inputs[workflow]
 
+    def check_input(self, input: Any, workflow: str | None, blend: Any) -> tuple[WorkflowOptions, dict[str, Blend]]:
+        """The workflow and the blends that a run would take. Needs no model. Raises NotFound, InputError."""
+        chosen = self.config.find_workflow(workflow)
+        blends = self._resolve_blends(blend)
+        variables.check(self._inputs[chosen.id], input)
+        return chosen, blends
+
     def streams(self, job: JobOptions) -> bool:
         """Whether the dialect's `streaming: true` stands on the job's action."""
         action = pick(self.config.all_components, job.component, "component").find_action(job.action)
@@ -101,20 +108,25 @@ class Compose:
         return {id: part for id, part in self._components.items() if isinstance(part, ModelComponent)}
 
     async def run(
-        self, input: Any = None, *, workflow: str | None = None, blend: Any = None, context: Mapping[str, Any] | None = None
+        self,
+        input: Any = None,
+        *,
+        workflow: str | None = None,
+        blend: Any = None,
+        context: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[Delta | Done]:
         """Runs a workflow: deltas of its output as they are made, then Done. Closing the iterator stops the run.
 
         blend: a name, {adapter: weight}, or {component: blend}; None leaves it to the actions.
         Raises NotFound, InputError, NotReady, RunError.
         """
-        chosen = self.config.find_workflow(workflow)
         self.check_ready()
-        blends = self._resolve_blends(blend)
-        variables.check(self._inputs[chosen.id], input)
+        chosen, blends = self.check_input(input, workflow, blend)
 
-        async def run_component(id: str, action: str, sources: Mapping[str, Any]) -> AsyncGenerator[Delta | Result]:
-            id = pick(self.config.all_components, id, "component").id
+        async def run_component(
+            component: str, action: str, sources: Mapping[str, Any]
+        ) -> AsyncGenerator[Delta | Result]:
+            id = pick(self.config.all_components, component, "component").id
             running = self._components[id].run(action, sources, blends.get(id))
             async with self._limits[id], aclosing(running) as items:
                 async for item in items:

@@ -36,7 +36,9 @@ class Controller(Options):
 
 def _controller_shape(value: Any) -> str:
     """type, host or port directly under controller: one adapter, not a controller."""
-    flat = isinstance(value, dict) and not {"adapter", "adapters"} & set(value) and {"type", "port", "host"} & set(value)
+    flat = (
+        isinstance(value, dict) and not {"adapter", "adapters"} & set(value) and {"type", "port", "host"} & set(value)
+    )
     return "adapter" if flat or isinstance(value, HttpServerOptions) else "controller"
 
 

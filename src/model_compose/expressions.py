@@ -9,15 +9,17 @@ a longer string is spliced in as text. Substituted values are never scanned agai
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from model_compose.errors import RunError
 
-CONVERTED_TYPES = frozenset("string text markdown integer number boolean list object json base64".split())
-FORM_TYPES = frozenset("select slider any none".split())
-MEDIA_TYPES = frozenset("image audio video file stream".split())
+CONVERTED_TYPES = frozenset(
+    ["string", "text", "markdown", "integer", "number", "boolean", "list", "object", "json", "base64"]
+)
+FORM_TYPES = frozenset(["select", "slider", "any", "none"])
+MEDIA_TYPES = frozenset(["image", "audio", "video", "file", "stream"])
 TYPES = CONVERTED_TYPES | FORM_TYPES | MEDIA_TYPES
 
 OPERATOR_KEYS = frozenset(("...", "*", "?", "+", "|"))
@@ -61,7 +63,9 @@ class Reference:
     @property
     def name(self) -> str:
         """The path as text: "a.b[0]"."""
-        return "".join(f"[{_show(step)}]" if not isinstance(step, str) else f".{step}" for step in self.path).lstrip(".")
+        return "".join(f"[{_show(step)}]" if not isinstance(step, str) else f".{step}" for step in self.path).lstrip(
+            "."
+        )
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,9 @@ def parse_reference(text: str) -> Reference:
     """Parses "${...}". Raises SyntaxProblem."""
     match = _HEAD.match(text[2:-1])
     if not match:
-        raise SyntaxProblem(f"'{text}' is not an expression; expected ${{name.path as type | default @(description …)}}")
+        raise SyntaxProblem(
+            f"'{text}' is not an expression; expected ${{name.path as type | default @(description …)}}"
+        )
     rest, description = match["rest"], None
     if (at := rest.find("@(")) >= 0 and (at == 0 or rest[at - 1].isspace()):
         for annotation in _ANNOTATION.finditer(rest, at):
@@ -233,7 +239,8 @@ def convert(value: Any, to: Type, source: str = "the value") -> Any:
     try:
         if to.format == "base64" and to.name in ("text", "string"):
             return base64.b64decode(value, validate=True).decode()
-        return _CONVERSIONS.get(to.name, lambda value, _: value)(value, to)
+        conversion = _CONVERSIONS.get(to.name)
+        return conversion(value, to) if conversion else value
     except (ValueError, TypeError, UnicodeDecodeError) as error:
         raise RunError(f"{source}: {value!r} is not {_ARTICLES.get(to.name, to.name)} ({error})") from error
 
@@ -281,7 +288,7 @@ def _number(value: Any, to: Type) -> float:
     return int(value) if to.name == "integer" else float(value)
 
 
-_CONVERSIONS = {
+_CONVERSIONS: dict[str, Callable[[Any, Type], Any]] = {
     "string": _text,
     "text": _text,
     "select": _text,
@@ -295,7 +302,13 @@ _CONVERSIONS = {
     "object": _object,
     "base64": _encode,
 }
-_ARTICLES = {"integer": "an integer", "number": "a number", "slider": "a number", "list": "a list", "object": "an object"}
+_ARTICLES = {
+    "integer": "an integer",
+    "number": "a number",
+    "slider": "a number",
+    "list": "a list",
+    "object": "an object",
+}
 
 
 def _kind(value: Any) -> str:

@@ -14,7 +14,6 @@ from model_compose.engines import ENGINES, Engine, ModelOptions
 from model_compose.errors import FieldError, InputError
 from model_compose.expressions import parse
 from model_compose.generation import Chunk, Message, Request, Sampling, Usage
-from model_compose.lora.blend import Blend
 from model_compose.progress import Report
 from model_compose.schema import Options, has_expression, templated
 
@@ -68,10 +67,15 @@ class TextGeneration(Generation):
             raise ValueError("give one of 'prompt' and 'text'")
         return self
 
-    def prompts(self) -> str | tuple[str, ...]:
+    @property
+    def takes_many(self) -> bool:
+        """Whether the prompt is a list, so that the result is one too."""
+        return isinstance(self.prompt or self.text, tuple)
+
+    def prompts(self) -> tuple[str, ...]:
         prompt = self.prompt if self.prompt is not None else self.text
         assert prompt is not None
-        return prompt
+        return (prompt,) if isinstance(prompt, str) else prompt
 
 
 class ChatMessage(Options):
@@ -86,9 +90,13 @@ class ChatCompletion(Generation):
 
     messages: ChatMessage | tuple[ChatMessage, ...]
 
-    def prompts(self) -> tuple[Message, ...]:
+    @property
+    def takes_many(self) -> bool:
+        return False
+
+    def prompts(self) -> tuple[tuple[Message, ...]]:
         turns = (self.messages,) if isinstance(self.messages, ChatMessage) else self.messages
-        return tuple(Message(turn.role, turn.content) for turn in turns)
+        return (tuple(Message(turn.role, turn.content) for turn in turns),)
 
 
 class TextGenerationTemplate(ActionOptions):
@@ -172,11 +180,8 @@ class ModelComponent:
         inputs = self._evaluate(chosen, context)
         used = self.blends.resolve(inputs.blend if blend in (None, "") else blend)
         prompts, sampling = inputs.prompts(), inputs.sampling
-        several = isinstance(inputs, TextGeneration) and not isinstance(prompts, str)
-        requests = [
-            Request(prompt, used, sampling, inputs.max_input_length)
-            for prompt in (prompts if several else (prompts,))
-        ]  # type: ignore[misc]  # prompts is a tuple of texts where several is true
+        several = inputs.takes_many
+        requests = [Request(prompt, used, sampling, inputs.max_input_length) for prompt in prompts]
         as_list = several or sampling.num_return_sequences > 1
         output = parse(chosen.output)
         places = output.places("result", ()) if chosen.output is not None else [()]

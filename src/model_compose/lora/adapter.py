@@ -23,9 +23,31 @@ WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Config keys whose value changes nothing in the forward pass, or is read below.
 HARMLESS = frozenset(
-    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha "
-    "lora_dropout target_modules exclude_modules fan_in_fan_out use_rslora layers_to_transform layers_pattern "
-    "rank_pattern alpha_pattern megatron_core loftq_config eva_config qalora_group_size runtime_config".split()
+    [
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "use_rslora",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "qalora_group_size",
+        "runtime_config",
+    ]
 )
 # Values of init_lora_weights that leave the base's weights as they are.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -107,9 +129,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterError(
-            f"adapter '{name}': {folder} has no {CONFIG_FILE}; is it a PEFT adapter's folder?"
-        ) from None
+        raise AdapterError(f"adapter '{name}': {folder} has no {CONFIG_FILE}; is it a PEFT adapter's folder?") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise AdapterError(f"adapter '{name}': {path} is not valid JSON ({error})") from None
     if not isinstance(config, dict):
@@ -145,7 +165,9 @@ def check(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> None:
             )
         if factors.embedding != (shape.kind == "embedding"):
             stored = "embedding" if factors.embedding else "linear"
-            raise AdapterError(f"adapter '{adapter.name}': {path} is a {shape.kind} in the base, {stored} in the adapter")
+            raise AdapterError(
+                f"adapter '{adapter.name}': {path} is a {shape.kind} in the base, {stored} in the adapter"
+            )
         found = (factors.a.shape[1], factors.b.shape[0])
         if found != (shape.inputs, shape.outputs):
             raise AdapterError(

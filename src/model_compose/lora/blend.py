@@ -64,9 +64,7 @@ class Blends:
             raise self._unknown(value, place, (*self.named, *self.adapters), "blend")
         if isinstance(value, Mapping):
             return Blend({str(name): self._weight(name, weight, place) for name, weight in value.items()})
-        raise InputError(
-            f"{place} must be a name or a mapping of adapters to weights, not {value!r}", field=place
-        )
+        raise InputError(f"{place} must be a name or a mapping of adapters to weights, not {value!r}", field=place)
 
     def _weight(self, name: object, weight: object, place: str) -> float:
         if name not in self.adapters:

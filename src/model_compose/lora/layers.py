@@ -224,7 +224,9 @@ def _kind(module: nn.Module) -> str | None:
 def _untie(model: nn.Module, path: str) -> None:
     """Gives the module a parameter of its own where another module shares it: a fold of one must not touch the other."""
     module = model.get_submodule(path)
-    shared = [other for other in model.modules() if other is not module and other._parameters.get("weight") is module.weight]
+    shared = [
+        other for other in model.modules() if other is not module and other._parameters.get("weight") is module.weight
+    ]
     if shared:
         assert isinstance(module.weight, Tensor)
         module.weight = nn.Parameter(module.weight.data, requires_grad=False)
@@ -235,7 +237,11 @@ def _check_copies(adapter: LoraAdapter, model: nn.Module) -> None:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, copy in adapter.copies.items():
         weight = parameters.get(name)
-        if weight is None or weight.shape != copy.shape or not torch.equal(copy.to(weight.device, weight.dtype), weight):
+        if (
+            weight is None
+            or weight.shape != copy.shape
+            or not torch.equal(copy.to(weight.device, weight.dtype), weight)
+        ):
             raise AdapterError(
                 f"adapter '{adapter.name}': it brings its own '{name}', which differs from the base model's (a resized or "
                 "trained embedding). Replaced weights cannot be weighted; such an adapter is refused."

@@ -19,13 +19,15 @@ def _listed(value: Any) -> Any:
 def _keys(value: Any) -> Any:
     """API keys fail closed: a list that was given but holds no usable key is an error, not an open door."""
     keys = _listed(value)
-    if keys is not None and (not isinstance(keys, list | tuple) or not keys or not all(isinstance(k, str) and k for k in keys)):
+    if keys is not None and (
+        not isinstance(keys, list | tuple) or not keys or not all(isinstance(k, str) and k for k in keys)
+    ):
         raise PydanticCustomError("api_keys", "api_keys must be a list of non-empty strings (usually ${{env.…}})")
     return keys
 
 
 def _prefix(value: Any) -> Any:
-    """"/api/" and "api" are "/api"; "/" is ""."""
+    """ "/api/" and "api" are "/api"; "/" is ""."""
     return f"/{value.strip('/')}".rstrip("/") if isinstance(value, str) else value
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
@@ -42,7 +41,9 @@ class RunBody(Options):
 
     later: ClassVar[Mapping[str, Any]] = {"subscribe_task": False}
     workflow_id: str | None = Field(default=None, description="The default workflow if left out")
-    input: Any = Field(default=None, description="The workflow's input, usually an object", examples=[{"prompt": "Hello"}])
+    input: Any = Field(
+        default=None, description="The workflow's input, usually an object", examples=[{"prompt": "Hello"}]
+    )
     blend: str | dict[str, Any] | None = Field(
         default=None, description="A blend's name, {adapter: weight}, or {component: blend}", examples=[{"alpaca": 0.7}]
     )
@@ -51,7 +52,9 @@ class RunBody(Options):
     wait_for_completion: bool = Field(default=True, description="false: answer at once with the task's id")
     session_id: str | None = None
     metadata: dict[str, Any] | None = None
-    callback_url: str | None = Field(default=None, description="Told when the task ends; needs wait_for_completion=false")
+    callback_url: str | None = Field(
+        default=None, description="Told when the task ends; needs wait_for_completion=false"
+    )
     callback_headers: dict[str, str] | None = None
 
 
@@ -235,7 +238,7 @@ async def _read_body(request: Request) -> RunBody:
             field="Content-Type",
         )
     if not isinstance(data, dict):
-        raise InputError("the request body must be an object like {\"input\": {…}}", field="body")
+        raise InputError('the request body must be an object like {"input": {…}}', field="body")
     try:
         return RunBody.model_validate(data)
     except ValidationError as error:
@@ -272,5 +275,3 @@ async def _form_value(key: str, value: UploadFile | str) -> Any:
         except (ValueError, RecursionError):
             return value
     return value
-
-

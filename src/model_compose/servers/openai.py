@@ -70,7 +70,7 @@ class Body(Options):
     def sampling(self, default: Sampling) -> Sampling:
         """The request's sampling; what it leaves out comes from the component's action."""
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
-        given = {
+        given: dict[str, Any] = {
             "max_output_length": self.max_tokens,
             "temperature": self.temperature,
             "do_sample": None if self.temperature is None else self.temperature > 0,
@@ -137,7 +137,14 @@ class Reply:
     shape: "Shape"
 
     def document(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {"id": self.id, "object": self.object, "created": self.created, "model": self.model, "choices": choices, **more}
+        return {
+            "id": self.id,
+            "object": self.object,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+            **more,
+        }
 
 
 @dataclass(frozen=True)
@@ -333,7 +340,9 @@ def _parse(model: type[Any], data: Any) -> Any:
         for item in error.errors():
             key = item.get("ctx", {}).get("key")
             field = ".".join([*map(str, item["loc"]), *([key] if key else [])]) or "body"
-            fields.append(FieldError(field, item["msg"].replace("is not supported in this version", "is not supported")))
+            fields.append(
+                FieldError(field, item["msg"].replace("is not supported in this version", "is not supported"))
+            )
         raise InputError("; ".join(f"{f.field}: {f.message}" for f in fields), fields) from None
 
 

@@ -32,7 +32,9 @@ class Addresses:
 
 
 async def serve(
-    compose: Compose, report: Report = silent, announce: Callable[[Addresses], None] = lambda _: None,
+    compose: Compose,
+    report: Report = silent,
+    announce: Callable[[Addresses], None] = lambda _: None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until SIGINT or SIGTERM. The ports answer at once; models load meanwhile.

@@ -149,7 +149,9 @@ class Tasks:
             task.finish("failed", error=error)
         except Exception:
             log.exception("[task-%s] failed", task.id)
-            task.finish("failed", error=RunError("the run failed; the server's log has the details under the task's id"))
+            task.finish(
+                "failed", error=RunError("the run failed; the server's log has the details under the task's id")
+            )
         log.info("[task-%s] %s", task.id, task.status)
 
     def _drop_old(self) -> None:

@@ -1,4 +1,4 @@
-"""What both HTTP faces share: errors as documents, the guard at the door, event streams that notice a leaving client."""
+"""What both HTTP faces share: errors as documents, the guard at the door, streams that notice a leaving client."""
 
 import asyncio
 import hmac
@@ -104,7 +104,11 @@ class Guard:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request = Request(scope)
-        if self._keys and scope["path"] not in self._open and not has_key(request.headers.get("authorization"), self._keys):
+        if (
+            self._keys
+            and scope["path"] not in self._open
+            and not has_key(request.headers.get("authorization"), self._keys)
+        ):
             missing = Unauthorized("an API key is needed: send the header 'Authorization: Bearer <key>'")
             return await error_response(request, missing)(scope, receive, send)
         too_large = PayloadTooLarge(f"the request body is larger than {self._max_body} bytes (max_body_size)")
@@ -181,7 +185,7 @@ def event(data: Any, name: str | None = None) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Sends events as they come. When the client leaves, the generator is closed at once, and with it the computation."""
+    """Sends events as they come. When the client leaves, the generator is closed at once, and so ends the computation."""
 
     def __init__(self, events: AsyncGenerator[str]) -> None:
         super().__init__(

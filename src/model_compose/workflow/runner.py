@@ -76,7 +76,7 @@ async def run(
 
 
 def _places(workflow: WorkflowOptions, job: JobOptions, path: Path) -> list[Path]:
-    """Where the part of a job's raw result at `path` stands unchanged in the workflow's output: what can be streamed."""
+    """Where the part at `path` of a job's raw result stands unchanged in the workflow's output: what can be streamed."""
     of_job = job.output_template.places("output", path)
     if workflow.output is None:
         terminal = workflow.terminal_jobs

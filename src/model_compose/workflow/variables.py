@@ -50,7 +50,9 @@ def inputs(workflow: WorkflowOptions, components: Sequence[ComponentOptions]) ->
     for job in workflow.all_jobs:
         for variable in _job_inputs(job, components):
             seen = found.get(variable.path)
-            found[variable.path] = variable if seen is None else replace(seen, required=seen.required or variable.required)
+            found[variable.path] = (
+                variable if seen is None else replace(seen, required=seen.required or variable.required)
+            )
     return tuple(found.values())
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from model_compose.daemon import in_daemon_thread
 from model_compose.engines import ModelOptions
 from model_compose.errors import InputError, NotReady
 from model_compose.generation import Chunk, Request, Usage
@@ -59,11 +60,13 @@ class HuggingfaceEngine:
         from model_compose.engines.huggingface.loop import Loop
         from model_compose.engines.huggingface.model import load
 
-        self._loaded = await asyncio.to_thread(
-            load, self._options, self._base_dir, report, trust_remote_code=self._own.trust_remote_code
-        )
-        if self._own.fold == "always":
-            await asyncio.to_thread(self._loaded.lora.fold, self._blends.default)
+        def work() -> "Loaded":
+            loaded = load(self._options, self._base_dir, report, trust_remote_code=self._own.trust_remote_code)
+            if self._own.fold == "always":
+                loaded.lora.fold(self._blends.default)
+            return loaded
+
+        self._loaded = await in_daemon_thread(work)
         self._loop = Loop()
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:

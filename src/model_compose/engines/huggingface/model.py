@@ -1,8 +1,7 @@
 """Loading: from model references to a base model with its adapters attached, checked before the large download ends."""
 
 import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from model_compose.errors import AdapterError, LoadError, SourceError
 from model_compose.lora.adapter import LoraAdapter, check, read_adapter, read_config
 from model_compose.lora.layers import LoraModel, Placement, module_shapes
 from model_compose.progress import Progress, Report
-from model_compose.sources import Fetched, HuggingfaceSource, ModelSource, describe, fetch
+from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
 
 log = logging.getLogger(__name__)
 
@@ -112,9 +111,7 @@ def _fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> li
     return adapters
 
 
-def _preflight(
-    options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter], *, trust_remote_code: bool
-) -> None:
+def _preflight(options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter], *, trust_remote_code: bool) -> None:
     """Checks the adapters against the base's config alone, on the meta device, before its weights are fetched."""
     if not isinstance(options.model, HuggingfaceSource) or options.model.filename is not None:
         return  # everything is on disk already, or the config is inside the GGUF file: checked when attached

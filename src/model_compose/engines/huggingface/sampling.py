@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import (
+from transformers.generation.logits_process import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -50,7 +50,8 @@ class Sampler:
 
     def draw(self, logits: Tensor) -> int:
         """The next token's id."""
-        scores = self._processors(self._ids, logits.float().cpu())
+        ids: Any = self._ids
+        scores: Tensor = self._processors(ids, logits.float().cpu())
         if self._greedy:
             token = scores.argmax(dim=-1)
         else:

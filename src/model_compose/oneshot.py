@@ -1,0 +1,80 @@
+"""`run`: one workflow once, in this process or on the service that is already up. The answer is the same."""
+
+import json
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any
+
+from model_compose.compose import Compose
+from model_compose.errors import ComposeError, InputError, RunError
+from model_compose.loading import Loaded
+from model_compose.progress import Report
+from model_compose.running import Record
+from model_compose.workflow.runner import Done
+
+Show = Callable[[str], None]
+
+
+async def run_here(
+    loaded: Loaded, value: Any, workflow: str | None, blend: Any, show: Show | None, report: Report
+) -> Any:
+    """Loads the models, runs, closes. Text goes to `show` as it is made; returns the output."""
+    compose = Compose(loaded)
+    compose.check_input(value, workflow, blend)  # before minutes of loading
+    try:
+        await compose.load(report)
+        async with aclosing(compose.run(value, workflow=workflow, blend=blend)) as events:
+            async for event in events:
+                if isinstance(event, Done):
+                    return event.output
+                if show:
+                    show(event.text)
+    finally:
+        await compose.close()
+    raise AssertionError("a run ends with Done")
+
+
+def run_there(record: Record, loaded: Loaded, value: Any, workflow: str | None, blend: Any, show: Show | None) -> Any:
+    """Asks the running service. Raises RunError or InputError with the service's own words."""
+    import httpx
+
+    server = loaded.config.serving.server
+    keys = server.api_keys if server else None
+    headers = {"Authorization": f"Bearer {keys[0].get_secret_value()}"} if keys else {}
+    body = {"workflow_id": workflow, "input": value, "blend": blend, "stream": show is not None}
+    url = f"{record.api}{record.base_path}/workflows/runs"
+    try:
+        with (
+            httpx.Client(timeout=None, trust_env=False) as client,
+            client.stream("POST", url, json=body, headers=headers) as response,
+        ):
+            if response.headers.get("content-type", "").startswith("text/event-stream"):
+                return _follow(response.iter_lines(), show)
+            answer = json.loads(response.read())
+    except httpx.HTTPError as error:
+        raise RunError(f"the service at {record.api} stopped answering ({error})") from error
+    if response.status_code != 200:
+        raise _error(answer)
+    return answer.get("output")
+
+
+def _follow(lines: Any, show: Show | None) -> Any:
+    """Reads the event stream: delta, then done or error."""
+    name = ""
+    for line in lines:
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            data = json.loads(line.removeprefix("data: "))
+            if name == "done":
+                return data.get("output")
+            if name == "error":
+                raise _error(data)
+            if show:
+                show(data["text"])
+    raise RunError("the service closed the connection before the end")
+
+
+def _error(problem: dict[str, Any]) -> ComposeError:
+    kind = InputError if problem.get("status", 500) < 500 else RunError
+    return kind(problem.get("detail", "the service gave no reason"))

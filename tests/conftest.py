@@ -1,0 +1,81 @@
+"""Fixtures: one tiny project for all tests that only read it, and a served one."""
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from model_compose.compose import Compose
+from model_compose.loading import load
+from model_compose.servers.http import create_app
+from model_compose.servers.serve import address, bind, listening
+from tests import tiny
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that forgets its stand-in must fail at once, not look for the Hub
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML of a tiny project."""
+    return tiny.save_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.fixture
+async def compose(project: Path) -> AsyncIterator[Compose]:
+    async with Compose.open(project) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def server(project: Path) -> Iterator[str]:
+    """The URL of a loaded server of the tiny project."""
+    with serving(project) as url:
+        yield url
+
+
+@contextmanager
+def serving(path: Path, *, load_models: bool = True, env: dict[str, str] | None = None) -> Iterator[str]:
+    """The API of a file on a free port, in a thread with an event loop of its own. Yields its URL."""
+    ready, stop = threading.Event(), threading.Event()
+    result: dict[str, str | BaseException] = {}
+
+    async def main() -> None:
+        compose = Compose(load([path], env))
+        options = compose.config.serving.server
+        assert options is not None
+        listener = bind(options.host, 0)
+        try:
+            async with listening(create_app(compose, options), listener):
+                if load_models:
+                    await compose.load()
+                result["url"] = str(address(listener))
+                ready.set()
+                while not stop.is_set():
+                    await asyncio.sleep(0.02)
+        finally:
+            await compose.close()
+
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            result["error"] = error
+        finally:
+            ready.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    ready.wait(120)
+    if "error" in result:
+        raise RuntimeError("the test server failed") from result["error"]  # type: ignore[misc]
+    try:
+        yield str(result["url"])
+    finally:
+        stop.set()
+        thread.join(30)
