@@ -35,7 +35,7 @@ class Loaded:
 
 def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
     """The files to load: those given, else model-compose.yml in the current folder. Raises ConfigError."""
-    paths = [path for path in given] or [Path(name) for name in FILE_NAMES if Path(name).is_file()][:1]
+    paths = list(given) or [Path(name) for name in FILE_NAMES if Path(name).is_file()][:1]
     if not paths:
         raise ConfigError(f"no {' or '.join(FILE_NAMES)} in {Path.cwd()}; go to its folder, or name it with -f FILE")
     for path in paths:

@@ -8,6 +8,7 @@ import json
 import logging
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import httpx
@@ -42,10 +43,8 @@ class Callback:
         follower.add_done_callback(_followers.discard)
 
     async def _send_when_done(self, task: Task) -> None:
-        try:
+        with suppress(ComposeError):
             await task.wait()
-        except ComposeError:
-            pass
         body = json.dumps({**task.state(), "event": task.status}, ensure_ascii=False).encode()
         headers = {**self.headers, "Content-Type": "application/json"}
         if self.secret:

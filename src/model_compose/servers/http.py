@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
@@ -214,10 +215,8 @@ async def _raw_events(task: Task, tasks: Tasks) -> AsyncGenerator[str]:
 async def _abandon(task: Task, tasks: Tasks) -> None:
     """Nobody reads this task any more."""
     if not task.finished:
-        try:
+        with suppress(Conflict):
             await tasks.cancel(task)
-        except Conflict:
-            pass
 
 
 def _show(delta: Delta) -> str:

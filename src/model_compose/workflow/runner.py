@@ -22,7 +22,9 @@ class Done:
 class RunComponent(Protocol):
     """How a job reaches a component; the runner is handed one."""
 
-    def __call__(self, component: str, action: str, context: Mapping[str, Any]) -> AsyncGenerator[Delta | Result]: ...
+    def __call__(
+        self, component: str, action: str, context: Mapping[str, Any], /
+    ) -> AsyncGenerator[Delta | Result]: ...
 
 
 async def run(

@@ -1,0 +1,247 @@
+"""The page's form: a widget for each input of a workflow, and a mixer of sliders for each model's blend.
+
+A mixer's truth is its number boxes, which take any number; the sliders follow as far as 0 to 2. Both, and the picker of
+named blends, are kept in step inside the browser (webui.js), so that no click is ahead of the server.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
+
+import gradio as gr
+
+from model_compose.components import pick
+from model_compose.components.model import ModelComponent
+from model_compose.compose import Compose
+from model_compose.errors import ComposeError, InputError
+from model_compose.expressions import Type
+from model_compose.lora.blend import Blend, Blends
+from model_compose.workflow.jobs import WorkflowOptions
+from model_compose.workflow.variables import Variable
+
+SLIDER_MAXIMUM = 2
+SLIDER_STEP = 0.05
+JSON_TYPES = frozenset(("json", "list", "object"))
+CUSTOM = "custom"
+
+
+@dataclass(frozen=True)
+class Field:
+    """A variable and the widget that asks for it."""
+
+    variable: Variable
+    widget: Any
+
+    def read(self, value: Any) -> Any:
+        """The widget's value as the workflow takes it; an empty box is a value that is not given."""
+        if isinstance(value, str) and not value.strip():
+            return None
+        if isinstance(value, str) and _is_json(self.variable):
+            try:
+                return json.loads(value)
+            except ValueError:
+                return value  # the workflow's own check says what is wrong with it
+        return value
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One entry of the picker. value: what a run is sent for it."""
+
+    label: str
+    value: Any
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """The sliders of one model component."""
+
+    component: str
+    adapters: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    numbers: tuple[Any, ...]
+
+    def read(self, values: Sequence[Any]) -> Any:
+        """The blend for a run: None as the file says, a name, or {adapter: weight}. Raises InputError."""
+        for adapter, value in zip(self.adapters, values, strict=True):
+            if value is None:
+                raise InputError(
+                    f"the weight of {adapter} is empty; type a number, 0 leaves the adapter out", field="blend"
+                )
+        weights = tuple(map(float, values))
+        named = next((choice for choice in self.choices if choice.weights == weights), None)
+        if named is not None:
+            return named.value
+        return {adapter: weight for adapter, weight in zip(self.adapters, weights, strict=True) if weight}
+
+
+@dataclass(frozen=True)
+class Form:
+    """All that a workflow asks."""
+
+    fields: tuple[Field, ...]
+    mixers: tuple[Mixer, ...]
+    by_component: bool
+
+    @property
+    def widgets(self) -> list[Any]:
+        """What a run reads, in the order in which `read` takes the values."""
+        return [field.widget for field in self.fields] + [number for mixer in self.mixers for number in mixer.numbers]
+
+    def read_input(self, values: Sequence[Any]) -> Any:
+        """The workflow's input: one value without a name, or an object; fields left empty are not in it."""
+        given = [(field.variable.path, field.read(value)) for field, value in zip(self.fields, values, strict=False)]
+        if [path for path, _ in given] == [()]:
+            return given[0][1]
+        result: dict[str, Any] = {}
+        for path, value in given:
+            if value is not None:
+                node = result
+                for step in path[:-1]:
+                    node = node.setdefault(str(step), {})
+                node[str(path[-1])] = value
+        return result
+
+    def read_blend(self, values: Sequence[Any]) -> Any:
+        """What Compose.run takes as `blend`. Raises InputError."""
+        rest = list(values[len(self.fields) :])
+        blends = {mixer.component: mixer.read([rest.pop(0) for _ in mixer.adapters]) for mixer in self.mixers}
+        if self.by_component:
+            return {id: blend for id, blend in blends.items() if blend is not None} or None
+        return next(iter(blends.values()), None)
+
+
+def draw_form(compose: Compose, workflow: WorkflowOptions) -> Form:
+    """Draws the widgets into the block that is open."""
+    fields = tuple(
+        Field(variable, _draw(variable, alone=alone)) for variable, alone in _asked(compose.inputs(workflow.id))
+    )
+    models = list(_models(compose, workflow))
+    mixers = tuple(
+        _draw_mixer(id, model.blends, preset, titled=len(models) > 1)
+        for id, model, preset in models
+        if model.blends.adapters
+    )
+    return Form(fields, mixers, by_component=len(compose.models) > 1)
+
+
+def _asked(variables: Sequence[Variable]) -> Iterator[tuple[Variable, bool]]:
+    """The variables that get a widget, and whether it is the only one: blends have sliders, and a path into a list is
+    asked for as the whole list."""
+    found: dict[Any, Variable] = {}
+    for variable in variables:
+        if variable.role == "blend":
+            continue
+        path = tuple(takewhile(lambda step: isinstance(step, str), variable.path))
+        whole = variable if path == variable.path else replace(variable, path=path, type=Type("json"), default=None)
+        found.setdefault(path, whole)
+    if len(found) > 1:
+        found.pop((), None)
+    for variable in found.values():
+        yield variable, len(found) == 1
+
+
+def _draw(variable: Variable, *, alone: bool) -> Any:
+    name, kind, default = variable.name or "input", variable.type.name, variable.default
+    common = {"label": f"{name} *" if variable.required else name, "info": variable.description}
+    if _is_json(variable):
+        shown = None if default is None else default if isinstance(default, str) else json.dumps(default)
+        return gr.Textbox(shown, lines=3, max_lines=16, placeholder="JSON", elem_classes="mc-json", **common)
+    if kind in ("integer", "number"):
+        return gr.Number(
+            default, precision=0 if kind == "integer" else None, step=1 if kind == "integer" else 0.1, **common
+        )
+    if kind == "boolean":
+        return gr.Checkbox(bool(default), **common)
+    if variable.options:
+        first = default if default in variable.options else variable.options[0] if variable.required else None
+        return gr.Dropdown(list(variable.options), value=first, filterable=len(variable.options) > 8, **common)
+    if variable.range:
+        low, high, step = variable.range
+        return gr.Slider(low, high, value=low if default is None else default, step=step, **common)
+    long = kind in ("text", "markdown") or alone
+    hint = "Type here; Shift+Enter runs it" if long else None
+    return gr.Textbox(default, lines=7 if long else 1, max_lines=24 if long else 1, placeholder=hint, **common)
+
+
+def _is_json(variable: Variable) -> bool:
+    return variable.type.is_list or variable.type.name in JSON_TYPES
+
+
+def _models(compose: Compose, workflow: WorkflowOptions) -> Iterator[tuple[str, ModelComponent, Blend | None]]:
+    """The model components that the workflow's jobs use, each with the blend that the file gives it there; None for one
+    that cannot be known before there is input."""
+    seen = set()
+    for job in workflow.all_jobs:
+        id = pick(compose.config.all_components, job.component, "component").id
+        model = compose.models.get(id)
+        if model is None or id in seen:
+            continue
+        seen.add(id)
+        nothing: Mapping[str, Any] = {"input": {}, "context": {}, "jobs": {}}
+        try:
+            action = model.options.find_action(job.action).fields().get("blend")
+            inputs = {**nothing, "input": job.input_template.evaluate(nothing)}
+            yield id, model, model.blends.resolve(action.evaluate(inputs) if action else None)
+        except ComposeError:
+            yield id, model, None
+
+
+def _draw_mixer(component: str, blends: Blends, preset: Blend | None, *, titled: bool) -> Mixer:
+    choices = tuple(_choices(blends, preset))
+    rows = []
+    with gr.Group(elem_classes="mc-mixer"):
+        picker = gr.Dropdown(
+            [*((choice.label, str(index)) for index, choice in enumerate(choices)), ("Custom", CUSTOM)],
+            value="0", label=f"Blend of {component}" if titled else "Blend", filterable=False, interactive=True,
+            elem_classes="mc-picker",
+        )  # fmt: skip
+        for adapter, weight in zip(blends.adapters, choices[0].weights, strict=True):
+            with gr.Row(elem_classes="mc-weight", equal_height=True):
+                slider = gr.Slider(
+                    0, SLIDER_MAXIMUM, value=min(max(weight, 0), SLIDER_MAXIMUM), step=SLIDER_STEP, label=adapter,
+                    container=False, interactive=True, min_width=0, scale=1, elem_classes="mc-slider",
+                )  # fmt: skip
+                number = gr.Number(
+                    weight, label=f"{adapter} weight", show_label=False, container=False, step=SLIDER_STEP,
+                    interactive=True, min_width=0, scale=0, elem_classes="mc-number",
+                )  # fmt: skip
+            rows.append((slider, number))
+    sliders, numbers = [slider for slider, _ in rows], [number for _, number in rows]
+    table = json.dumps([choice.weights for choice in choices])
+    in_browser: dict[str, Any] = {"fn": None, "queue": False, "show_progress": "hidden", "api_visibility": "private"}
+    for slider, number in rows:
+        slider.input(inputs=slider, outputs=number, js="(weight) => weight", **in_browser)
+        number.input(inputs=number, outputs=slider, js="(weight) => modelCompose.clamp(weight)", **in_browser)
+    picker.input(
+        inputs=[picker, *numbers], outputs=[*numbers, *sliders],
+        js=f"(choice, ...weights) => modelCompose.pick({table}, choice, weights)", **in_browser,
+    )  # fmt: skip
+    gr.on(
+        [number.change for number in numbers], inputs=numbers, outputs=picker,
+        js=f"(...weights) => modelCompose.match({table}, weights)", **in_browser,
+    )  # fmt: skip
+    return Mixer(component, blends.adapters, choices, tuple(numbers))
+
+
+def _choices(blends: Blends, preset: Blend | None) -> Iterator[Choice]:
+    """The file's own blend first, then the named ones, each adapter alone, and the bare base; equal weights only once."""
+
+    def row(blend: Blend) -> tuple[float, ...]:
+        return tuple(float(blend.weights.get(adapter, 0)) for adapter in blends.adapters)
+
+    default = preset or blends.default
+    offered = [
+        Choice("Default (YAML)", None if preset else dict(default.weights), row(default)),
+        *(Choice(name, name, row(blend)) for name, blend in blends.named.items()),
+        *(Choice(f"{name} alone", name, row(Blend({name: 1.0}))) for name in blends.adapters),
+        Choice("Bare base", {}, row(Blend({}))),
+    ]
+    taken = set()
+    for choice in offered:
+        if choice.weights not in taken:
+            taken.add(choice.weights)
+            yield choice

@@ -1,0 +1,138 @@
+"""The calls that would do what the page just did: curl for the workflow API, Python for OpenAI's client."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from model_compose.components import Answer, pick
+from model_compose.compose import Compose
+from model_compose.generation import Message, Sampling
+from model_compose.servers.openai import public_id
+from model_compose.workflow.jobs import WorkflowOptions
+
+KEY = "MODEL_COMPOSE_API_KEY"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One finished run, as seen from outside."""
+
+    workflow: WorkflowOptions
+    input: Any
+    answers: tuple[Answer, ...]
+
+
+def curl(compose: Compose, api_address: str, call: Call) -> str:
+    """A POST of the run, to paste into a shell."""
+    server = compose.config.serving.server
+    assert server is not None
+    body: dict[str, Any] = {"input": call.input}
+    if len(compose.config.all_workflows) > 1:
+        body = {"workflow_id": call.workflow.id, **body}
+    blend = _blend(compose, call.answers)
+    if blend is not None:
+        body["blend"] = blend
+    lines = [f"curl {api_address}{server.base_path}/workflows/runs", "-H 'Content-Type: application/json'"]
+    if server.api_keys:
+        lines.append(f'-H "Authorization: Bearer ${KEY}"')
+    lines.append(f"-d {shlex.quote(json.dumps(body, ensure_ascii=False, indent=2))}")
+    return " \\\n  ".join(lines)
+
+
+def openai(compose: Compose, api_address: str, call: Call) -> str | None:
+    """The same text by OpenAI's client; None where it takes more than one call to one model."""
+    jobs = call.workflow.all_jobs
+    if len(jobs) != 1 or len(call.answers) != 1:
+        return None
+    answer = call.answers[0]
+    model = compose.models[pick(compose.config.all_components, jobs[0].component, "component").id]
+    value = jobs[0].input_template.evaluate({"input": call.input, "context": {}, "jobs": {}})
+    asked = model._evaluate(model.options.find_action(jobs[0].action), {"input": value, "context": {}})
+    prompts = asked.prompts()
+    route, prompt, shown = _asking(prompts)
+    if prompt is None:
+        return None
+    plain, extra = _sampling(asked.sampling, model.sampling())
+    lora = [{"name": name, "scale": weight} for name, weight in answer.blend.weights.items() if weight]
+    if model.blends.adapters:
+        extra = {"lora": lora, **extra}
+    arguments = {"model": public_id(answer.component), **prompt, **plain, **({"extra_body": extra} if extra else {})}
+    needs_key = compose.config.serving.server is not None and bool(compose.config.serving.server.api_keys)
+    key = f'os.environ["{KEY}"]' if needs_key else '"none"'
+    return "\n".join(
+        [
+            *(["import os", ""] if needs_key else []),
+            "from openai import OpenAI",
+            "",
+            f'client = OpenAI(base_url="{api_address}/v1", api_key={key})',
+            f"answer = client.{route}.create(",
+            *(f"    {name}={_literal(value)}," for name, value in arguments.items()),
+            ")",
+            "for choice in answer.choices:"
+            if asked.sampling.num_return_sequences > 1
+            else f"print(answer.choices[0].{shown})",
+            *([f"    print(choice.{shown})"] if asked.sampling.num_return_sequences > 1 else []),
+        ]
+    )
+
+
+def _asking(prompts: str | Sequence[str] | Sequence[Message]) -> tuple[str, dict[str, Any] | None, str]:
+    """The client's route, its argument for the prompt, and where a choice has its text."""
+    if isinstance(prompts, str):
+        return "completions", {"prompt": prompts}, "text"
+    messages = [{"role": turn.role, "content": turn.content} for turn in prompts if isinstance(turn, Message)]
+    return "chat.completions", {"messages": messages} if messages else None, "message.content"
+
+
+def _sampling(used: Sampling, default: Sampling) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What must be said because the server would not do it by itself: the client's own arguments, and ours."""
+    drawn = (used.do_sample, used.temperature if used.do_sample else 0.0)
+    usual = (default.do_sample, default.temperature if default.do_sample else 0.0)
+    plain = {
+        "max_tokens": used.max_output_length if used.max_output_length != default.max_output_length else None,
+        "temperature": drawn[1] if drawn != usual else None,
+        "top_p": used.top_p if used.top_p != default.top_p else None,
+        "seed": used.seed if used.seed != default.seed else None,
+        "stop": list(used.stop_sequences) if used.stop_sequences != default.stop_sequences else None,
+        "n": used.num_return_sequences if used.num_return_sequences > 1 else None,
+    }
+    extra = {
+        "top_k": used.top_k if used.top_k != default.top_k else None,
+        "repetition_penalty": used.repetition_penalty
+        if used.repetition_penalty != default.repetition_penalty
+        else None,
+    }
+    return _given(plain), _given(extra)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _blend(compose: Compose, answers: Sequence[Answer]) -> Any:
+    """The blend that the answers used, as a request says it; None where no one blend says it."""
+    used: dict[str, Any] = {}
+    for answer in answers:
+        blends = compose.models[answer.component].blends
+        named = answer.blend.name in blends.named and answer.blend == blends.named[answer.blend.name]
+        said = answer.blend.name if named else {name: weight for name, weight in answer.blend.weights.items() if weight}
+        if not blends.adapters:
+            continue
+        if used.setdefault(answer.component, said) != said:
+            return None
+    if len(compose.models) > 1:
+        return used or None
+    return next(iter(used.values()), None)
+
+
+def _literal(value: Any) -> str:
+    """A Python literal in double quotes, as people write it."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_literal(key)}: {_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    return repr(value)
