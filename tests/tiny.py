@@ -97,3 +97,21 @@ def save_project(folder: Path, yaml: str = YAML) -> Path:
     path = folder / "model-compose.yml"
     path.write_text(yaml, encoding="utf-8")
     return path
+
+
+def teach_to_say(base: Path, cycle: str) -> None:
+    """Rewires a base so that, greedily, it repeats `cycle` byte by byte; the bytes must all differ.
+
+    The layers are silenced, the embedding is one-hot, and the head maps each byte to the next.
+    """
+    tokens = tokenizer()(cycle)["input_ids"]
+    assert len(set(tokens)) == len(tokens)
+    model = AutoModelForCausalLM.from_config(llama_config())
+    state = model.state_dict()
+    for name, tensor in state.items():
+        tensor.fill_(1.0 if "norm" in name else 0.0)
+    for position, (token, following) in enumerate(zip(tokens, tokens[1:] + tokens[:1], strict=True)):
+        state["model.embed_tokens.weight"][token, position] = 1.0
+        state["lm_head.weight"][following, position] = 1.0
+    model.load_state_dict(state)
+    model.save_pretrained(base)

@@ -109,10 +109,12 @@ class LoraModel:
 
     @contextmanager
     def use(self, rows: Sequence[Blend]) -> Iterator[None]:
-        """Within the block, row i of every forward pass gets rows[i], computed live."""
-        assert self.folded is None, "a folded model cannot mix live"
-        mix = Mix(rows, self.names)
-        self._mix = mix if mix.active else None
+        """Within the block, row i of every forward pass gets rows[i]: live, or by the weights if that blend is folded."""
+        if self.folded is None:
+            mix = Mix(rows, self.names)
+            self._mix = mix if mix.active else None
+        else:
+            assert all(row.active == self.folded.active for row in rows), "another blend is folded in"
         try:
             yield
         finally:

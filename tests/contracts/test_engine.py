@@ -1,0 +1,160 @@
+"""What every engine promises. A new driver adds one line to DRIVERS and must pass all of it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model_compose.components.model import TextGenerationOptions
+from model_compose.engines import ENGINES, Engine
+from model_compose.errors import InputError
+from model_compose.generation import Chunk, Message, Request, Sampling, collect
+from model_compose.lora.blend import Blend
+from model_compose.progress import Progress, silent
+from tests import tiny
+
+DRIVERS = ("huggingface",)
+GREEDY = Sampling(max_output_length=16, min_output_length=16, do_sample=False)
+BLENDS = [Blend(), Blend({"alpaca": 1.0}), Blend({"pirate": 1.5}), Blend({"alpaca": 0.7, "pirate": -0.8})]
+
+
+def make(driver: str, folder: Path, **changes: Any) -> Engine:
+    adapters = [{"type": "lora", "name": name, "model": f"./{name}"} for name in ("alpaca", "pirate")]
+    settings = {"type": "model", "task": "text-generation", "model": "./base", "precision": "float32"} | changes
+    options = TextGenerationOptions(driver=driver, peft_adapters=adapters, **settings)
+    return ENGINES[driver](options, options.to_blends(), folder)
+
+
+@pytest.fixture(params=DRIVERS)
+async def engine(request: pytest.FixtureRequest, project: Path) -> AsyncIterator[Engine]:
+    made = make(request.param, project.parent)
+    await made.open(silent)
+    yield made
+    await made.close()
+
+
+async def text(engine: Engine, prompt: str, blend: Blend = BLENDS[0], sampling: Sampling = GREEDY) -> str:
+    async with aclosing(engine.generate(Request(prompt, blend, sampling))) as chunks:
+        return (await collect(chunks)).texts[0].text
+
+
+async def test_blends_differ_and_the_order_of_use_does_not_matter(engine: Engine) -> None:
+    first = [await text(engine, "Hello", blend) for blend in BLENDS]
+    assert len(set(first)) == len(BLENDS)
+    assert [await text(engine, "Hello", blend) for blend in reversed(BLENDS)] == first[::-1]
+
+
+async def test_requests_at_once_keep_their_own_blend(engine: Engine) -> None:
+    alone = [await text(engine, f"Prompt {n}", blend) for n in range(2) for blend in BLENDS]
+    together = await asyncio.gather(*(text(engine, f"Prompt {n}", blend) for n in range(2) for blend in BLENDS))
+    assert together == alone
+
+
+async def test_one_seed_is_one_text(engine: Engine) -> None:
+    def drawn(seed: int | None) -> Sampling:
+        return Sampling(max_output_length=16, min_output_length=16, temperature=1.5, top_p=1.0, top_k=0, seed=seed)
+
+    one, same, other = [await text(engine, "Hello", sampling=drawn(seed)) for seed in (7, 7, 8)]
+    assert one == same != other
+    assert await text(engine, "Hello", sampling=drawn(None)) != await text(engine, "Hello", sampling=drawn(None))
+
+
+async def test_several_sequences_of_one_prompt(engine: Engine) -> None:
+    sampling = Sampling(max_output_length=8, min_output_length=8, seed=3, num_return_sequences=3, temperature=2.0)
+    completion = await collect(engine.generate(Request("Hello", BLENDS[1], sampling)))
+    assert len({text.text for text in completion.texts}) == 3
+    assert completion.usage.completion_tokens == 24
+
+
+async def test_stop_strings_are_cut_and_end_the_text(engine: Engine) -> None:
+    whole = await text(engine, "Hello", BLENDS[1])
+    stop = whole[4:7]  # spans tokens: one token is one byte
+    sampling = Sampling(max_output_length=16, do_sample=False, stop_sequences=("never", stop))
+    completion = await collect(engine.generate(Request("Hello", BLENDS[1], sampling)))
+    assert completion.texts[0].text == whole[: whole.index(stop)]
+    assert completion.texts[0].finish == "stop"
+
+
+async def test_lengths(engine: Engine) -> None:
+    completion = await collect(engine.generate(Request("Hello", BLENDS[0], GREEDY)))
+    assert completion.usage.completion_tokens == 16
+    assert completion.texts[0].finish == "length"
+    unlimited = Sampling(min_output_length=10_000, do_sample=False)
+    completion = await collect(engine.generate(Request("x" * 240, BLENDS[0], unlimited)))
+    assert completion.usage.prompt_tokens + completion.usage.completion_tokens == 256  # the context's end
+
+
+async def test_a_prompt_that_does_not_fit_names_both_lengths(engine: Engine) -> None:
+    with pytest.raises(InputError, match="the prompt has 300 tokens, and this model's context holds 256"):
+        await text(engine, "x" * 300)
+    truncated = Request("x" * 300, BLENDS[0], GREEDY, max_input_length=20)
+    assert (await collect(engine.generate(truncated))).usage.prompt_tokens == 20
+
+
+async def test_usage_comes_with_the_last_chunk_alone(engine: Engine) -> None:
+    chunks = [chunk async for chunk in engine.generate(Request("Hello", BLENDS[0], GREEDY))]
+    assert [chunk.usage is not None for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert len(chunks) > 2
+
+
+async def test_logprobs_describe_the_drawn_tokens(engine: Engine) -> None:
+    sampling = Sampling(max_output_length=5, min_output_length=5, do_sample=False, logprobs=3)
+    completion = await collect(engine.generate(Request("Hello", BLENDS[0], sampling)))
+    tokens = completion.texts[0].logprobs
+    assert len(tokens) == 5
+    for token in tokens:
+        assert len(token.top) == 3
+        assert token.logprob <= token.top[0][1] <= 0
+    assert tokens[0].text == tokens[0].top[0][0]  # greedy draws the likeliest
+
+
+async def test_chat_goes_through_the_template(engine: Engine) -> None:
+    messages = (Message("system", "Be brief"), Message("user", "Hi"))
+    raw = "<system>Be brief</s><user>Hi</s><assistant>"
+    chat = await collect(engine.generate(Request(messages, BLENDS[1], GREEDY)))
+    assert chat.texts[0].text == await text(engine, raw, BLENDS[1])
+    with pytest.raises(InputError, match="chat template refuses these messages: unknown role"):
+        await collect(engine.generate(Request((Message("wizard", "Hi"),), BLENDS[1], GREEDY)))
+
+
+async def test_closing_the_stream_stops_the_computation(engine: Engine) -> None:
+    endless = Request("Hello", BLENDS[1], Sampling(min_output_length=10_000))
+    async with aclosing(engine.generate(endless)) as chunks:
+        await anext(chunks)
+    before = await text(engine, "Hello")
+    assert before == await text(engine, "Hello")
+
+
+async def test_close_ends_what_runs(project: Path) -> None:
+    engine = make(DRIVERS[0], project.parent)
+    await engine.open(silent)
+    chunks = engine.generate(Request("Hello", BLENDS[1], Sampling(min_output_length=10_000)))
+    await anext(chunks)
+    await engine.close()
+    with pytest.raises(Exception, match="shutting down"):
+        async for _ in chunks:
+            pass
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_loading_reports_progress(driver: str, project: Path) -> None:
+    reports: list[Progress] = []
+    engine = make(driver, project.parent)
+    await engine.open(reports.append)
+    await engine.close()
+    assert reports
+    assert any(report.total and report.done == report.total for report in reports)
+
+
+async def test_text_comes_in_whole_characters(tmp_path: Path) -> None:
+    """A model that can only say 'é', one byte a token: never half of it, in no chunk."""
+    folder = tiny.save_project(tmp_path).parent
+    tiny.teach_to_say(folder / "base", "é€👍")
+    engine = make(DRIVERS[0], folder)
+    await engine.open(silent)
+    chunks: list[Chunk] = [c async for c in engine.generate(Request("é€👍", Blend(), Sampling(27, do_sample=False)))]
+    await engine.close()
+    assert [chunk.text for chunk in chunks if chunk.text] == ["é", "€", "👍"] * 3

@@ -1,0 +1,222 @@
+"""The embedded engine: the same text as transformers' generate, its own options, and what goes wrong while loading."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, GPT2Config
+
+from model_compose.engines.huggingface import HuggingfaceEngine
+from model_compose.engines.huggingface.model import pick_device, pick_dtype
+from model_compose.engines.huggingface.text import Detokenizer, StopStrings
+from model_compose.errors import AdapterError, InputError, LoadError, RunError
+from model_compose.generation import Request, Sampling, collect
+from model_compose.lora.blend import Blend
+from model_compose.progress import silent
+from tests import tiny
+from tests.contracts.test_engine import GREEDY, make, text
+
+ROOT = Path(__file__).parents[2]
+
+
+async def opened(folder: Path, **changes: Any) -> HuggingfaceEngine:
+    engine = make("huggingface", folder, **changes)
+    assert isinstance(engine, HuggingfaceEngine)
+    await engine.open(silent)
+    return engine
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+async def test_greedy_text_is_what_transformers_generates(project: Path, penalty: float) -> None:
+    engine = await opened(project.parent)
+    model = AutoModelForCausalLM.from_pretrained(project.parent / "base").eval()
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer("Hello world", return_tensors="pt")["input_ids"]
+    reference = model.generate(
+        ids, do_sample=False, max_new_tokens=20, min_new_tokens=20, repetition_penalty=penalty, pad_token_id=tiny.EOS
+    )
+    sampling = Sampling(20, 20, do_sample=False, repetition_penalty=penalty)
+    assert await text(engine, "Hello world", Blend(), sampling) == tokenizer.decode(reference[0, ids.shape[1] :])
+    await engine.close()
+
+
+async def test_a_prompt_longer_than_a_prefill_step(tmp_path: Path) -> None:
+    """Chunked prefill gives the text that one pass gives."""
+    base = tiny.save_base(tmp_path / "base", tiny.llama_config(max_position_embeddings=2048))
+    for name in ("alpaca", "pirate"):
+        tiny.save_adapter(tmp_path / name, base)
+    engine = await opened(tmp_path)
+    prompt = "The quick brown fox. " * 60
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    ids = tiny.tokenizer()(prompt, return_tensors="pt")["input_ids"]
+    assert ids.shape[1] > 1024
+    reference = model.generate(ids, do_sample=False, max_new_tokens=8, min_new_tokens=8, pad_token_id=tiny.EOS)
+    ours = await text(engine, prompt, Blend(), Sampling(8, 8, do_sample=False))
+    assert ours == tiny.tokenizer().decode(reference[0, ids.shape[1] :])
+    await engine.close()
+
+
+async def test_other_families(tmp_path: Path) -> None:
+    config = GPT2Config(
+        vocab_size=tiny.VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
+    )
+    base = tiny.save_base(tmp_path / "base", config)
+    for name in ("alpaca", "pirate"):
+        tiny.save_adapter(tmp_path / name, base, target_modules=["c_attn"], std=0.5)
+    engine = await opened(tmp_path)
+    assert await text(engine, "Hello", Blend()) != await text(engine, "Hello", Blend({"alpaca": 2.0}))
+    await engine.close()
+
+
+async def test_fold_always_equals_live_and_takes_no_other_blend(project: Path) -> None:
+    live, folded = await opened(project.parent), await opened(project.parent, options={"fold": "always"})
+    default = Blend({"alpaca": 1.0, "pirate": 1.0})
+    assert await text(folded, "Hello", default) == await text(live, "Hello", default)
+    with pytest.raises(InputError, match=r"fold: always.*takes no other"):
+        await text(folded, "Hello", Blend({"alpaca": 0.5}))
+    await live.close()
+    await folded.close()
+
+
+async def test_a_failing_request_harms_no_other(project: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = await opened(project.parent)
+    expected = await text(engine, "Hello")
+    assert engine._loaded is not None
+    poison = tiny.tokenizer()("☠")["input_ids"][0]
+
+    def fail(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        if poison in inputs["input_ids"]:
+            raise ZeroDivisionError("a kernel that fails on this input")
+
+    engine._loaded.model.register_forward_pre_hook(fail, with_kwargs=True)
+    good, bad = await asyncio.gather(text(engine, "Hello"), text(engine, "☠"), return_exceptions=True)
+    assert good == expected
+    assert isinstance(bad, RunError)
+    assert "the model failed while generating (ZeroDivisionError); the log has the details" in str(bad)
+    assert "a kernel that fails" in caplog.text
+    assert await text(engine, "Hello") == expected
+    await engine.close()
+
+
+async def test_another_base_is_a_warning_that_names_both(
+    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("base", "alpaca", "pirate"):
+        (tmp_path / name).symlink_to(project.parent / name)
+    (tmp_path / "alpaca").unlink()
+    config = (project.parent / "alpaca" / "adapter_config.json").read_text()
+    (tmp_path / "alpaca").mkdir()
+    weights = (project.parent / "alpaca" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "alpaca" / "adapter_model.safetensors").write_bytes(weights)
+    other = config.replace(str(project.parent / "base"), "decapoda-research/llama-7b-hf")
+    (tmp_path / "alpaca" / "adapter_config.json").write_text(other)
+    with caplog.at_level(logging.WARNING):
+        engine = await opened(tmp_path)
+    await engine.close()
+    (warning,) = [record.getMessage() for record in caplog.records if "was trained on" in record.getMessage()]
+    assert "adapter 'alpaca' was trained on decapoda-research/llama-7b-hf, but the base model is ./base" in warning
+
+
+async def test_an_adapter_of_another_shape_is_refused_with_both_shapes(project: Path, tmp_path: Path) -> None:
+    other = tiny.save_base(tmp_path / "other", tiny.llama_config(hidden_size=64))
+    tiny.save_adapter(tmp_path / "alpaca", other)
+    (tmp_path / "base").symlink_to(project.parent / "base")
+    (tmp_path / "pirate").symlink_to(project.parent / "pirate")
+    with pytest.raises(AdapterError, match=r"adapter 'alpaca': .*q_proj.*64 inputs and 64 outputs.*32 inputs and 32"):
+        await opened(tmp_path)
+
+
+async def test_devices_and_precisions(project: Path) -> None:
+    with pytest.raises(LoadError, match=r"device 'cuda:7' does not exist on this machine.*use 'auto' or 'cpu'"):
+        await opened(project.parent, device="cuda:7")
+    with pytest.raises(LoadError, match="device 'gpu' is not known"):
+        pick_device("gpu")
+    cpu = torch.device("cpu")
+    assert pick_dtype("float16", cpu) == torch.float16
+    assert pick_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert pick_dtype("auto", torch.device("cuda")) == "auto"
+    engine = await opened(project.parent, precision="bfloat16")
+    assert await text(engine, "Hello", Blend({"alpaca": 1.0}))
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"quantization": "int8"}, {"on_demand": True}, {"fast_tokenizer": False}, {"runtime_spec": {"vram": 1}}],
+    ids=str,
+)
+def test_options_that_it_cannot_honour_are_refused_by_name(project: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=f"driver huggingface cannot honour '{next(iter(changes))}'"):
+        make("huggingface", project.parent, **changes)
+
+
+def test_unknown_engine_options_name_the_nearest() -> None:
+    with pytest.raises(ValidationError, match="unknown key 'folds'; did you mean 'fold'"):
+        make("huggingface", Path(), options={"folds": "always"})
+
+
+async def test_what_is_no_model_is_one_sentence(project: Path, tmp_path: Path) -> None:
+    for name in ("alpaca", "pirate"):
+        (tmp_path / name).symlink_to(project.parent / name)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "nonsense"}')
+    with pytest.raises(LoadError, match=r"\./base cannot be loaded as a causal language model: ") as caught:
+        await opened(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_out_of_memory_at_load_says_what_to_do(tmp_path: Path) -> None:
+    """In a process of its own whose memory is limited to what Python needs plus half of the weights."""
+    base = tiny.save_base(tmp_path / "base", tiny.llama_config(hidden_size=1024, intermediate_size=8192))
+    for name in ("alpaca", "pirate"):
+        tiny.save_adapter(tmp_path / name, base)
+    script = f"""
+import asyncio, re, resource
+from pathlib import Path
+import torch, transformers, model_compose.engines.huggingface.model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from tests.contracts.test_engine import make
+used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (used + (120 << 20), used + (120 << 20)))
+try:
+    asyncio.run(make("huggingface", Path({str(tmp_path)!r})).open(lambda _: None))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "LoadError out of memory on cpu while loading ./base; use a smaller precision" in done.stdout, done
+
+
+async def test_without_a_chat_template(tmp_path: Path) -> None:
+    base = tiny.save_base(tmp_path / "base", chat=False)
+    for name in ("alpaca", "pirate"):
+        tiny.save_adapter(tmp_path / name, base)
+    engine = await opened(tmp_path)
+    with pytest.raises(InputError, match="no chat template; use /v1/completions"):
+        await collect(engine.generate(Request((), Blend(), GREEDY)))
+    await engine.close()
+
+
+def test_stop_strings_hold_back_only_what_may_become_one() -> None:
+    stops = StopStrings(["###", "\n\n"])
+    assert [stops.push(piece) for piece in ("a#", "#b", "\n", "c##", "#d")] == [
+        ("a", False), ("##b", False), ("", False), ("\nc", False), ("", True),
+    ]  # fmt: skip
+    held = StopStrings(["###"])
+    assert held.push("end##") == ("end", False)
+    assert held.flush() == "##"
+
+
+def test_detokenizer_keeps_spaces_and_whole_characters() -> None:
+    tokenizer = tiny.tokenizer()
+    prompt, answer = "Hello", " wörld 👍"
+    detokenizer = Detokenizer(tokenizer, tokenizer(prompt)["input_ids"])
+    pieces = [detokenizer.push(token) for token in tokenizer(answer)["input_ids"]]
+    assert "".join(pieces) == answer
+    assert "👍" in pieces
