@@ -1,6 +1,6 @@
 """Claim: our blend is the weighted sum, exactly, and takes under a second to build; PEFT's default loses much of it.
 
-    python benchmarks/blend_exactness.py [--repeat 3]
+    python -m benchmarks.blend_exactness [--repeat 3]
 
 SmolLM2-135M-Instruct in float32, the quickstart's two adapters (unequal ranks) and two random ones of equal rank, each
 pair at weights 0.7 and 0.8. Reference: a float64 dense sum. Printed for each way of combining: the time to build it, and

@@ -1,6 +1,6 @@
 """Claim: loading and folding takes little more memory than the weights themselves.
 
-    python benchmarks/load_memory.py [--layers 16] [--fold never|always]
+    python -m benchmarks.load_memory [--layers 16] [--fold never|always]
 
 A random Llama of the shape of Llama-3.2-1B in bfloat16 safetensors, with two r-16 adapters on q, k, v and o, is opened by
 a process of its own that then answers one prompt. Prints the peak resident memory of that process (VmHWM), the time to
@@ -36,7 +36,6 @@ def write_project(folder: Path, layers: int, fold: str) -> int:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from tests import tiny
 
     config = LlamaConfig(

@@ -1,5 +1,6 @@
 """Loading: from model references to a base model with its adapters attached, checked before the large download ends."""
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -217,15 +218,19 @@ def _out_of_memory(name: str, device: torch.device) -> LoadError:
 @contextmanager
 def _tqdm_reports(report: Report) -> Iterator[None]:
     """Sends transformers' own progress bars (reading GGUF blocks, placing weights) to the report."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging as transformers_logging
 
     def bar(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _Bar(report, *args, **kwargs)
 
     before = transformers_logging.set_tqdm_hook(bar)
+    # The GGUF reader takes tqdm itself, past the hook.
+    gguf_bar, gguf.tqdm = gguf.tqdm, functools.partial(_Bar, report)
     try:
         yield
     finally:
+        gguf.tqdm = gguf_bar
         transformers_logging.set_tqdm_hook(before)
 
 
