@@ -17,7 +17,7 @@ from model_compose.servers.serve import address, bind, listening
 from tests import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that forgets its stand-in must fail at once, not look for the Hub
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # two that wait for each other on a busy machine make tiny steps 15 times slower
 
 
 @pytest.fixture(scope="session")

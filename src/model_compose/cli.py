@@ -1,6 +1,7 @@
 """The command line: parsing and printing only. stdout carries results, stderr everything else."""
 
 import asyncio
+import io
 import json
 import logging
 import os
@@ -8,19 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from model_compose import __version__
-from model_compose.errors import ComposeError, ConfigError, InputError
+from model_compose.errors import ComposeError, ConfigError, Conflict, InputError, LoadError
+from model_compose.progress import Progress, silent
 
 if TYPE_CHECKING:
     from model_compose.loading import Loaded
     from model_compose.progress import Report
+    from model_compose.running import Record
+
+INTERRUPTED = 130
+STOP_SECONDS = 60
+POLL_SECONDS = 0.2
 
 app = typer.Typer(
     name="model-compose", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -45,22 +51,29 @@ _global_files: list[Path] = []
 
 def main() -> NoReturn:
     """Exit codes: 0, 1 (failed), 2 (usage), 130 (interrupted)."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character shows ? instead
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     code = 0
     try:
         app()
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:  # the reader of stdout left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:  # tracebacks, even of our own bugs, only with -v
         _complain(error)
         code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code or 1
+        if not isinstance(error, BrokenPipeError):
+            print(f"❌ the output cannot be written ({error.strerror})", file=sys.stderr)
     # Not sys.exit: download threads of an interrupted load would be waited for.
     os._exit(code)
 
@@ -86,8 +99,16 @@ def up(
 ) -> None:
     """Load the models and serve until stopped."""
     loaded = _load(files, env_files, env)
+    controller = loaded.config.serving
+    if controller.server is None and controller.webui is None:
+        raise ConfigError(
+            f"{loaded.files[0].name}: the controller has neither adapter nor webui, so nothing would be served; add "
+            "adapter: {type: http-server}"
+        )
     if detach:
-        _detach(loaded)
+        options = [("--file", loaded.files), ("--env-file", env_files or ()), ("--env", env or ())]
+        arguments = [str(part) for name, values in options for value in values for part in (name, value)]
+        _detach(loaded, [*arguments, *(["--verbose"] if verbose else [])])
     else:
         _log_to_stderr(verbose)
         _serve(loaded)
@@ -104,47 +125,66 @@ def down(files: Files = None) -> None:
     if record is None:
         print(f"{found[0].name} is not up", file=sys.stderr)
         return
-    os.kill(record.pid, signal.SIGTERM)
-    _wait_until(lambda: find(found) is None, seconds=60)
+    with suppress(ProcessLookupError):  # ended just now
+        os.kill(record.pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while find(found) is not None:
+        if time.monotonic() > deadline:
+            raise Conflict(
+                f"the service (process {record.pid}) is still finishing its requests after {STOP_SECONDS} s; wait for it, "
+                f"or end it with `kill -9 {record.pid}`"
+            )
+        time.sleep(0.1)
     print("stopped", file=sys.stderr)
 
 
 @app.command()
 def run(
-    workflow: Annotated[str | None, typer.Argument(help="The workflow's id; the default one if left out")] = None,
+    workflow: Annotated[
+        str | None, typer.Argument(metavar="[WORKFLOW]", help="Its id; the default workflow if left out")
+    ] = None,
     input: Annotated[str, typer.Option("--input", "-i", metavar="JSON|@FILE|-", help="The input")] = "{}",
     blend: Annotated[
         str | None, typer.Option("--blend", "-b", metavar="NAME|JSON", help="A blend's name, or weights")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", "-s", help="Print the text as it is made")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the result here instead of stdout")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result here instead of stdout")
     ] = None,
     files: Files = None,
     env_files: EnvFiles = None,
     env: EnvPairs = None,
     verbose: Verbose = False,
 ) -> None:
-    """Run a workflow once, on the running service of this file if there is one."""
+    """Run a workflow once, here or on the running service."""
     from model_compose.oneshot import run_here, run_there
-    from model_compose.running import find
+    from model_compose.terminal import Printer, bars, render, write
 
     value, mix = _json(_input_text(input), "--input"), _blend(blend)
     loaded = _load(files, env_files, env)
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"--output: there is no folder {output.parent}")
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise InputError(
+            f"--output: {output} is a folder" if output.is_dir() else f"--output: no folder {output.parent}"
+        )
     _log_to_stderr(verbose, level=logging.WARNING)
-    show = _print_delta if stream and output is None else None
-    record = find(loaded.files)
-    if record is not None and record.ready and record.api is not None:
-        result = run_there(record, loaded, value, workflow, mix, show)
+    printer = Printer() if stream and output is None else None
+    try:
+        if record := _service(loaded):
+            result = run_there(record, loaded, value, workflow, mix, printer)
+        else:
+            with bars() as report:
+                result = asyncio.run(run_here(loaded, value, workflow, mix, printer, report))
+    except BaseException as error:
+        if printer is not None:
+            printer.end_line()
+        if isinstance(error, InputError) and value == {} and (names := _missing(error)):
+            example = json.dumps(dict.fromkeys(names, "…"), ensure_ascii=False)
+            raise InputError(f"{error}; for example --input '{example}'") from None
+        raise
+    if printer is not None:
+        printer.finish(result)
     else:
-        with _progress() as report:
-            result = asyncio.run(run_here(loaded, value, workflow, mix, show, report))
-    if show is not None:
-        print()
-    else:
-        _write(_render(result), output)
+        write(render(result), output)
 
 
 @app.command()
@@ -180,12 +220,35 @@ def _load(files: list[Path] | None, env_files: list[Path] | None, env: list[str]
     return load(found, environment(env_files or (), env or ()))
 
 
+def _service(loaded: "Loaded") -> "Record | None":
+    """The running service of this file, once it is ready; None where there is none that would give the same answer."""
+    from model_compose.running import find, fingerprint
+
+    waiting = False
+    while (record := find(loaded.files)) is not None and not record.ready:
+        if not waiting:
+            print("waiting for the running service to load its models", file=sys.stderr)
+        waiting = True
+        time.sleep(POLL_SECONDS)
+    if record is None or record.api is None:
+        return None
+    if record.config != fingerprint(loaded.config):
+        print(
+            "the running service was started from another version of this file (or of its variables), so the models are "
+            "loaded here; `model-compose down`, then `up`, renews it",
+            file=sys.stderr,
+        )
+        return None
+    return record
+
+
 def _serve(loaded: "Loaded") -> None:
     from model_compose.compose import Compose
     from model_compose.running import hold
     from model_compose.servers.serve import Addresses, serve
+    from model_compose.terminal import bars
 
-    with hold(loaded.files) as running, _progress() as report:
+    with hold(loaded.files, loaded.config) as running, bars() as report:
         compose = Compose(loaded)
         server = loaded.config.serving.server
         base_path = server.base_path if server else ""
@@ -203,26 +266,27 @@ def _serve(loaded: "Loaded") -> None:
         asyncio.run(serve(compose, report, announce, ready))
 
 
-def _detach(loaded: "Loaded") -> None:
-    """Starts this command again in the background, and reports its address once it is healthy."""
-    from model_compose.running import find, log_file
+def _detach(loaded: "Loaded", arguments: list[str]) -> None:
+    """Starts `up` with these arguments in the background, and reports its address once it is healthy."""
+    from model_compose.running import already_up, find, log_file
+    from model_compose.terminal import bars
 
     if (record := find(loaded.files)) is not None:
-        raise ConfigError(f"{loaded.files[0].name} is up already (process {record.pid}); `model-compose down` ends it")
+        raise already_up(loaded.files, record)
     log = log_file(loaded.files)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    arguments = [part for part in sys.argv[1:] if part not in ("-d", "--detach")]
     with log.open("wb") as sink:
         child = subprocess.Popen(
-            [sys.executable, "-m", "model_compose", *arguments],
+            [sys.executable, "-P", "-m", "model_compose", "up", *arguments],  # -P: a torch.py here is not torch
             stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
         )  # fmt: skip
     try:
-        while (record := find(loaded.files)) is None or not record.ready:
-            if child.poll() is not None:
-                tail = "\n".join(log.read_text(errors="replace").strip().splitlines()[-5:])
-                raise ConfigError(f"the service ended while starting; the end of {log}:\n{tail}")
-            time.sleep(0.2)
+        with bars() as report:
+            while (record := find(loaded.files)) is None or record.pid != child.pid or not record.ready:
+                if child.poll() is not None:
+                    raise LoadError(_why_it_ended(log))
+                if report is not silent and record is not None and record.api is not None:
+                    _report_health(f"{record.api}{record.base_path}/health", report)
+                time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         child.terminate()
         raise
@@ -231,12 +295,27 @@ def _detach(loaded: "Loaded") -> None:
         print(url)
 
 
-def _wait_until(done: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        if time.monotonic() > deadline:
-            raise ConfigError(f"the service did not stop within {seconds:g} s")
-        time.sleep(0.1)
+def _why_it_ended(log: Path) -> str:
+    """The child's own complaint, else the end of its log."""
+    text = log.read_text(errors="replace").strip()
+    _, mark, complaint = text.rpartition("❌ ")
+    reason = complaint if mark else "\n".join(text.splitlines()[-5:])
+    return f"{reason}\n(the service did not start; its log: {log})"
+
+
+def _report_health(url: str, report: "Report") -> None:
+    """The loading service's progress, as this terminal's bar."""
+    import httpx
+
+    with suppress(httpx.HTTPError, ValueError):
+        progress = httpx.get(url, trust_env=False).json().get("progress")
+        if progress:
+            report(Progress(**progress))
+
+
+def _missing(error: InputError) -> list[str]:
+    """The names of the fields of the input that an error speaks of."""
+    return [field.field.removeprefix("input.") for field in error.fields if field.field.startswith("input.")]
 
 
 def _input_text(given: str) -> str:
@@ -245,9 +324,11 @@ def _input_text(given: str) -> str:
         return sys.stdin.read()
     if given.startswith("@"):
         try:
-            return Path(given[1:]).read_text(encoding="utf-8")
+            return Path(given[1:]).read_text(encoding="utf-8-sig")
         except OSError as error:
             raise InputError(f"--input: {given[1:]} cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise InputError(f"--input: {given[1:]} is not UTF-8 text") from None
     return given
 
 
@@ -261,27 +342,6 @@ def _json(text: str, option: str) -> Any:
 def _blend(given: str | None) -> Any:
     """A name as it is; anything that starts like JSON as JSON."""
     return _json(given, "--blend") if given and given.lstrip()[:1] in "{[" else given
-
-
-def _render(value: Any) -> str:
-    if value is None:
-        return ""
-    return value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _write(text: str, output: Path | None) -> None:
-    if output is None:
-        if text:
-            print(text)
-        return
-    temporary = output.with_name(f".{output.name}.part")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(output)
-
-
-def _print_delta(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _complain(error: Exception) -> None:
@@ -298,36 +358,3 @@ def _complain(error: Exception) -> None:
 def _log_to_stderr(verbose: bool, level: int = logging.INFO) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)-8s %(message)s", stream=sys.stderr)
     logging.getLogger("model_compose").setLevel(logging.DEBUG if verbose else level)
-
-
-@contextmanager
-def _progress() -> Iterator["Report"]:
-    """Bars on a terminal's stderr; nothing when piped."""
-    from model_compose.progress import Progress, silent
-
-    if not sys.stderr.isatty():
-        yield silent
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[count]}"))
-    bars = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    tasks: dict[str, TaskID] = {}
-
-    def report(progress: Progress) -> None:
-        if progress.what not in tasks:
-            tasks[progress.what] = bars.add_task(progress.what, total=progress.total, count="")
-        count = _count(progress)
-        bars.update(tasks[progress.what], completed=progress.done, total=progress.total, count=count)
-
-    with bars:
-        yield report
-
-
-def _count(progress: Any) -> str:
-    if progress.unit != "B":
-        return f"{progress.done}/{progress.total or '?'}"
-    total = f" of {progress.total / 1e6:.0f}" if progress.total else ""
-    return f"{progress.done / 1e6:.0f}{total} MB"

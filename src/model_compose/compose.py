@@ -6,10 +6,10 @@ async with Compose.open("model-compose.yml") as compose:
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from model_compose.components import COMPONENTS, Component, Delta, Result, pick
 from model_compose.components.model import ModelComponent
@@ -24,8 +24,6 @@ from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 from model_compose.workflow.runner import Done
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Compose:
@@ -127,14 +125,15 @@ class Compose:
             component: str, action: str, sources: Mapping[str, Any]
         ) -> AsyncGenerator[Delta | Result]:
             id = pick(self.config.all_components, component, "component").id
-            running = self._components[id].run(action, sources, blends.get(id))
-            async with self._limits[id], aclosing(running) as items:
+            async with self._limits[id], aclosing(self._components[id].run(action, sources, blends.get(id))) as items:
                 async for item in items:
                     yield item
 
-        async with self._runs, aclosing(runner.run(chosen, input, context or {}, run_component)) as events:
-            async for event in self._counted(events):
-                yield event
+        running = runner.run(chosen, input, context or {}, run_component)
+        with self._counted():
+            async with self._runs, aclosing(running) as events:
+                async for event in events:
+                    yield event
 
     async def answer(self, input: Any = None, *, workflow: str | None = None, blend: Any = None) -> Done:
         """`run`, collected."""
@@ -149,16 +148,18 @@ class Compose:
         self.check_ready()
         if component not in self.models:
             raise NotFound(f"there is no model component '{component}'; known: {', '.join(self.models)}")
-        async with self._limits[component], aclosing(self.models[component].engine.generate(request)) as chunks:
-            async for chunk in self._counted(chunks):
-                yield chunk
+        engine = self.models[component].engine
+        with self._counted():
+            async with self._limits[component], aclosing(engine.generate(request)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
-    async def _counted(self, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
-        """Counts as `busy` while it runs."""
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Within the block a request counts as `busy`, also while it waits for its turn."""
         self.busy += 1
         try:
-            async for item in items:
-                yield item
+            yield
         finally:
             self.busy -= 1
 

@@ -4,12 +4,13 @@ takes them in from the registries."""
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from model_compose.components import COMPONENTS, ComponentOptions, one_or_many, pick
+from model_compose.components import COMPONENTS, DEFAULT_ID, ComponentOptions, one_or_many, pick
+from model_compose.errors import NotFound
 from model_compose.schema import Options, Seconds
 from model_compose.servers import HttpServerOptions, WebuiOptions
-from model_compose.workflow.jobs import WorkflowOptions
+from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
 if TYPE_CHECKING:
     AnyComponent = ComponentOptions
@@ -17,29 +18,53 @@ else:
     AnyComponent = Annotated[Union[tuple(COMPONENTS[name].Options for name in COMPONENTS)], Field()]  # noqa: UP007
 
 
-class Controller(Options):
-    """Who serves the workflows, and how many runs at once."""
+class _Serving(Options):
+    """What a controller says besides its adapter."""
 
     later: ClassVar[Mapping[str, Any]] = {"queue": None, "threaded": False, "shutdown_pending_period": "0s"}
     name: str | None = None
     runtime: Literal["native", "embedded"] = "native"
-    adapter: HttpServerOptions | None = None
-    adapters: tuple[HttpServerOptions, ...] = Field(default=(), max_length=1)
     webui: WebuiOptions | None = None
     max_concurrent_count: int = Field(default=0, ge=0, description="Runs at once; 0 is unlimited")
     shutdown_timeout: Seconds = Field(default=0.0, ge=0, description="How long running requests may go on at shutdown")
+
+
+class Controller(_Serving):
+    """Who serves the workflows, and how many runs at once."""
+
+    adapter: HttpServerOptions | None = None
+    adapters: tuple[HttpServerOptions, ...] = Field(default=(), max_length=1)
+
+    @model_validator(mode="after")
+    def _one_adapter(self) -> Self:
+        if self.adapter is not None and self.adapters:
+            raise ValueError("there are 'adapter' and 'adapters'; this version serves one, so keep one of the two")
+        return self
 
     @property
     def server(self) -> HttpServerOptions | None:
         return next(one_or_many(self.adapter, self.adapters), None)
 
 
+class FlatController(_Serving, HttpServerOptions):
+    """A controller whose one adapter stands directly in it: {type: http-server, port: 8080, webui: …}."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [key]} for key in ("type", "host", "port")]})
+    later: ClassVar[Mapping[str, Any]] = {**_Serving.later, **HttpServerOptions.later}
+
+    @property
+    def server(self) -> HttpServerOptions:
+        return HttpServerOptions.model_construct(
+            **{name: getattr(self, name) for name in HttpServerOptions.model_fields}
+        )
+
+
 def _controller_shape(value: Any) -> str:
-    """type, host or port directly under controller: one adapter, not a controller."""
+    """type, host or port directly under controller: its adapter is not a mapping of its own."""
     flat = (
         isinstance(value, dict) and not {"adapter", "adapters"} & set(value) and {"type", "port", "host"} & set(value)
     )
-    return "adapter" if flat or isinstance(value, HttpServerOptions) else "controller"
+    return "flat" if flat or isinstance(value, FlatController) else "controller"
 
 
 class Config(Options):
@@ -51,7 +76,7 @@ class Config(Options):
         for key in (one, f"{one}s")
     }  # fmt: skip
     controller: Annotated[
-        Annotated[Controller, Tag("controller")] | Annotated[HttpServerOptions, Tag("adapter")],
+        Annotated[Controller, Tag("controller")] | Annotated[FlatController, Tag("flat")],
         Discriminator(_controller_shape),
     ] = Controller(adapter=HttpServerOptions())
     workflow: WorkflowOptions | None = None
@@ -61,25 +86,40 @@ class Config(Options):
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
-        for what, items in (("component", self.all_components), ("workflow", self.all_workflows)):
-            ids = [item.id for item in items]
-            if twice := next((id for id in ids if ids.count(id) > 1), None):
-                raise ValueError(f"two {what}s have the id '{twice}'; give each its own id")
         if not self.all_components:
             raise ValueError("there is no component; add one, for example {type: model, task: text-generation, …}")
+        _check_ids(self.all_components, "component")
+        _check_ids(self.all_workflows, "workflow")
+        for component in self.all_components:
+            _check_ids(component.all_actions, "action", f"component '{component.id}': ")
         for workflow in self.all_workflows:
             for job in workflow.all_jobs:
-                try:
-                    pick(self.all_components, job.component, "component").find_action(job.action)
-                except Exception as error:
-                    raise ValueError(f"workflow '{workflow.id}', job '{job.id}': {error}") from None
+                if problem := self._unresolved(job):
+                    written = self.workflow or self.workflows
+                    where = f"workflow '{workflow.id}', job '{job.id}': " if written else "without a workflow: "
+                    raise ValueError(where + problem)
         return self
 
+    def _unresolved(self, job: JobOptions) -> str | None:
+        """Why a job's component or action cannot be found, with the remedy."""
+        try:
+            component = pick(self.all_components, job.component, "component")
+        except NotFound as error:
+            return str(error) + ("" if job.component != DEFAULT_ID else _remedy(self.all_components, "component"))
+        try:
+            component.find_action(job.action)
+        except NotFound as error:
+            if not component.all_actions:
+                return f"the component '{component.id}' has no action; add one, for example action: {{text: …}}"
+            return f"component '{component.id}': {error}" + (
+                "" if job.action != DEFAULT_ID else _remedy(component.all_actions, "action")
+            )
+        return None
+
     @property
-    def serving(self) -> Controller:
+    def serving(self) -> Controller | FlatController:
         """The controller, whichever way it was written."""
-        given = self.controller
-        return Controller(adapter=given) if isinstance(given, HttpServerOptions) else given
+        return self.controller
 
     @property
     def all_components(self) -> tuple[ComponentOptions, ...]:
@@ -92,4 +132,19 @@ class Config(Options):
 
     def find_workflow(self, id: str | None) -> WorkflowOptions:
         """Raises NotFound."""
-        return pick(self.all_workflows, id or "__default__", "workflow")
+        return pick(self.all_workflows, id or DEFAULT_ID, "workflow")
+
+
+def _check_ids(items: Any, what: str, where: str = "") -> None:
+    """No two have one id, and at most one is the default."""
+    ids = [item.id for item in items]
+    if twice := next((id for id in ids if ids.count(id) > 1), None):
+        raise ValueError(f"{where}two {what}s have the id '{twice}'; give each its own id")
+    defaults = [item.id for item in items if item.default]
+    if len(defaults) > 1:
+        raise ValueError(f"{where}two {what}s say 'default: true': '{defaults[0]}' and '{defaults[1]}'; only one can")
+
+
+def _remedy(items: Any, what: str) -> str:
+    """How to choose where nothing says which is meant."""
+    return f"; name one with {what}: in the job, or mark one with default: true" if items else ""

@@ -103,6 +103,13 @@ class Unauthorized(ComposeError):
     title = "Unauthorized"
 
 
+class Forbidden(ComposeError):
+    """A web page of another site made the browser send this request."""
+
+    status = 403
+    title = "Forbidden"
+
+
 class Conflict(ComposeError):
     """The thing exists but is in the wrong state for this call."""
 

@@ -1,27 +1,31 @@
 """From YAML files and an environment to a Config. Every error carries file:line and what to do about it.
 
-Works on YAML nodes, which know their lines: files are merged node by node, ${env.…} is filled in scalar by scalar (never
-in comments, never changing the structure), and pydantic's error locations are walked back to the node they speak of.
+${env.…} is filled in scalar by scalar: never in comments, never changing the structure.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from model_compose.config import Config
-from model_compose.errors import ConfigError
-from model_compose.expressions import Reference, SyntaxProblem, convert, parse_reference, split
+from model_compose.errors import ConfigError, RunError
+from model_compose.explain import SECRETS, explain
+from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, convert, parse_reference, split
+from model_compose.nodes import at, below, child, compose, merge, typed
 from model_compose.schema import nearest
 
 FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
 
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+# What other languages call our types.
+_OTHER_NAMES = {
+    "int": "integer", "float": "number", "double": "number", "bool": "boolean", "str": "string", "dict": "object",
+    "map": "object", "array": "list",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
     if not paths:
         raise ConfigError(f"no {' or '.join(FILE_NAMES)} in {Path.cwd()}; go to its folder, or name it with -f FILE")
     for path in paths:
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder; name the file in it")
         if not path.is_file():
             raise ConfigError(f"{path}: there is no such file")
     return tuple(path.resolve() for path in paths)
@@ -46,12 +52,13 @@ def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
 
 def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> Loaded:
     """Reads, merges and checks the files; later ones win. `env` fills ${env.…}. Raises ConfigError."""
-    names = {str(path): _short(path) for path in files}
-    root: Node | None = None
-    for path in files:
-        node = _compose(path, names[str(path)])
-        root = node if root is None else _merge(root, node)
-    assert root is not None
+    base_dir = files[0].parent
+    root: Node = compose(files[0], _short(files[0]))
+    for path in files[1:]:
+        node = compose(path, _short(path))
+        if path.parent != base_dir:
+            _move_paths(node, os.path.relpath(path.parent, base_dir))
+        root = merge(root, node)
     problems: list[str] = []
     data = _construct(root, os.environ if env is None else env, (), problems)
     if problems:
@@ -59,8 +66,8 @@ def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> Loaded:
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(*_explain(error, root)) from None
-    return Loaded(config, tuple(files), files[0].parent)
+        raise ConfigError(*explain(error, root)) from None
+    return Loaded(config, tuple(files), base_dir)
 
 
 def environment(env_files: Sequence[Path] = (), pairs: Sequence[str] = ()) -> dict[str, str]:
@@ -74,84 +81,46 @@ def environment(env_files: Sequence[Path] = (), pairs: Sequence[str] = ()) -> di
     for path in env_files or [path for path in [Path(".env")] if path.is_file()]:
         if not path.is_file():
             raise ConfigError(f"{path}: there is no such file (--env-file)")
-        merged |= {key: value for key, value in dotenv_values(path).items() if value is not None}
+        try:
+            values = dotenv_values(path, encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise ConfigError(f"{path}: is not UTF-8 text (--env-file)") from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        merged |= {key: value for key, value in values.items() if value is not None}
     merged |= os.environ
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"-e {pair}: expected NAME=VALUE")
+        if not equals or not key:  # the pair itself may hold a secret
+            raise ConfigError(f"-e {key}{equals}{'…' if value else ''}: expected NAME=VALUE")
         merged[key] = value
     return merged
 
 
-def _compose(path: Path, name: str) -> Node:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    loader = Loader(text)
-    loader.name = name
-    try:
-        node: Node | None = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{name}:{mark.line + 1}" if mark else name
-        raise ConfigError(f"{place}: invalid YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: invalid YAML: {error}") from None
-    finally:
-        loader.dispose()
-    if node is None:
-        raise ConfigError(f"{name}: the file is empty; see `model-compose schema` for what it may hold")
-    if not isinstance(node, MappingNode):
-        raise ConfigError(f"{name}:{node.start_mark.line + 1}: expected a mapping with component, workflow, controller")
-    for part in _all_nodes(node):
-        part.file = name  # type: ignore[attr-defined]  # marks of a C loader do not carry the name
-    return node
-
-
-def _all_nodes(node: Node) -> Iterable[Node]:
-    yield node
-    if isinstance(node, MappingNode):
-        for key, value in node.value:
-            yield key
-            yield from _all_nodes(value)
-    elif isinstance(node, SequenceNode):
-        for item in node.value:
-            yield from _all_nodes(item)
-
-
-def _merge(base: Node, over: Node) -> Node:
-    """Mappings merge deeply; scalars and lists are replaced by the later file's."""
-    if not (isinstance(base, MappingNode) and isinstance(over, MappingNode)):
-        return over
-    merged = {key.value: (key, value) for key, value in base.value}
-    for key, value in over.value:
-        merged[key.value] = (key, _merge(merged[key.value][1], value) if key.value in merged else value)
-    base.value = list(merged.values())
-    return base
+def _move_paths(root: Node, folder: str) -> None:
+    """Relative paths of models count from the file that says them: those of a file in `folder` get it in front."""
+    moved: set[int] = set()  # an anchored node is met more than once
+    for mapping in below(root):
+        source = child(mapping, "model")
+        short = isinstance(source, ScalarNode) and source.value.startswith(("./", "../"))
+        told_otherwise = child(source, "package") or child(source, "repository")
+        path = source if short else None if told_otherwise else child(source, "path")
+        if isinstance(path, ScalarNode) and id(path) not in moved and not path.value.startswith(("/", "~", "${")):
+            moved.add(id(path))
+            path.value = os.path.join(".", folder, path.value)
 
 
 def _construct(node: Node, env: Mapping[str, str], path: tuple[str, ...], problems: list[str]) -> Any:
     """Node -> plain data with ${env.…} filled in. Problems are collected with their places."""
     if isinstance(node, MappingNode):
-        result: dict[str, Any] = {}
-        for key, value in node.value:
-            name = key.value
-            if not isinstance(key, ScalarNode):
-                problems.append(f"{_at(key)}: a key must be text")
-            elif name in result:
-                problems.append(f"{_at(key)}: the key '{name}' stands here a second time")
-            else:
-                result[name] = _construct(value, env, (*path, name), problems)
-        return result
+        return {key.value: _construct(value, env, (*path, key.value), problems) for key, value in node.value}
     if isinstance(node, SequenceNode):
         return [_construct(item, env, (*path, str(index)), problems) for index, item in enumerate(node.value)]
     assert isinstance(node, ScalarNode)
     try:
         return _scalar(node, env, path)
     except (SyntaxProblem, ConfigError) as error:
-        problems.append(f"{_at(node)}: {'.'.join(path)}: {error}")
+        problems.append(f"{at(node)}: {'.'.join(path)}: {error}")
         return None
 
 
@@ -159,31 +128,49 @@ def _scalar(node: ScalarNode, env: Mapping[str, str], path: tuple[str, ...]) -> 
     text: str = node.value
     filled = text
     if "${" in text:
-        pieces = [
-            _env_value(piece, env, path) if is_expression and _is_env(piece) else piece
-            for piece, is_expression in split(text)
-        ]
+        pieces = [_fill(piece, env, path) if is_expression else piece for piece, is_expression in split(text)]
         if len(pieces) == 1 and not isinstance(pieces[0], str):
             return pieces[0]
         filled = "".join("" if piece is None else str(piece) for piece in pieces)
-    # A plain scalar is typed as YAML would have typed the filled-in text; a quoted one stays text.
-    resolver = yaml.resolver.Resolver()
-    tag = node.tag if filled == text else resolver.resolve(ScalarNode, filled, (node.style is None, False))
-    return yaml.SafeLoader("").construct_object(ScalarNode(tag, filled, node.start_mark, node.end_mark))
+        if filled != text and SECRETS & set(path):
+            # A key of digits stays text. An empty one would leave the door open.
+            if "api_keys" in path and not filled.strip():
+                raise ConfigError("the API key is empty, so the server refuses to start; give the variable a value")
+            return filled
+    try:
+        return typed(node, filled)
+    except ValueError:
+        raise ConfigError(f"{filled!r} does not fit the tag {node.tag}") from None
 
 
-def _is_env(piece: str) -> bool:
-    return parse_reference(piece).key == "env"
-
-
-def _env_value(piece: str, env: Mapping[str, str], path: tuple[str, ...]) -> Any:
+def _fill(piece: str, env: Mapping[str, str], path: tuple[str, ...]) -> Any:
+    """${env.…} -> its value. Any other expression stays as it is, but for a ${env.…} in its default."""
     reference = parse_reference(piece)
+    _check_type(reference)
+    if reference.key == "env":
+        return _env_value(reference, env, path)
+    if isinstance(reference.default, Reference):
+        inner = reference.default.source
+        value = _fill(inner, env, path)
+        if value != inner:
+            literal = str(value)
+            if "}" in literal or "@(" in literal:
+                raise ConfigError(f"{inner}: a value with '}}' or '@(' cannot be the default of an expression")
+            return piece.replace(inner, f'"{literal}"')
+    return piece
+
+
+def _env_value(reference: Reference, env: Mapping[str, str], path: tuple[str, ...]) -> Any:
     (name,) = reference.path if len(reference.path) == 1 else (None,)
     if not isinstance(name, str):
-        raise ConfigError(f"{piece}: expected ${{env.NAME}}")
+        raise ConfigError(f"{reference.source}: expected ${{env.NAME}}")
     value: Any = env.get(name)
     if value is None and isinstance(reference.default, Reference):
-        value = _env_value(reference.default.source, env, path) if reference.default.key == "env" else None
+        value = _fill(reference.default.source, env, path)
+        if value == reference.default.source and reference.type:
+            raise ConfigError(
+                f"{reference.source}: write the type in the default: {value[:-1]} as {reference.type.name}}}"
+            )
     elif value is None:
         value = reference.default
     if value is None:
@@ -191,71 +178,43 @@ def _env_value(piece: str, env: Mapping[str, str], path: tuple[str, ...]) -> Any
             return None
         key = "the API key would be missing, so the server refuses to start; " if "api_keys" in path else ""
         raise ConfigError(
-            f"the environment variable {name} is not set; {key}set it, use --env-file or -e {name}=…, or write a default: "
-            f"${{env.{name} | …}}"
+            f"the environment variable {name} is not set; {key}set it, use --env-file or -e {name}=…"
+            + ("" if key else f", or write a default: ${{env.{name} | …}}")
         )
-    return convert(value, reference.type, piece) if reference.type else value
+    try:
+        return convert(value, reference.type) if reference.type else value
+    except RunError:  # its message holds the value, which may be a secret
+        assert reference.type is not None
+        raise ConfigError(f"{reference.source}: the value of {name} is not of type {reference.type.name}") from None
 
 
-def _explain(error: ValidationError, root: Node) -> list[str]:
-    """One line a problem: file:line: path: what is wrong. The value itself is shown only where it is no secret."""
-    lines = []
-    for item in error.errors(include_url=False):
-        context = item.get("ctx", {})
-        node, path = _locate(root, item["loc"], context.get("key"))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "missing":
-            message = f"the key '{path[-1] if path else ''}' is missing"
-        elif item["type"] in ("union_tag_not_found", "union_tag_invalid"):
-            message = _explain_tag(item, context)
-        elif item["type"].endswith(("_type", "_parsing", "_error")) and "api_keys" not in path and "token" not in path:
-            message = f"{message[0].lower()}{message[1:]}, not {_shown(item['input'])}"
-        where = ".".join(path)
-        line = f"{_at(node)}: {where}: {message}" if where else f"{_at(node)}: {message}"
-        if line not in lines:
-            lines.append(line)
-    return lines
+def _check_type(reference: Reference) -> None:
+    """The type exists, its options make sense, and a literal default fits it. Raises ConfigError."""
+    to = reference.type
+    if to is None:
+        return
+    if to.name not in TYPES:
+        hint = (
+            f"did you mean '{_OTHER_NAMES[to.name]}'?" if to.name in _OTHER_NAMES else nearest(to.name, sorted(TYPES))
+        )
+        raise ConfigError(f"{reference.source}: unknown type '{to.name}'; {hint}")
+    if to.name == "select" and not to.subtype:
+        raise ConfigError(f"{reference.source}: a select needs its options: as select/first,second")
+    if to.name == "slider" and to.subtype and not _is_range(to):
+        raise ConfigError(f"{reference.source}: a slider's numbers are minimum,maximum,step: as slider/0,2,0.1")
+    if isinstance(reference.default, str):
+        try:
+            convert(reference.default, to, reference.source)
+        except RunError as error:
+            raise ConfigError(f"the default does not fit the type: {error}") from None
 
 
-def _explain_tag(item: Any, context: Mapping[str, Any]) -> str:
-    key = str(context.get("discriminator", "")).strip("'")
-    expected = context.get("expected_tags")
-    if item["type"] == "union_tag_not_found":
-        return f"the key '{key}' is missing"
-    names = [name.strip("' ") for name in str(expected).split(",")]
-    tag = str(context.get("tag"))
-    return f"{key} '{tag}' is not known; {nearest(tag, names)}"
-
-
-def _locate(root: Node, loc: Sequence[str | int], key: str | None) -> tuple[Node, list[str]]:
-    """The node that a pydantic location speaks of, and its path as the user wrote it.
-
-    Parts of the location that are no keys (a union's tags) are skipped. `key` is a key below, named by our own errors.
-    """
-    node, path = root, []
-    for position, part in enumerate(loc):
-        found: Node | None = None
-        if isinstance(node, MappingNode):
-            found = next((value for name, value in node.value if name.value == part), None)
-        elif isinstance(node, SequenceNode) and isinstance(part, int) and part < len(node.value):
-            found = node.value[part]
-        if found is not None:
-            node = found
-            path.append(str(part))
-        elif position == len(loc) - 1 and isinstance(part, str):
-            path.append(part)  # a missing key: the mapping's own line
-    if key is not None:
-        node = next((found for found in _all_nodes(node) if isinstance(found, ScalarNode) and found.value == key), node)
-    return node, path
-
-
-def _at(node: Node) -> str:
-    return f"{getattr(node, 'file', '?')}:{node.start_mark.line + 1}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value) if not isinstance(value, dict | list) else {dict: "a mapping", list: "a list"}[type(value)]
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _is_range(to: Type) -> bool:
+    try:
+        low, high, step = [float(part) for part in (to.subtype or "").split(",")]
+    except ValueError:
+        return False
+    return low < high and step > 0
 
 
 def _short(path: Path) -> str:

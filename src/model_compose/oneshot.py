@@ -1,18 +1,19 @@
 """`run`: one workflow once, in this process or on the service that is already up. The answer is the same."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
 from model_compose.compose import Compose
-from model_compose.errors import ComposeError, InputError, RunError
+from model_compose.errors import ComposeError, FieldError, InputError, RunError
 from model_compose.loading import Loaded
 from model_compose.progress import Report
 from model_compose.running import Record
 from model_compose.workflow.runner import Done
 
-Show = Callable[[str], None]
+Show = Callable[[str, str], None]
+"""Told a path of the output and the next piece of the text there."""
 
 
 async def run_here(
@@ -28,7 +29,7 @@ async def run_here(
                 if isinstance(event, Done):
                     return event.output
                 if show:
-                    show(event.text)
+                    show(".".join(map(str, event.path)), event.text)
     finally:
         await compose.close()
     raise AssertionError("a run ends with Done")
@@ -49,16 +50,24 @@ def run_there(record: Record, loaded: Loaded, value: Any, workflow: str | None, 
             client.stream("POST", url, json=body, headers=headers) as response,
         ):
             if response.headers.get("content-type", "").startswith("text/event-stream"):
-                return _follow(response.iter_lines(), show)
+                return _follow(_lines(response.iter_bytes()), show)
             answer = json.loads(response.read())
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ValueError) as error:
         raise RunError(f"the service at {record.api} stopped answering ({error})") from error
     if response.status_code != 200:
         raise _error(answer)
     return answer.get("output")
 
 
-def _follow(lines: Any, show: Show | None) -> Any:
+def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    """Lines end at a newline alone: httpx's own also end at U+2028 and its kind, which JSON may hold."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.decode() for line in lines)
+
+
+def _follow(lines: Iterator[str], show: Show | None) -> Any:
     """Reads the event stream: delta, then done or error."""
     name = ""
     for line in lines:
@@ -71,10 +80,12 @@ def _follow(lines: Any, show: Show | None) -> Any:
             if name == "error":
                 raise _error(data)
             if show:
-                show(data["text"])
+                show(data["path"], data["text"])
     raise RunError("the service closed the connection before the end")
 
 
-def _error(problem: dict[str, Any]) -> ComposeError:
-    kind = InputError if problem.get("status", 500) < 500 else RunError
-    return kind(problem.get("detail", "the service gave no reason"))
+def _error(problem: Mapping[str, Any]) -> ComposeError:
+    detail = problem.get("detail", "the service gave no reason")
+    if problem.get("status", 500) >= 500:
+        return RunError(detail)
+    return InputError(detail, [FieldError(**field) for field in problem.get("errors", ())])

@@ -1,4 +1,4 @@
-"""Which service of a file is up: a small record, held by a lock for as long as its process lives.
+"""Which service of a file is up: a small record beside a lock that is held for as long as its process lives.
 
 A lock, not the pid alone, says whether the process lives: pids are reused, and a killed process leaves its record behind.
 """
@@ -13,14 +13,19 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from model_compose.errors import Conflict
+from model_compose.config import Config
+from model_compose.errors import ConfigError, Conflict
+
+# `find` takes the lock for an instant, which must not look like a running service to one that starts.
+PATIENCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Record:
-    """One running service. ready: its models are loaded."""
+    """One running service. config: the fingerprint of what it serves. ready: its models are loaded."""
 
     pid: int
+    config: str = ""
     api: str | None = None
     page: str | None = None
     base_path: str = ""
@@ -33,22 +38,33 @@ def state_dir() -> Path:
     return Path(root) / "model-compose"
 
 
-def _stem(files: Sequence[Path]) -> Path:
+def fingerprint(config: Config) -> str:
+    """A digest of all that a file and its environment say, secrets apart: equal ones give equal answers."""
+    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+
+
+def _state(files: Sequence[Path], kind: str) -> Path:
     digest = hashlib.sha256("\0".join(map(str, files)).encode()).hexdigest()[:12]
-    return state_dir() / f"{files[0].parent.name}-{digest}"
+    return state_dir() / f"{files[0].parent.name}-{digest}.{kind}"
 
 
 def log_file(files: Sequence[Path]) -> Path:
-    """The log of the file's detached service."""
-    return _stem(files).with_suffix(".log")
+    """The log of the file's detached service. Makes its folder. Raises ConfigError."""
+    try:
+        state_dir().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"the folder {state_dir()}, which remembers what is up, cannot be made ({error.strerror}); set XDG_STATE_HOME "
+            "to a folder that can be written"
+        ) from None
+    return _state(files, "log")
 
 
 class Running:
     """The record of this process, while it serves."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._record = Record(os.getpid())
+    def __init__(self, path: Path, record: Record) -> None:
+        self._path, self._record = path, record
         self.update()
 
     def update(self, **changes: str | bool | None) -> None:
@@ -60,38 +76,41 @@ class Running:
 
 
 @contextmanager
-def hold(files: Sequence[Path]) -> Iterator[Running]:
-    """Within the block this process is the service of these files. Raises Conflict if there is one already."""
-    stem = _stem(files)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(stem.with_suffix(".lock"))
+def hold(files: Sequence[Path], config: Config) -> Iterator[Running]:
+    """Within the block this process is the service of these files. Raises Conflict if there is one already, ConfigError."""
+    log_file(files)
+    lock = FileLock(_state(files, "lock"))
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=PATIENCE_SECONDS)
     except Timeout:
-        record = find(files)
-        where = f" at {record.api or record.page}" if record else ""
-        raise Conflict(f"{files[0].name} is up already{where}; `model-compose down` ends it") from None
-    path = stem.with_suffix(".json")
+        raise already_up(files, find(files)) from None
+    path = _state(files, "json")
     try:
-        yield Running(path)
+        yield Running(path, Record(os.getpid(), fingerprint(config)))
     finally:
         path.unlink(missing_ok=True)
         lock.release()
 
 
+def already_up(files: Sequence[Path], record: Record | None) -> Conflict:
+    """The refusal to start a second service of the same files."""
+    where = f" at {record.api or record.page}" if record and (record.api or record.page) else ""
+    return Conflict(f"{files[0].name} is up already{where}; `model-compose down` ends it")
+
+
 def find(files: Sequence[Path]) -> Record | None:
-    """The service of these files that is up now, else None."""
-    stem = _stem(files)
-    path = stem.with_suffix(".json")
+    """The service of these files that is up now, else None. Clears away what a killed one left."""
+    path = _state(files, "json")
     if not path.is_file():
         return None
-    lock = FileLock(stem.with_suffix(".lock"))
+    lock = FileLock(_state(files, "lock"))
     try:
         lock.acquire(blocking=False)
     except Timeout:
         try:
             return Record(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):  # ended in between
+        except (OSError, ValueError, TypeError):  # ended in between, or written by another version
             return None
+    path.unlink(missing_ok=True)
     lock.release()
     return None

@@ -63,9 +63,21 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"valid: {', '.join(valid)}" if valid else "there are none"
 
 
+def shown(value: Any) -> str:
+    """The value as a message shows it: short, in YAML's words, and never what is inside a mapping or a list."""
+    if isinstance(value, Mapping | list | tuple):
+        return "a mapping" if isinstance(value, Mapping) else "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else str(value)
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def finite_number(value: Any) -> float:
     """A finite number, or a numeric string as forms send it. true, NaN and infinity are errors."""
-    problem = PydanticCustomError("weight", "a weight must be a finite number, not {value}", {"value": repr(value)})
+    problem = PydanticCustomError("weight", "a weight must be a finite number, not {value}", {"value": shown(value)})
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise problem
     try:
@@ -146,4 +158,6 @@ def templated(model: type[Options], base: type[Options]) -> type[Any]:
             field = FieldInfo.merge_field_infos(info, annotation=info.annotation)
             fields[name] = (Annotated[(annotation, *info.metadata, OrExpression())], field)
             field.metadata = []
-    return create_model(model.__name__, __base__=base, __module__=model.__module__, **fields)
+    made = create_model(model.__name__, __base__=base, __module__=model.__module__, **fields)
+    made.later = {**base.later, **model.later}
+    return made

@@ -24,7 +24,7 @@ BLENDS = [Blend(), Blend({"alpaca": 1.0}), Blend({"pirate": 1.5}), Blend({"alpac
 def make(driver: str, folder: Path, **changes: Any) -> Engine:
     adapters = [{"type": "lora", "name": name, "model": f"./{name}"} for name in ("alpaca", "pirate")]
     settings = {"type": "model", "task": "text-generation", "model": "./base", "precision": "float32"} | changes
-    options = TextGenerationOptions(driver=driver, peft_adapters=adapters, **settings)
+    options = TextGenerationOptions.model_validate({"driver": driver, "peft_adapters": adapters, **settings})
     return ENGINES[driver](options, options.to_blends(), folder)
 
 

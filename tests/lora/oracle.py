@@ -18,14 +18,15 @@ def dense(model: nn.Module, adapters: Iterable[LoraAdapter], weights: Mapping[st
     """A float64 copy of the model with the weighted sum added into its dense weights, tied weights untied."""
     reference = copy.deepcopy(model).double()
     for module in reference.modules():
-        if isinstance(module._parameters.get("weight"), nn.Parameter):
-            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[union-attr]
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            module._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=False)
     for adapter in adapters:
         for path, factors in adapter.modules.items():
             module = reference.get_submodule(path)
             delta = weights.get(adapter.name, 0.0) * factors.scaling * (factors.b.double() @ factors.a.double())
-            weight: Any = module.weight
-            weight.data += delta if isinstance(module, nn.Linear) else delta.T
+            parameter: Any = module.weight
+            parameter.data += delta if isinstance(module, nn.Linear) else delta.T
     return reference
 
 

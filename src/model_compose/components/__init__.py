@@ -62,7 +62,7 @@ class ActionOptions(Options):
     def fields(self) -> dict[str, Template]:
         """What the YAML gives for the action's own fields, parsed; those that it needs come first."""
         common = set(ActionOptions.model_fields)
-        given = self.model_dump(include=self.model_fields_set - common, exclude_unset=True)
+        given = self.model_dump(include=self.model_fields_set - common, exclude_unset=True, warnings=False)
         return {name: parse(given[name]) for name in sorted(given, key=lambda name: name not in self.needs)}
 
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from model_compose.components import ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
+from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
 from model_compose.engines import ENGINES, Engine, ModelOptions
-from model_compose.errors import FieldError, InputError
+from model_compose.errors import FieldError, InputError, NotFound
 from model_compose.expressions import parse
 from model_compose.generation import Chunk, Message, Request, Sampling, Usage
 from model_compose.progress import Report
@@ -165,8 +165,10 @@ class ModelComponent:
 
     def sampling(self) -> Sampling:
         """The default action's sampling as far as it is constant: what /v1 uses for fields that a request leaves out."""
-        action = self.options.find_action("__default__") if self.options.all_actions else None
-        given: Any = action.model_dump(exclude_unset=True) if action else {}
+        try:
+            given: Any = self.options.find_action(DEFAULT_ID).model_dump(exclude_unset=True, warnings=False)
+        except NotFound:  # no action, or several and none is the default
+            given = {}
         params = {name: value for name, value in given.get("params", {}).items() if not has_expression(value)}
         constant = {
             name: value
@@ -177,7 +179,7 @@ class ModelComponent:
 
     async def run(self, action: str, context: Mapping[str, Any], blend: Any = None) -> AsyncGenerator[Delta | Result]:
         chosen = self.options.find_action(action)
-        inputs = self._evaluate(chosen, context)
+        inputs = self.evaluate(chosen, context)
         used = self.blends.resolve(inputs.blend if blend in (None, "") else blend)
         prompts, sampling = inputs.prompts(), inputs.sampling
         several = inputs.takes_many
@@ -200,7 +202,7 @@ class ModelComponent:
             value = output.evaluate({**context, "result": value})
         yield Result(value, Answer(self.options.id, used, self.engine.identity(used), usage))
 
-    def _evaluate(self, action: ActionOptions, context: Mapping[str, Any]) -> TextGeneration | ChatCompletion:
+    def evaluate(self, action: ActionOptions, context: Mapping[str, Any]) -> TextGeneration | ChatCompletion:
         """The action's fields with expressions evaluated; null leaves a field at its default. Raises InputError."""
         values = {name: _drop_nulls(field.evaluate(context)) for name, field in action.fields().items()}
         try:
@@ -214,16 +216,17 @@ class ModelComponent:
 async def _merge(engine: Engine, requests: list[Request], at_once: int) -> AsyncGenerator[Chunk]:
     """The chunks of all requests, at most `at_once` running, renumbered so that every sequence has its own index."""
     if len(requests) == 1:
-        async for chunk in engine.generate(requests[0]):
-            yield chunk
+        async with aclosing(engine.generate(requests[0])) as chunks:
+            async for chunk in chunks:
+                yield chunk
         return
     width = requests[0].sampling.num_return_sequences
     queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
     limit = asyncio.Semaphore(at_once)
 
     async def feed(number: int, request: Request) -> None:
-        async with limit:
-            async for chunk in engine.generate(request):
+        async with limit, aclosing(engine.generate(request)) as chunks:
+            async for chunk in chunks:
                 await queue.put(replace(chunk, index=number * width + chunk.index))
 
     async def feed_all() -> None:

@@ -7,6 +7,9 @@ Folded: W + Σ w s B A, summed in float32 and rounded once to W's dtype. The ori
 checkpoint is mapped) and are put back on unfold; nothing is ever subtracted.
 """
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +22,9 @@ from torch.nn import functional as F
 from model_compose.errors import AdapterError
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
 from model_compose.lora.blend import Blend
+
+MADV_PAGEOUT = 21
+"""<asm-generic/mman-common.h>; Linux 5.4 and newer."""
 
 FOLD_ROWS_BYTES = 64 << 20
 """A fold works on row blocks whose float32 sum is at most this large, so that memory stays flat."""
@@ -130,6 +136,7 @@ class LoraModel:
             assert isinstance(weight, nn.Parameter)
             self._originals[path] = weight.data
             weight.data = self._folded(weight.data, path, blend, transposed=_kind(module) != "linear")
+            _page_out(self._originals[path])
         self.folded = blend
 
     def unfold(self) -> None:
@@ -232,6 +239,18 @@ def _untie(model: nn.Module, path: str) -> None:
     if shared:
         assert isinstance(module.weight, Tensor)
         module.weight = nn.Parameter(module.weight.data, requires_grad=False)
+
+
+def _page_out(tensor: Tensor) -> None:
+    """Tells the kernel that a tensor will not be read for long: pages that are mapped from a checkpoint leave memory and
+    come back from the file when read. Advice only; harmless for any other memory, and where the kernel has none."""
+    if tensor.device.type != "cpu" or sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_PAGEOUT)
 
 
 def _check_copies(adapter: LoraAdapter, model: nn.Module) -> None:

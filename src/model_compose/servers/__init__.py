@@ -19,20 +19,30 @@ def _listed(value: Any) -> Any:
 def _keys(value: Any) -> Any:
     """API keys fail closed: a list that was given but holds no usable key is an error, not an open door."""
     keys = _listed(value)
-    if keys is not None and (
-        not isinstance(keys, list | tuple) or not keys or not all(isinstance(k, str) and k for k in keys)
-    ):
-        raise PydanticCustomError("api_keys", "api_keys must be a list of non-empty strings (usually ${{env.…}})")
+    usable = isinstance(keys, list | tuple) and keys and all(_is_key(key) for key in keys)
+    if not usable:  # null too: an empty `api_keys:` is a slip, not a wish for an open server
+        raise PydanticCustomError(
+            "api_keys", "api_keys must be a list of strings of visible ASCII characters (usually ${env.…})"
+        )
     return keys
+
+
+def _is_key(key: Any) -> bool:
+    """What an Authorization header can carry."""
+    return isinstance(key, str) and key.isascii() and key.isprintable() and bool(key) and " " not in key
 
 
 def _prefix(value: Any) -> Any:
     """ "/api/" and "api" are "/api"; "/" is ""."""
-    return f"/{value.strip('/')}".rstrip("/") if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    if value.strip("/").partition("/")[0] == "v1":
+        raise PydanticCustomError("base_path", "base_path cannot be /v1, where OpenAI's API stands; choose another one")
+    return f"/{value.strip('/')}".rstrip("/")
 
 
 class HttpServerOptions(Options):
-    """`type: http-server`: workflows under base_path, OpenAI's API under /v1, health, metrics of neither."""
+    """`type: http-server`: workflows under base_path, OpenAI's API under /v1."""
 
     later: ClassVar[Mapping[str, Any]] = {"websocket": False}
     type: Literal["http-server"] = "http-server"

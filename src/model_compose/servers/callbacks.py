@@ -6,10 +6,11 @@ import hmac
 import ipaddress
 import json
 import logging
+import re
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import httpx
 from pydantic import SecretStr
@@ -23,8 +24,10 @@ ATTEMPTS = 4
 FIRST_DELAY_SECONDS = 0.5
 TIMEOUT_SECONDS = 10.0
 SIGNATURE_HEADER = "X-Model-Compose-Signature"
-
-_followers: set[asyncio.Task[None]] = set()
+OWN_HEADERS = frozenset(
+    ["connection", "content-length", "content-type", "host", "transfer-encoding", SIGNATURE_HEADER.lower()]
+)
+"""What the caller cannot set: the message's frame, and what vouches for it."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,23 @@ class Callback:
     """Where to tell of a task's end. The body is signed with HMAC-SHA256 when there is a secret."""
 
     url: str
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = field(default_factory=dict)
     allow_private: bool = False
     secret: SecretStr | None = None
 
-    def follow(self, task: Task) -> None:
-        """Sends the callback once the task has ended."""
-        follower = asyncio.create_task(self._send_when_done(task))
-        _followers.add(follower)  # asyncio keeps only weak references
-        follower.add_done_callback(_followers.discard)
+    async def check(self) -> None:
+        """Raises InputError for what could never be sent."""
+        for name, value in self.headers.items():
+            if not re.fullmatch(r"[-!#$%&'*+.^_`|~\w]+", name, re.ASCII) or name.lower() in OWN_HEADERS:
+                raise InputError(f"callback_headers: '{name}' cannot be set", field="callback_headers")
+            if not (value.isascii() and value.isprintable()):
+                raise InputError(
+                    f"callback_headers: the value of '{name}' must be printable ASCII", field="callback_headers"
+                )
+        await self._resolve()
 
-    async def _send_when_done(self, task: Task) -> None:
+    async def send_when_done(self, task: Task) -> None:
+        """Waits for the task's end and tells of it; tries again while the other side cannot take it."""
         with suppress(ComposeError):
             await task.wait()
         body = json.dumps({**task.state(), "event": task.status}, ensure_ascii=False).encode()
@@ -54,44 +63,55 @@ class Callback:
             if attempt:
                 await asyncio.sleep(FIRST_DELAY_SECONDS * 2 ** (attempt - 1))
             try:
-                response = await self._post(body, headers)
-            except (httpx.HTTPError, InputError) as error:
+                async with asyncio.timeout(TIMEOUT_SECONDS):
+                    status = await self._post(body, headers)
+            except (httpx.HTTPError, InputError, TimeoutError) as error:
                 log.warning("[task-%s] callback attempt %d: %s", task.id, attempt + 1, type(error).__name__)
                 continue
-            if response.status_code < 500 and response.status_code != 429:
-                log.info("[task-%s] callback answered %d", task.id, response.status_code)
+            if status < 500 and status != 429:
+                log.info("[task-%s] callback answered %d", task.id, status)
                 return
         log.error("[task-%s] callback given up after %d attempts", task.id, ATTEMPTS)
 
-    async def _post(self, body: bytes, headers: Mapping[str, str]) -> httpx.Response:
-        """Connects to the very address that was checked, so that a name cannot change between check and use."""
+    async def _post(self, body: bytes, headers: Mapping[str, str]) -> int:
+        """The answer's status; its body is not read. Connects to the very address that was checked, so that a name cannot
+        change between check and use."""
         url = httpx.URL(self.url)
-        pinned = url.copy_with(host=await resolve(self.url, allow_private=self.allow_private))
-        async with httpx.AsyncClient(follow_redirects=False, timeout=TIMEOUT_SECONDS, trust_env=False) as client:
-            host = {"Host": url.netloc.decode()}
-            return await client.post(
-                pinned, content=body, headers={**headers, **host}, extensions={"sni_hostname": url.host}
-            )
+        pinned = url.copy_with(host=await self._resolve())
+        all_headers = {**headers, "Host": url.netloc.decode()}
+        async with (
+            httpx.AsyncClient(follow_redirects=False, timeout=TIMEOUT_SECONDS, trust_env=False) as client,
+            client.stream(
+                "POST", pinned, content=body, headers=all_headers, extensions={"sni_hostname": url.host}
+            ) as response,
+        ):
+            return response.status_code
+
+    async def _resolve(self) -> str:
+        """The address to connect to. Raises InputError for a URL that is not http(s), or leads to an address that is not
+        public."""
+        try:
+            url = httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise _wrong(f"is not a URL: {error}") from None
+        if url.scheme not in ("http", "https") or not url.host:
+            raise _wrong("must start with http:// or https://")
+        if url.port is not None and not 0 < url.port < 65536:
+            raise _wrong(f"has the port {url.port}; ports end at 65535")
+        try:
+            found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise _wrong(f"names the host '{url.host}', which cannot be resolved") from None
+        addresses = [str(address[0]) for *_, address in found]
+        if not self.allow_private and (hidden := next((one for one in addresses if not _is_public(one)), None)):
+            raise _wrong(f"leads to {hidden}, which is not a public address (callback_private_hosts allows it)")
+        return addresses[0]
 
 
-async def resolve(url: str, *, allow_private: bool) -> str:
-    """The address to connect to. Raises InputError for a URL that is not http(s), or leads to a private, loopback or
-    reserved address."""
-    try:
-        parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise InputError(f"callback_url is not a URL: {error}", field="callback_url") from None
-    if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise InputError("callback_url must start with http:// or https://", field="callback_url")
-    try:
-        found = await asyncio.get_running_loop().getaddrinfo(parsed.host, parsed.port or 443, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        raise InputError(f"callback_url: the host '{parsed.host}' cannot be resolved", field="callback_url") from None
-    addresses = [str(address[0]) for *_, address in found]
-    for address in addresses:
-        if not allow_private and not ipaddress.ip_address(address.partition("%")[0]).is_global:
-            raise InputError(
-                f"callback_url leads to {address}, which is not a public address (callback_private_hosts allows it)",
-                field="callback_url",
-            )
-    return addresses[0]
+def _is_public(address: str) -> bool:
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    return parsed.is_global and not parsed.is_multicast
+
+
+def _wrong(what: str) -> InputError:
+    return InputError(f"callback_url {what}", field="callback_url")

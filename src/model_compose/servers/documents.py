@@ -1,8 +1,19 @@
-"""The shapes that the OpenAPI document describes: answers, errors, and the three forms of a run's body."""
+"""The OpenAPI document: the shapes of answers and errors, the forms of bodies, and a page that lists the routes."""
 
-from typing import Any
+from collections.abc import Sequence
+from html import escape
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from model_compose.servers.wire import PROBLEM_TYPE, STREAM_TYPE
+
+Responses = dict[int | str, dict[str, Any]]
+REFERENCE = "#/components/schemas/{model}"
 
 
 class Usage(BaseModel):
@@ -28,7 +39,7 @@ class RunState(BaseModel):
     """A run's state; `output` once it has completed, `error` once it has failed."""
 
     task_id: str
-    status: str
+    status: Literal["pending", "processing", "cancelling", "cancelled", "completed", "failed"]
     workflow_id: str
     output: Any = None
     usage: Usage | None = None
@@ -36,6 +47,46 @@ class RunState(BaseModel):
     error: Failure | None = None
     session_id: str | None = None
     metadata: dict[str, Any] | None = None
+
+
+class LoadProgress(BaseModel):
+    what: str
+    done: float
+    total: float | None = None
+
+
+class Health(BaseModel):
+    status: Literal["ok", "loading", "shutting_down"]
+    progress: LoadProgress | None = None
+
+
+class VariableInfo(BaseModel):
+    """An input or output of a workflow. One without a name is the input as a whole. role blend: it takes a blend."""
+
+    name: str | None = None
+    type: str
+    is_list: bool
+    subtype: str | None = None
+    format: str | None = None
+    default: Any = None
+    required: bool | None = None
+    description: str | None = None
+    options: list[str] | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    step: float | None = None
+    role: str | None = None
+    component: str | None = None
+
+
+class WorkflowInfo(BaseModel):
+    workflow_id: str
+    name: str | None = None
+    title: str | None = None
+    description: str | None = None
+    default: bool | None = None
+    input: list[VariableInfo] | None = None
+    output: list[VariableInfo] | None = None
 
 
 class WrongField(BaseModel):
@@ -46,13 +97,71 @@ class WrongField(BaseModel):
 class Problem(BaseModel):
     """RFC 9457."""
 
-    model_config = ConfigDict(title="Problem")
     type: str
     title: str
     status: int
     detail: str
     errors: list[WrongField] | None = None
     task_id: str | None = None
+
+
+class ModelCard(BaseModel):
+    """A component, or a component:blend. parent: the component's id."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    parent: str | None = None
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class TokenUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Reply(BaseModel):
+    """What both kinds of completions have in common, as OpenAI defines it."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    usage: TokenUsage
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: dict[str, Any] | None = None
+
+
+class CompletionReply(Reply):
+    choices: list[CompletionChoice]
+
+
+class AssistantMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: AssistantMessage
+    finish_reason: Literal["stop", "length"]
+    logprobs: dict[str, Any] | None = None
+
+
+class ChatReply(Reply):
+    choices: list[ChatChoice]
 
 
 class OpenAIFault(BaseModel):
@@ -66,28 +175,134 @@ class OpenAIError(BaseModel):
     error: OpenAIFault
 
 
+_ANSWERS = (
+    RunState, Health, WorkflowInfo, Problem, ModelCard, ModelList, CompletionReply, ChatReply, OpenAIError
+)  # fmt: skip
+
 _MEANINGS = {
-    400: "The request is wrong; `errors` names the fields",
+    400: "The request is wrong; the fields are named",
     401: "An API key is needed",
+    403: "A web page of another site sent this",
     404: "There is no such thing",
-    409: "Not in this state",
+    409: "Not in this state, or cancelled",
     413: "The body is too large",
-    422: "Never sent: bad input is 400",
     500: "The run failed",
     503: "Still loading, or shutting down",
 }
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
-    for status, text in _MEANINGS.items()
+RUN_STREAM = (
+    'event: delta\ndata: {"path": "generated", "text": "Hel"}\n\n'
+    'event: done\ndata: {"task_id": "…", "status": "completed", "workflow_id": "…", "output": {"generated": "Hello"}}\n\n'
+)
+_EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {
+        "event": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
 }
-OPENAI_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "model": OpenAIError} for status, text in _MEANINGS.items()
-}
+OPENAI_STREAM = 'data: {"id": "…", "object": "…", "choices": [{"index": 0, "text": "Hel"}]}\n\ndata: [DONE]\n\n'
 
 
-def body_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """An OpenAPI request body that takes the model as JSON or as either kind of form."""
-    schema = model.model_json_schema()
-    kinds = ("application/json", "multipart/form-data", "application/x-www-form-urlencoded")
-    return {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}
+def problems(*statuses: int) -> Responses:
+    """The errors of a route under base_path."""
+    return {status: _error(status, PROBLEM_TYPE, Problem) for status in statuses}
+
+
+def openai_errors(*statuses: int) -> Responses:
+    """The errors of a route under /v1."""
+    return {status: _error(status, "application/json", OpenAIError) for status in statuses}
+
+
+def answers(model: type[BaseModel], stream: str | None = None) -> dict[str, Any]:
+    """An answer that is the model; under base_path with output_only the bare output. stream: an example of the events."""
+    schema = _ref(model) if model is not RunState else {"anyOf": [_ref(model), {"description": "the bare output"}]}
+    content: dict[str, Any] = {"application/json": {"schema": schema}}
+    if stream:
+        content[STREAM_TYPE] = {"itemSchema": _EVENT, "example": stream}
+    return {"description": "The answer", "content": content}
+
+
+def body_schema(model: type[BaseModel], *kinds: str) -> dict[str, Any]:
+    """An OpenAPI request body that takes the model in each of these content types."""
+    return {"required": True, "content": {kind: {"schema": _ref(model)} for kind in kinds}}
+
+
+def add_documents(app: FastAPI, *, bodies: Sequence[type[BaseModel]], open_path: str, with_keys: bool) -> None:
+    """Adds /openapi.json and /docs. bodies: the models that `body_schema` refers to. open_path: needs no key."""
+    document: dict[str, Any] = {}
+
+    def describe() -> dict[str, Any]:
+        if not document:
+            document.update(_describe(app, bodies, open_path, with_keys=with_keys))
+        return document
+
+    app.openapi = describe  # type: ignore[method-assign]
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        """The routes on one page that needs nothing from elsewhere; Swagger's own page loads scripts from a CDN."""
+        return HTMLResponse(_page(describe()))
+
+
+def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]], open_path: str, *, with_keys: bool) -> dict[str, Any]:
+    document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    models: Any = [(model, "validation") for model in (*_ANSWERS, *bodies)]
+    schemas.update(models_json_schema(models, ref_template=REFERENCE)[1]["$defs"])
+    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own errors, which are never sent
+        schemas.pop(unused, None)
+    if with_keys:
+        document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            if with_keys and path != open_path:
+                operation["security"] = [{"key": []}]
+                errors = openai_errors if path.startswith("/v1/") else problems
+                operation["responses"]["401"] = errors(401)[401]
+    return document
+
+
+def _error(status: int, kind: str, model: type[BaseModel]) -> dict[str, Any]:
+    return {"description": _MEANINGS[status], "content": {kind: {"schema": _ref(model)}}}
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": REFERENCE.format(model=model.__name__)}
+
+
+_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>model-compose</title><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}
+code{font-family:ui-monospace,monospace} h2{font-size:1.05rem;margin:2rem 0 0} td{padding:.1rem 1.2rem .1rem 0;
+vertical-align:top} p{margin:.3rem 0}</style>"""
+
+
+def _page(document: dict[str, Any]) -> str:
+    parts = [
+        _HEAD,
+        f"<h1>{escape(document['info']['title'])} {escape(document['info']['version'])}</h1>",
+        '<p>Every route; the whole description for programs is in <a href="/openapi.json">/openapi.json</a>.</p>',
+    ]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            parts += [
+                f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation.get('description', ''))}</p>",
+                "<table>",
+                *_rows(document, operation),
+                "</table>",
+            ]
+    return "\n".join(parts)
+
+
+def _rows(document: dict[str, Any], operation: dict[str, Any]) -> list[str]:
+    """A row for each parameter and for each field of the body."""
+    fields = {item["name"]: item for item in operation.get("parameters", ())}
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        name = content["schema"]["$ref"].rpartition("/")[2]
+        fields |= document["components"]["schemas"][name]["properties"]
+    return [
+        f"<tr><td><code>{escape(name)}</code></td><td>{escape(field.get('description', ''))}</td></tr>"
+        for name, field in fields.items()
+    ]

@@ -1,40 +1,53 @@
 """The workflow API under base_path: runs, tasks, workflows, health. `create_app` also mounts OpenAI's API at /v1."""
 
-import json
+import asyncio
 import re
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import suppress
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field, ValidationError
+from pydantic import Field
 from starlette.datastructures import UploadFile
 
 from model_compose import __version__
 from model_compose.components import Delta
 from model_compose.compose import Compose
-from model_compose.errors import ComposeError, Conflict, FieldError, InputError
+from model_compose.errors import ComposeError, InputError
 from model_compose.schema import Options
 from model_compose.servers import HttpServerOptions
-from model_compose.servers.callbacks import Callback, resolve
-from model_compose.servers.documents import ERRORS, RunState, body_schema
+from model_compose.servers.callbacks import Callback
+from model_compose.servers.documents import (
+    RUN_STREAM,
+    Health,
+    RunState,
+    WorkflowInfo,
+    add_documents,
+    answers,
+    body_schema,
+    problems,
+)
+from model_compose.servers.openai import ChatBody, CompletionBody
 from model_compose.servers.openai import create_router as create_openai_router
 from model_compose.servers.tasks import Task, Tasks
 from model_compose.servers.wire import (
     EventStream,
     Guard,
     add_error_handlers,
-    body_of,
+    attended,
+    content_type,
     error_response,
     event,
     first_of,
+    parse_body,
     problem,
-    watching,
+    read_json,
 )
 from model_compose.workflow import variables
 from model_compose.workflow.jobs import WorkflowOptions
+
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
 class RunBody(Options):
@@ -58,19 +71,29 @@ class RunBody(Options):
     )
     callback_headers: dict[str, str] | None = None
 
+    def check(self) -> None:
+        """Raises InputError for fields that contradict each other."""
+        for name in ("stream", "output_only"):
+            if getattr(self, name) and not self.wait_for_completion:
+                raise InputError(f"{name} needs wait_for_completion=true", field=name)
+        if self.callback_url is not None and self.wait_for_completion:
+            raise InputError("callback_url needs wait_for_completion=false", field="callback_url")
+        if self.callback_headers and self.callback_url is None:
+            raise InputError("callback_headers needs callback_url", field="callback_headers")
+
 
 def create_app(compose: Compose, options: HttpServerOptions) -> FastAPI:
     """The whole HTTP application of one server."""
     app = FastAPI(
         title="model-compose", version=__version__, description="Language models with blended LoRA adapters.",
-        docs_url="/docs", redoc_url=None, openapi_url="/openapi.json",
+        docs_url=None, redoc_url=None,
     )  # fmt: skip
     add_error_handlers(app)
-    app.state.tasks = tasks = Tasks(compose)
-    app.include_router(_create_router(compose, tasks, options), prefix=options.base_path, responses=ERRORS)
+    app.include_router(_create_router(compose, Tasks(compose), options), prefix=options.base_path)
     app.include_router(create_openai_router(compose), prefix="/v1")
     health = f"{options.base_path}/health"
-    app.add_middleware(Guard, keys=options.api_keys or (), open_paths=(health,), max_body=options.max_body_size)
+    add_documents(app, bodies=(RunBody, CompletionBody, ChatBody), open_path=health, with_keys=bool(options.api_keys))
+    app.add_middleware(Guard, options=options, open_paths=(health,))
     if options.origins:  # outermost, so that a browser can read the errors of the guard too
         app.add_middleware(
             CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"], max_age=600
@@ -80,75 +103,86 @@ def create_app(compose: Compose, options: HttpServerOptions) -> FastAPI:
 
 def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -> APIRouter:
     router = APIRouter(tags=["workflows"])
-    task_id = Annotated[str, Path(description="The id that a run answered with")]
+    TaskId = Annotated[str, Path(description="The id that a run answered with")]
 
-    @router.get("/health", responses={503: {"description": "Loading, with progress"}})
+    @router.get("/health", responses={200: {"model": Health}, 503: {"model": Health, "description": "Not yet ready"}})
     async def health() -> JSONResponse:
         """Whether models are loaded. Needs no key."""
         if compose.ready:
             return JSONResponse({"status": "ok"})
         progress = compose.progress
-        shown = {"what": progress.what, "done": progress.done, "total": progress.total} if progress else None
+        if progress is None:
+            return JSONResponse({"status": "shutting_down"}, 503)
+        shown = {"what": progress.what, "done": progress.done, "total": progress.total}
         return JSONResponse({"status": "loading", "progress": shown}, 503, {"Retry-After": "1"})
 
-    @router.get("/workflows")
-    async def workflows(include_schema: Annotated[bool, Query()] = False) -> list[dict[str, Any]]:
+    @router.get("/workflows", responses={200: {"model": list[WorkflowInfo]}, **problems(400)})
+    async def workflows(include_schema: Annotated[bool, Query()] = False) -> JSONResponse:
         """The workflows that are not private."""
         shown = [workflow for workflow in compose.config.all_workflows if not workflow.private]
-        return [_describe(compose, workflow, with_schema=include_schema) for workflow in shown]
+        return JSONResponse([_describe(compose, workflow, with_schema=include_schema) for workflow in shown])
 
-    @router.get("/workflows/{workflow_id}/schema")
-    async def schema(workflow_id: str) -> dict[str, Any]:
+    @router.get("/workflows/{workflow_id}/schema", responses={200: {"model": WorkflowInfo}, **problems(404)})
+    async def schema(workflow_id: str) -> JSONResponse:
         """A workflow's inputs and outputs."""
-        return _describe(compose, compose.config.find_workflow(workflow_id), with_schema=True)
+        return JSONResponse(_describe(compose, compose.config.find_workflow(workflow_id), with_schema=True))
 
     @router.post(
         "/workflows/runs",
-        response_model=RunState,
-        response_model_exclude_none=True,
-        openapi_extra={"requestBody": body_schema(RunBody)},
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        openapi_extra={"requestBody": body_schema(RunBody, "application/json", *FORMS)},
+        responses={200: answers(RunState, RUN_STREAM), **problems(400, 403, 404, 409, 413, 500, 503)},
     )
     async def runs(request: Request) -> Response:
-        """Runs a workflow: JSON, multipart/form-data or application/x-www-form-urlencoded."""
+        """Runs a workflow. Forms nest their keys: input[prompt] or input.prompt; files are read as text."""
         body = await _read_body(request)
-        callback = _callback(body, options)
-        if callback:
-            await resolve(callback.url, allow_private=callback.allow_private)
+        callback = None
+        if body.callback_url is not None:
+            headers = body.callback_headers or {}
+            callback = Callback(body.callback_url, headers, options.callback_private_hosts, options.callback_secret)
+            await callback.check()
         compose.check_ready()
+        workflow, _ = compose.check_input(body.input, body.workflow_id, body.blend)
+        raw = body.output_only and (body.stream or any(compose.streams(job) for job in workflow.terminal_jobs))
         extras = {"session_id": body.session_id, "metadata": body.metadata}
-        task = tasks.start(body.workflow_id, body.input, body.blend, extras)
+        streaming = raw or body.stream
+        task = tasks.start(workflow.id, body.input, body.blend, extras, streaming=streaming)
         if not body.wait_for_completion:
             if callback:
-                callback.follow(task)
-            return JSONResponse({**task.state(), "status": "pending"})
-        if body.stream or (body.output_only and _streams(compose, task.workflow_id)):
-            events = _raw_events(task, tasks) if body.output_only else _events(task, tasks)
-            return EventStream(await first_of(events))
-        assert task.work is not None
-        async with watching(request, task.work):
-            try:
-                await task.wait()
-            except ComposeError as error:
-                return error_response(request, error, task.id)
+                task.follower = asyncio.create_task(callback.send_when_done(task))
+            return JSONResponse(task.state())
+        try:
+            if streaming:
+                events = _raw_events(task, tasks) if raw else _events(task, tasks)
+                return EventStream(await first_of(request, events))
+            await attended(request, _end_of(task, tasks))
+        except ComposeError as error:
+            return error_response(request, error, task.id)
         return JSONResponse(task.state()["output"] if body.output_only else task.state())
 
-    @router.get("/tasks/{task_id}", response_model=RunState, response_model_exclude_none=True)
-    async def task(request: Request, task_id: task_id, output_only: Annotated[bool, Query()] = False) -> Response:
-        """A task's state; with output_only the bare output, 202 while it runs."""
+    @router.get(
+        "/tasks/{task_id}",
+        responses={
+            200: answers(RunState),
+            202: {"model": RunState, "description": "Still running"},
+            **problems(400, 404, 409, 500, 503),
+        },
+    )
+    async def task(request: Request, task_id: TaskId, output_only: Annotated[bool, Query()] = False) -> Response:
+        """A task's state; with output_only the bare output, 202 while it runs, and its error once it has failed."""
         found = tasks.find(task_id)
         if not output_only:
             return JSONResponse(found.state())
         if not found.finished:
             return JSONResponse(found.state(), 202)
-        found.raise_error()
+        if found.error:
+            return error_response(request, found.error, found.id)
         return JSONResponse(found.state()["output"])
 
-    @router.post("/tasks/{task_id}/cancel", response_model=RunState, response_model_exclude_none=True)
-    async def cancel(task_id: task_id, wait_for_completion: Annotated[bool, Query()] = True) -> Response:
+    @router.post("/tasks/{task_id}/cancel", responses={200: {"model": RunState}, **problems(400, 403, 404, 409)})
+    async def cancel(task_id: TaskId, wait_for_completion: Annotated[bool, Query()] = True) -> JSONResponse:
         """Stops a task; its computation ends within one token. 409 for one that has already ended."""
         found = tasks.find(task_id)
-        await tasks.cancel(found)
+        await tasks.cancel(found, wait=wait_for_completion)
         return JSONResponse(found.state())
 
     return router
@@ -168,23 +202,11 @@ def _describe(compose: Compose, workflow: WorkflowOptions, *, with_schema: bool)
     return {key: value for key, value in entry.items() if value is not None}
 
 
-def _streams(compose: Compose, workflow_id: str) -> bool:
-    """Whether the dialect's `streaming: true` stands on an action of the workflow's last jobs."""
-    config = compose.config
-    return any(compose.streams(job) for job in config.find_workflow(workflow_id).terminal_jobs)
-
-
-def _callback(body: RunBody, options: HttpServerOptions) -> Callback | None:
-    if body.output_only and not body.wait_for_completion:
-        raise InputError("output_only needs wait_for_completion=true", field="output_only")
-    if body.stream and not body.wait_for_completion:
-        raise InputError("stream needs wait_for_completion=true", field="stream")
-    if body.callback_url is None:
-        return None
-    if body.wait_for_completion:
-        raise InputError("callback_url needs wait_for_completion=false", field="callback_url")
-    headers = body.callback_headers or {}
-    return Callback(body.callback_url, headers, options.callback_private_hosts, options.callback_secret)
+async def _end_of(task: Task, tasks: Tasks) -> None:
+    try:
+        await task.wait()
+    finally:
+        await tasks.abandon(task)
 
 
 async def _events(task: Task, tasks: Tasks) -> AsyncGenerator[str]:
@@ -200,23 +222,16 @@ async def _events(task: Task, tasks: Tasks) -> AsyncGenerator[str]:
             raise
         yield event(problem(error, task.id), "error")
     finally:
-        await _abandon(task, tasks)
+        await tasks.abandon(task)
 
 
 async def _raw_events(task: Task, tasks: Tasks) -> AsyncGenerator[str]:
-    """The dialect's form: the text alone, a `data:` line for each of its lines."""
+    """The dialect's form: the text alone, a `data:` line for each of its lines; an error just ends the connection."""
     try:
         async for delta in task.deltas():
-            yield "".join(f"data: {line}\n" for line in delta.text.split("\n")) + "\n"
+            yield "".join(f"data: {line}\n" for line in re.split(r"\r\n|\r|\n", delta.text)) + "\n"
     finally:
-        await _abandon(task, tasks)
-
-
-async def _abandon(task: Task, tasks: Tasks) -> None:
-    """Nobody reads this task any more."""
-    if not task.finished:
-        with suppress(Conflict):
-            await tasks.cancel(task)
+        await tasks.abandon(task)
 
 
 def _show(delta: Delta) -> str:
@@ -225,24 +240,19 @@ def _show(delta: Delta) -> str:
 
 async def _read_body(request: Request) -> RunBody:
     """The run, whatever form it came in. Raises InputError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = content_type(request)
     if kind == "application/json":
-        data = await body_of(request)
-    elif kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        data = read_json(await request.body())
+    elif kind in FORMS:
         data = await _read_form(request)
     else:
         raise InputError(
-            f"Content-Type '{kind}' is not supported; send application/json, multipart/form-data or "
-            "application/x-www-form-urlencoded",
+            f"Content-Type '{kind}' is not supported; send application/json, {' or '.join(FORMS)}",
             field="Content-Type",
         )
-    if not isinstance(data, dict):
-        raise InputError('the request body must be an object like {"input": {…}}', field="body")
-    try:
-        return RunBody.model_validate(data)
-    except ValidationError as error:
-        fields = [FieldError(".".join(map(str, e["loc"])) or "body", e["msg"]) for e in error.errors()]
-        raise InputError("; ".join(f"{f.field}: {f.message}" for f in fields), fields) from None
+    body = parse_body(RunBody, data)
+    body.check()
+    return body
 
 
 async def _read_form(request: Request) -> dict[str, Any]:
@@ -270,7 +280,7 @@ async def _form_value(key: str, value: UploadFile | str) -> Any:
             raise InputError(f"the file in '{key}' is not UTF-8 text", field=key) from None
     if value[:1] in ("{", "["):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
+            return read_json(value)
+        except InputError:
+            return value  # a prompt may well start with a bracket
     return value

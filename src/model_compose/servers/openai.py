@@ -4,27 +4,36 @@ It goes past workflows straight to a model component. A model id is the componen
 ":" and a blend's or an adapter's name behind it where one is meant; `lora` mixes freely.
 """
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from itertools import accumulate
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, model_validator
 
 from model_compose.components.model import ModelComponent
 from model_compose.compose import Compose
-from model_compose.errors import ComposeError, FieldError, InputError, NotFound
-from model_compose.generation import Chunk, Message, Sampling, Text, TokenLogprob, Usage, collect
+from model_compose.errors import ComposeError, InputError, NotFound
+from model_compose.generation import Chunk, Completion, Message, Sampling, Text, TokenLogprob, Usage, collect
 from model_compose.generation import Request as Generation
 from model_compose.lora.blend import Blend
 from model_compose.schema import Options, Weight
-from model_compose.servers.documents import OPENAI_ERRORS
-from model_compose.servers.wire import EventStream, body_of, event, first_of, openai_error, watching
+from model_compose.servers.documents import (
+    OPENAI_STREAM,
+    ChatReply,
+    CompletionReply,
+    ModelCard,
+    ModelList,
+    answers,
+    body_schema,
+    openai_errors,
+)
+from model_compose.servers.wire import EventStream, attended, event, first_of, openai_error, parse_body, read_json
 
 UNNAMED = "__component__"
 UNNAMED_ON_V1 = "default"
@@ -38,6 +47,7 @@ class LoraWeight(Options):
 
 
 class StreamOptions(Options):
+    later: ClassVar[Mapping[str, Any]] = {"include_obfuscation": False}
     include_usage: bool = False
 
 
@@ -46,7 +56,8 @@ class Body(Options):
 
     later: ClassVar[Mapping[str, Any]] = {
         "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": None, "echo": False, "best_of": 1,
-        "tools": [], "functions": [], "response_format": {"type": "text"}, "modalities": ["text"],
+        "tools": [], "tool_choice": "none", "functions": [], "function_call": "none", "modalities": ["text"],
+        "response_format": {"type": "text"},
     }  # fmt: skip
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
@@ -66,6 +77,14 @@ class Body(Options):
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream=true")
+        return self
 
     def sampling(self, default: Sampling) -> Sampling:
         """The request's sampling; what it leaves out comes from the component's action."""
@@ -119,6 +138,12 @@ class ChatBody(Body):
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     parallel_tool_calls: bool | None = None
 
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        return self
+
     def sampling(self, default: Sampling) -> Sampling:
         sampling = super().sampling(default)
         if self.max_completion_tokens is not None:
@@ -127,66 +152,88 @@ class ChatBody(Body):
 
 
 @dataclass(frozen=True)
-class Reply:
-    """One answer on its way out: its id, its model id, and how this route shapes a choice."""
-
-    id: str
-    object: str
-    model: str
-    created: int
-    shape: "Shape"
-
-    def document(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": self.object,
-            "created": self.created,
-            "model": self.model,
-            "choices": choices,
-            **more,
-        }
-
-
-@dataclass(frozen=True)
 class Shape:
-    """The differences between the two routes."""
+    """The differences between the two routes. piece: a chunk, whether it is the sequence's first, and where it starts."""
 
     prefix: str
     whole: str
     part: str
     choice: Callable[[int, Text], dict[str, Any]]
-    piece: Callable[[Chunk, bool], dict[str, Any]]
+    piece: Callable[[Chunk, bool, int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer on its way out."""
+
+    head: Mapping[str, Any]
+    shape: Shape
+
+    def document(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
+        return {**self.head, "choices": choices, **({} if usage is None else {"usage": _usage(usage)})}
+
+    def whole(self, done: Completion) -> dict[str, Any]:
+        choices = [self.shape.choice(index, text) for index, text in enumerate(done.texts)]
+        return self.document(choices, done.usage)
+
+    async def events(self, chunks: AsyncGenerator[Chunk], *, with_usage: bool) -> AsyncGenerator[str]:
+        usage = Usage()
+        positions: dict[int, int] = {}
+        async with aclosing(chunks):
+            try:
+                async for chunk in chunks:
+                    usage = chunk.usage or usage
+                    at = positions.get(chunk.index, 0)
+                    yield event(self.document([self.shape.piece(chunk, chunk.index not in positions, at)]))
+                    positions[chunk.index] = at + sum(len(token.text) for token in chunk.logprobs)
+            except ComposeError as error:
+                yield event(openai_error(error))
+                return
+        if with_usage:
+            yield event(self.document([], usage))
+        yield "data: [DONE]\n\n"
 
 
 def create_router(compose: Compose) -> APIRouter:
-    router = APIRouter(tags=["openai"], responses=OPENAI_ERRORS)
+    router = APIRouter(tags=["openai"])
 
-    @router.get("/models")
-    async def models() -> dict[str, Any]:
+    @router.get("/models", responses={200: {"model": ModelList}, **openai_errors(503)})
+    async def models() -> JSONResponse:
         """Components, their named blends and their single adapters."""
         compose.check_ready()
-        return {"object": "list", "data": [_model(id, parent) for id, parent in _model_ids(compose)]}
+        return JSONResponse({"object": "list", "data": [_card(id, parent) for id, parent in _model_ids(compose)]})
 
-    @router.get("/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
+    @router.get("/models/{model:path}", responses={200: {"model": ModelCard}, **openai_errors(404, 503)})
+    async def model(model: str) -> JSONResponse:
         """One model."""
         compose.check_ready()
         _find(compose, model)
-        return _model(model, model.partition(":")[0] if ":" in model else None)
+        id, colon, _ = model.partition(":")
+        return JSONResponse(_card(model, id if colon else None))
 
-    @router.post("/completions", openapi_extra={"requestBody": _schema(CompletionBody)})
+    errors = openai_errors(400, 403, 404, 409, 413, 500, 503)
+
+    @router.post(
+        "/completions",
+        openapi_extra={"requestBody": body_schema(CompletionBody, "application/json")},
+        responses={200: answers(CompletionReply, OPENAI_STREAM), **errors},
+    )
     async def completions(request: Request) -> Response:
         """Completes raw text, whatever the component's task."""
-        body = _parse(CompletionBody, await body_of(request))
+        body = parse_body(CompletionBody, read_json(await request.body()))
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if len(prompts) != 1:
             raise InputError("prompt must be one text; send one request a prompt, they share a batch", field="prompt")
         return await _answer(compose, request, body, prompts[0], COMPLETION)
 
-    @router.post("/chat/completions", openapi_extra={"requestBody": _schema(ChatBody)})
+    @router.post(
+        "/chat/completions",
+        openapi_extra={"requestBody": body_schema(ChatBody, "application/json")},
+        responses={200: answers(ChatReply, OPENAI_STREAM), **errors},
+    )
     async def chat_completions(request: Request) -> Response:
         """Answers messages through the base's chat template, whatever the component's task."""
-        body = _parse(ChatBody, await body_of(request))
+        body = parse_body(ChatBody, read_json(await request.body()))
         messages = tuple(Message("system" if m.role == "developer" else m.role, m.content) for m in body.messages)
         return await _answer(compose, request, body, messages, CHAT)
 
@@ -205,94 +252,64 @@ async def _answer(
         listed = {entry.name: entry.scale for entry in body.lora} if isinstance(body.lora, list) else body.lora
         blend = component.blends.resolve(listed, place="lora")
     compose.check_ready()
-    sampling = body.sampling(component.sampling())
-    chunks = compose.generate(component.options.id, Generation(prompt, blend, sampling))
-    streaming = bool(body.stream)
-    kind = shape.part if streaming else shape.whole
-    reply = Reply(f"{shape.prefix}-{uuid.uuid4().hex}", kind, body.model, int(time.time()), shape)
-    if streaming:
+    chunks = compose.generate(component.options.id, Generation(prompt, blend, body.sampling(component.sampling())))
+    kind = shape.part if body.stream else shape.whole
+    id = f"{shape.prefix}-{uuid.uuid4().hex}"
+    reply = Reply({"id": id, "object": kind, "created": int(time.time()), "model": body.model}, shape)
+    if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(_stream(reply, await first_of(chunks), with_usage=with_usage))
-    return JSONResponse(await _whole(reply, chunks, request))
+        return EventStream(reply.events(await first_of(request, chunks), with_usage=with_usage))
+    return JSONResponse(reply.whole(await attended(request, collect(chunks))))
 
 
-async def _whole(reply: Reply, chunks: AsyncGenerator[Chunk], request: Request) -> dict[str, Any]:
-    async def work() -> dict[str, Any]:
-        async with aclosing(chunks):
-            done = await collect(chunks)
-        choices = [reply.shape.choice(index, text) for index, text in enumerate(done.texts)]
-        return reply.document(choices, usage=_usage(done.usage))
-
-    task = asyncio.create_task(work())
-    async with watching(request, task):
-        return await task
+def _completion_choice(index: int, part: Text | Chunk, at: int = 0) -> dict[str, Any]:
+    logprobs = _completion_logprobs(part.logprobs, at) if part.logprobs else None
+    return {"index": index, "text": part.text, "finish_reason": part.finish, "logprobs": logprobs}
 
 
-async def _stream(reply: Reply, chunks: AsyncGenerator[Chunk], *, with_usage: bool) -> AsyncGenerator[str]:
-    usage = Usage()
-    started: set[int] = set()
-    async with aclosing(chunks):
-        try:
-            async for chunk in chunks:
-                usage = chunk.usage or usage
-                yield event(reply.document([reply.shape.piece(chunk, chunk.index not in started)]))
-                started.add(chunk.index)
-        except ComposeError as error:
-            yield event(openai_error(error))
-            return
-    if with_usage:
-        yield event(reply.document([], usage=_usage(usage)))
-    yield "data: [DONE]\n\n"
-
-
-def _completion_choice(index: int, text: Text) -> dict[str, Any]:
-    logprobs = _completion_logprobs(text.logprobs) if text.logprobs else None
-    return {"index": index, "text": text.text, "finish_reason": text.finish, "logprobs": logprobs}
-
-
-def _completion_piece(chunk: Chunk, first: bool) -> dict[str, Any]:
-    logprobs = _completion_logprobs(chunk.logprobs) if chunk.logprobs else None
-    return {"index": chunk.index, "text": chunk.text, "finish_reason": chunk.finish, "logprobs": logprobs}
+def _completion_piece(chunk: Chunk, first: bool, at: int) -> dict[str, Any]:
+    return _completion_choice(chunk.index, chunk, at)
 
 
 def _chat_choice(index: int, text: Text) -> dict[str, Any]:
     message = {"role": "assistant", "content": text.text, "refusal": None}
-    logprobs = _chat_logprobs(text.logprobs) if text.logprobs else None
-    return {"index": index, "message": message, "finish_reason": text.finish, "logprobs": logprobs}
+    return {"index": index, "message": message, "finish_reason": text.finish, "logprobs": _chat_logprobs(text.logprobs)}
 
 
-def _chat_piece(chunk: Chunk, first: bool) -> dict[str, Any]:
+def _chat_piece(chunk: Chunk, first: bool, at: int) -> dict[str, Any]:
     delta = {"role": "assistant"} if first else {}
     delta |= {"content": chunk.text} if chunk.text or first else {}
-    logprobs = _chat_logprobs(chunk.logprobs) if chunk.logprobs else None
-    return {"index": chunk.index, "delta": delta, "finish_reason": chunk.finish, "logprobs": logprobs}
+    return {
+        "index": chunk.index,
+        "delta": delta,
+        "finish_reason": chunk.finish,
+        "logprobs": _chat_logprobs(chunk.logprobs),
+    }
 
 
 COMPLETION = Shape("cmpl", "text_completion", "text_completion", _completion_choice, _completion_piece)
 CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice, _chat_piece)
 
 
-def _completion_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any]:
-    offsets, position = [], 0
-    for token in tokens:
-        offsets.append(position)
-        position += len(token.text)
+def _completion_logprobs(tokens: tuple[TokenLogprob, ...], at: int) -> dict[str, Any]:
+    """at: where the first token starts in the text, in characters."""
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [dict(token.top) for token in tokens],
-        "text_offset": offsets,
+        # reversed: of tokens with the same text (halves of a character), the most probable one is told
+        "top_logprobs": [dict(reversed(token.top)) for token in tokens],
+        "text_offset": list(accumulate((len(token.text) for token in tokens[:-1]), initial=at)),
     }
 
 
-def _chat_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any]:
+def _chat_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
     def entry(text: str, logprob: float) -> dict[str, Any]:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     content = [
         {**entry(token.text, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]} for token in tokens
     ]
-    return {"content": content, "refusal": None}
+    return {"content": content, "refusal": None} if content else None
 
 
 def _usage(usage: Usage) -> dict[str, int]:
@@ -318,7 +335,7 @@ def _model_ids(compose: Compose) -> list[tuple[str, str | None]]:
     return ids
 
 
-def _model(id: str, parent: str | None) -> dict[str, Any]:
+def _card(id: str, parent: str | None) -> dict[str, Any]:
     return {"id": id, "object": "model", "created": 0, "owned_by": "model-compose", "parent": parent}
 
 
@@ -330,21 +347,3 @@ def _find(compose: Compose, model: str) -> tuple[ModelComponent, Blend]:
         known = ", ".join(id for id, _ in _model_ids(compose))
         raise NotFound(f"there is no model '{model}'; known: {known}")
     return component, component.blends.resolve(name or None)
-
-
-def _parse(model: type[Any], data: Any) -> Any:
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        fields = []
-        for item in error.errors():
-            key = item.get("ctx", {}).get("key")
-            field = ".".join([*map(str, item["loc"]), *([key] if key else [])]) or "body"
-            fields.append(
-                FieldError(field, item["msg"].replace("is not supported in this version", "is not supported"))
-            )
-        raise InputError("; ".join(f"{f.field}: {f.message}" for f in fields), fields) from None
-
-
-def _schema(model: type[Options]) -> dict[str, Any]:
-    return {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}

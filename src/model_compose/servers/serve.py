@@ -37,7 +37,8 @@ async def serve(
     announce: Callable[[Addresses], None] = lambda _: None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM. The ports answer at once; models load meanwhile.
+    """Serves until SIGINT or SIGTERM; a second one does not wait for running requests. The ports answer at once; models
+    load meanwhile.
 
     announce: told the addresses once they listen. on_ready: called once the models are loaded.
     Raises AddressInUse, and whatever loading raises.
@@ -69,7 +70,8 @@ async def serve(
                 on_ready()
                 await stopping
             log.info("shutting down")
-            await _drain(compose, controller.shutdown_timeout)
+            stop.clear()  # a second signal ends the wait
+            await _drain(compose, stop, controller.shutdown_timeout)
         finally:
             stopping.cancel()
             loading.cancel()
@@ -126,10 +128,11 @@ async def listening(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None
         await running
 
 
-async def _drain(compose: Compose, seconds: float) -> None:
-    """Lets running requests go on for as long as the file allows; what is left then is stopped by closing."""
+async def _drain(compose: Compose, stop: asyncio.Event, seconds: float) -> None:
+    """Refuses new requests, and lets running ones go on for as long as the file allows; closing stops what is left."""
+    compose.ready = False
     deadline = asyncio.get_running_loop().time() + seconds
-    while compose.busy and asyncio.get_running_loop().time() < deadline:
+    while compose.busy and not stop.is_set() and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(POLL_SECONDS)
 
 

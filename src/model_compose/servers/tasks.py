@@ -5,7 +5,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,28 +17,37 @@ from model_compose.workflow.runner import Done
 log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 3600.0
+KEPT_TASKS = 10_000
+"""Finished tasks, by age; running ones are always kept."""
 
-Status = Literal["pending", "processing", "cancelled", "completed", "failed"]
+Status = Literal["pending", "processing", "cancelling", "cancelled", "completed", "failed"]
+ENDED = ("cancelled", "completed", "failed")
 
 
 @dataclass
 class Task:
-    """One run. Its own asyncio task changes it; everybody else reads, waits or cancels."""
+    """One run. Its own asyncio task changes it; everybody else reads, waits or cancels.
+
+    streaming: its text is kept for `deltas` until it is read; else only the output is.
+    """
 
     id: str
     workflow_id: str
     extras: Mapping[str, Any]
+    streaming: bool = False
     status: Status = "pending"
     done: Done | None = None
     error: ComposeError | None = None
     ended: float | None = None
     work: asyncio.Task[None] | None = None
-    _events: list[Delta] = field(default_factory=list)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    follower: asyncio.Task[None] | None = None
+    """Tells somebody of the end; kept here, since asyncio itself keeps only weak references."""
+    _deltas: asyncio.Queue[Delta | None] = field(default_factory=asyncio.Queue)
+    _over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def finished(self) -> bool:
-        return self.status in ("cancelled", "completed", "failed")
+        return self.status in ENDED
 
     def state(self) -> dict[str, Any]:
         """The task as the API shows it; keys without a value are left out."""
@@ -52,34 +61,28 @@ class Task:
         return state | {key: value for key, value in self.extras.items() if value is not None}
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """The text from the start, as it comes, until the task has finished. Raises the error that ended it."""
-        position = 0
-        while True:
-            self._changed.clear()
-            for delta in self._events[position:]:
-                position += 1
-                yield delta
-            if self.finished:
-                break
-            await self._changed.wait()
+        """The text as it comes, until the task has finished; for one reader. Raises the error that ended it."""
+        while (delta := await self._deltas.get()) is not None:
+            yield delta
         self.raise_error()
 
     async def wait(self) -> None:
         """Until the task has finished. Raises the error that ended it."""
-        async for _ in self.deltas():
-            pass
+        await self._over.wait()
+        self.raise_error()
 
     def raise_error(self) -> None:
         if self.error is not None:
             raise self.error
 
     def publish(self, delta: Delta) -> None:
-        self._events.append(delta)
-        self._changed.set()
+        if self.streaming:
+            self._deltas.put_nowait(delta)
 
     def finish(self, status: Status, *, done: Done | None = None, error: ComposeError | None = None) -> None:
         self.status, self.done, self.error, self.ended = status, done, error, time.monotonic()
-        self._changed.set()
+        self._deltas.put_nowait(None)
+        self._over.set()
 
 
 def usage_and_blend(answer: Answer) -> dict[str, Any]:
@@ -102,14 +105,17 @@ class Tasks:
         self._compose = compose
         self._tasks: dict[str, Task] = {}
 
-    def start(self, workflow: str | None, input: Any, blend: Any, extras: Mapping[str, Any]) -> Task:
+    def start(
+        self, workflow: str | None, input: Any, blend: Any, extras: Mapping[str, Any], *, streaming: bool = False
+    ) -> Task:
         """Starts a run. Raises NotFound for an unknown workflow."""
         self._drop_old()
         chosen = self._compose.config.find_workflow(workflow)
-        task = Task(uuid.uuid4().hex, chosen.id, extras)
+        task = Task(uuid.uuid4().hex, chosen.id, extras, streaming)
         context = {"task_id": task.id, "session_id": extras.get("session_id"), "metadata": extras.get("metadata")}
         events = self._compose.run(input, workflow=chosen.id, blend=blend, context=context)
         task.work = asyncio.create_task(self._work(task, events))
+        task.work.add_done_callback(lambda work: _settle(task, work))
         self._tasks[task.id] = task
         return task
 
@@ -120,16 +126,19 @@ class Tasks:
             raise NotFound(f"there is no task '{id}'; finished tasks are kept for {KEPT_SECONDS / 3600:g} h")
         return self._tasks[id]
 
-    async def cancel(self, task: Task) -> None:
-        """Stops a running task and waits until its computation has ended. Raises Conflict for a finished one."""
-        if task.finished or task.work is None:
-            raise Conflict(f"task '{task.id}' has already ended ({task.status})")
+    async def cancel(self, task: Task, *, wait: bool = True) -> None:
+        """Stops a running task; `wait` until its computation has ended. Raises Conflict for one that is ending or has."""
+        if task.finished or task.status == "cancelling" or task.work is None:
+            raise Conflict(f"task '{task.id}' is {task.status} already")
+        task.status = "cancelling"
         task.work.cancel()
-        await asyncio.wait([task.work])
+        if wait:
+            await asyncio.wait([task.work])
 
-    @property
-    def running(self) -> list[Task]:
-        return [task for task in self._tasks.values() if not task.finished]
+    async def abandon(self, task: Task) -> None:
+        """Nobody waits for this task any more: stops it if it still runs."""
+        with suppress(Conflict):
+            await self.cancel(task)
 
     async def _work(self, task: Task, events: AsyncGenerator[Delta | Done]) -> None:
         task.status = "processing"
@@ -141,8 +150,6 @@ class Tasks:
                         task.finish("completed", done=event)
                     else:
                         task.publish(event)
-        except asyncio.CancelledError:
-            task.finish("cancelled", error=Cancelled(f"task '{task.id}' was cancelled"))
         except ComposeError as error:
             level = logging.ERROR if error.status >= 500 else logging.INFO
             log.log(level, "[task-%s] %s", task.id, error, exc_info=error.__cause__ if error.status >= 500 else None)
@@ -152,8 +159,18 @@ class Tasks:
             task.finish(
                 "failed", error=RunError("the run failed; the server's log has the details under the task's id")
             )
-        log.info("[task-%s] %s", task.id, task.status)
 
     def _drop_old(self) -> None:
         limit = time.monotonic() - KEPT_SECONDS
-        self._tasks = {id: task for id, task in self._tasks.items() if task.ended is None or task.ended > limit}
+        ended = [task for task in self._tasks.values() if task.ended is not None]
+        spare = len(ended) - KEPT_TASKS
+        for at, task in enumerate(ended):
+            if at < spare or (task.ended or 0) < limit:
+                del self._tasks[task.id]
+
+
+def _settle(task: Task, work: "asyncio.Task[None]") -> None:
+    """The end of a task's work; also of work that was cancelled before its first step."""
+    if work.cancelled() and not task.finished:
+        task.finish("cancelled", error=Cancelled(f"task '{task.id}' was cancelled"))
+    log.info("[task-%s] %s", task.id, task.status)

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
 from model_compose.progress import Progress
 from model_compose.servers import webui_runs, webui_snippets
-from model_compose.servers.webui_auth import Door
+from model_compose.servers.webui_auth import ICON, Door
 from model_compose.servers.webui_form import Form, draw_form
 from model_compose.servers.webui_runs import Run
 from model_compose.servers.webui_snippets import Call
@@ -36,12 +36,27 @@ TICK_SECONDS = 0.05
 IDLE_SECONDS = 0.5
 """A run without new text still reports this often; that is also when gradio notices a closed tab."""
 KEPT_RUNS = 8
+KEPT_SESSIONS = 200
 ASSETS = Path(__file__).parent
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 Key = tuple[str | None, str]
 """The session of an open page, and a workflow on it."""
-Running = dict[Key, "asyncio.Task[Done]"]
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """What the open pages are running and have run. Not gr.State: it keeps a connection open for as long as a page is,
+    and the server would wait for that when it stops."""
+
+    running: dict[Key, "asyncio.Task[Done]"] = field(default_factory=dict)
+    earlier: dict[Key, tuple[Run, ...]] = field(default_factory=dict)
+
+    def remember(self, key: Key, run: Run) -> None:
+        """Newest first; the pages that were used longest ago are forgotten."""
+        self.earlier[key] = (run, *self.earlier.pop(key, ()))[:KEPT_RUNS]
+        while len(self.earlier) > KEPT_SESSIONS:
+            del self.earlier[next(iter(self.earlier))]
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,6 @@ class Panel:
     earlier: gr.HTML
     api: gr.Accordion
     calls: gr.HTML
-    history: gr.State
 
 
 def create_page(compose: Compose, api_address: str | None) -> ASGIApp:
@@ -74,18 +88,19 @@ def create_page(compose: Compose, api_address: str | None) -> ASGIApp:
 
 def _draw_page(compose: Compose, api_address: str | None) -> gr.Blocks:
     workflows = [workflow for workflow in compose.config.all_workflows if not workflow.private]
-    running: Running = {}
-    with gr.Blocks(title=_title(compose), analytics_enabled=False) as page:
-        gr.HTML(f'<h1 class="mc-title">{escape(_title(compose))}</h1>')
-        loading = gr.HTML(visible=False)
+    sessions = Sessions()
+    page = gr.Blocks(title=_title(compose), analytics_enabled=False)
+    with page:
+        _html(f'<h1 class="mc-title">{escape(_title(compose))}</h1>')
+        loading = _html(visible=False)
         if len(workflows) == 1:
-            panels = [_draw_panel(compose, workflows[0], api_address, running)]
+            panels = [_draw_panel(compose, workflows[0], api_address, sessions)]
         else:
             panels = []
             with gr.Tabs(elem_classes="mc-tabs"):
                 for workflow in workflows:
                     with gr.Tab(_name(workflow) or workflow.id):
-                        panels.append(_draw_panel(compose, workflow, api_address, running))
+                        panels.append(_draw_panel(compose, workflow, api_address, sessions))
         timer = gr.Timer(1.0, active=False)
 
         def look() -> list[Any]:
@@ -101,58 +116,58 @@ def _draw_page(compose: Compose, api_address: str | None) -> gr.Blocks:
     return page
 
 
-def _draw_panel(compose: Compose, workflow: WorkflowOptions, api_address: str | None, running: Running) -> Panel:
+def _draw_panel(compose: Compose, workflow: WorkflowOptions, api_address: str | None, sessions: Sessions) -> Panel:
     if workflow.description:
         gr.Markdown(workflow.description, elem_classes="mc-description")
     with gr.Row(elem_classes="mc-columns"):
-        with gr.Column(scale=5, min_width=320):
+        with gr.Column(scale=5, min_width=320, elem_classes="mc-form"):
             form = draw_form(compose, workflow)
             with gr.Row(elem_classes="mc-buttons"):
                 run = gr.Button("Run Workflow", variant="primary", scale=3, min_width=0)
                 stop = gr.Button("Stop", interactive=False, scale=1, min_width=0)
         with gr.Column(scale=7, min_width=320):
-            output = gr.HTML(webui_runs.NOTHING, elem_classes="mc-output")
+            output = _html(webui_runs.NOTHING)
             with gr.Accordion("Do this by API", open=False, visible=False, elem_classes="mc-api") as api:
-                calls = gr.HTML()
-            earlier = gr.HTML()
-    panel = Panel(workflow, form, run, stop, output, earlier, api, calls, gr.State(()))
-    _connect(compose, panel, api_address, running)
+                calls = _html()
+            earlier = _html()
+    panel = Panel(workflow, form, run, stop, output, earlier, api, calls)
+    _connect(compose, panel, api_address, sessions)
     return panel
 
 
-def _connect(compose: Compose, panel: Panel, api_address: str | None, running: Running) -> None:
-    async def start(request: gr.Request, history: tuple[Run, ...], *values: Any) -> AsyncGenerator[dict[Any, Any]]:
+def _connect(compose: Compose, panel: Panel, api_address: str | None, sessions: Sessions) -> None:
+    async def start(request: gr.Request, *values: Any) -> AsyncGenerator[dict[Any, Any]]:
         """One run: its state of affairs every TICK_SECONDS, then how it ended."""
         key = (request.session_hash, panel.workflow.id)
         yield {panel.run: gr.Button(interactive=False), panel.stop: gr.Button(interactive=True),
-               panel.earlier: webui_runs.earlier(history)}  # fmt: skip
+               panel.earlier: webui_runs.earlier(sessions.earlier.get(key, ()))}  # fmt: skip
         run, call = Run(""), None
-        async with aclosing(_runs(compose, panel, values, key, running)) as states:
-            async for run, call in states:
+        async with aclosing(_runs(compose, panel, values, key, sessions)) as states:
+            async for state in states:
+                run, call = state
                 yield {panel.output: webui_runs.current(run)}
-        yield {
-            panel.run: gr.Button(interactive=True), panel.stop: gr.Button(interactive=False),
-            panel.history: (run, *history)[:KEPT_RUNS],
-            panel.calls: _calls(compose, api_address, call) if call and api_address else gr.skip(),
-            panel.api: gr.Accordion(visible=True) if call and api_address else gr.skip(),
-        }  # fmt: skip
+        if run.texts:  # what failed at once is nothing to compare
+            sessions.remember(key, run)
+        yield {panel.run: gr.Button(interactive=True), panel.stop: gr.Button(interactive=False)}
+        shown = _calls(compose, api_address, call) if call and api_address else ""
+        yield {panel.calls: shown, panel.api: gr.Accordion(visible=bool(shown))}
 
     def stop(request: gr.Request) -> None:
         """Ends the computation; what there is of the text stays."""
-        if work := running.get((request.session_hash, panel.workflow.id)):
+        if work := sessions.running.get((request.session_hash, panel.workflow.id)):
             work.cancel()
 
     prompts = [field.widget.submit for field in panel.form.fields if isinstance(field.widget, gr.Textbox)]
     gr.on(
-        [panel.run.click, *prompts], start, inputs=[panel.history, *panel.form.widgets],
-        outputs=[panel.output, panel.earlier, panel.history, panel.calls, panel.api, panel.run, panel.stop],
+        [panel.run.click, *prompts], start, inputs=panel.form.widgets,
+        outputs=[panel.output, panel.earlier, panel.calls, panel.api, panel.run, panel.stop],
         concurrency_limit=None, trigger_mode="once", **QUIET,
     )  # fmt: skip
     panel.stop.click(stop, queue=False, **QUIET)
 
 
 async def _runs(
-    compose: Compose, panel: Panel, values: Sequence[Any], key: Key, running: Running
+    compose: Compose, panel: Panel, values: Sequence[Any], key: Key, sessions: Sessions
 ) -> AsyncGenerator[tuple[Run, Call | None]]:
     """Runs the workflow and tells how it stands, at last how it ended. Closing it stops the computation."""
     texts: dict[str, str] = {}
@@ -161,7 +176,7 @@ async def _runs(
     run = Run(webui_runs.asked(input))
     yield run, None
     work = asyncio.create_task(_follow(compose, panel, input, values, texts))
-    running[key] = work
+    sessions.running[key] = work
     try:
         while not work.done():
             await asyncio.wait([work], timeout=TICK_SECONDS)
@@ -170,9 +185,9 @@ async def _runs(
                 shown, run = now, replace(run, texts=dict(texts), seconds=now - started)
                 yield run, None
         run = replace(run, texts=dict(texts), seconds=time.monotonic() - started)
-        yield _ended(run, work, panel.workflow, input)
+        yield _ended(run, work, panel, input, values)
     finally:
-        running.pop(key, None)
+        sessions.running.pop(key, None)
         work.cancel()
         await asyncio.wait([work])
 
@@ -189,9 +204,12 @@ async def _follow(compose: Compose, panel: Panel, input: Any, values: Sequence[A
     raise AssertionError("a run ends with Done")
 
 
-def _ended(run: Run, work: "asyncio.Task[Done]", workflow: WorkflowOptions, input: Any) -> tuple[Run, Call | None]:
+def _ended(
+    run: Run, work: "asyncio.Task[Done]", panel: Panel, input: Any, values: Sequence[Any]
+) -> tuple[Run, Call | None]:
+    workflow = panel.workflow
     if work.cancelled():
-        return replace(run, status="stopped"), None
+        return replace(run, status="stopped", mixed=panel.form.mixed(values)), None
     error = work.exception()
     if error is None:
         done = work.result()
@@ -218,15 +236,19 @@ def _calls(compose: Compose, api_address: str, call: Call) -> str:
     return webui_runs.snippet("curl", webui_snippets.curl(compose, api_address, call)) + python
 
 
+def _html(value: str = "", *, visible: bool = True) -> gr.HTML:
+    """HTML that webui.css styles alone."""
+    return gr.HTML(value, visible=visible, apply_default_css=False, padding=False, elem_classes="mc-html")
+
+
 def _loading(progress: Progress | None) -> str:
-    """ "Loading… 43 %", with a bar."""
+    """How far the loading is, with a bar where that is known."""
     what = progress.what if progress else "shutting down"
-    share = 100 * progress.done / progress.total if progress and progress.total else None
-    percent, value = ("", "") if share is None else (f" {share:.0f} %", f' value="{share:.0f}"')
-    return (
-        f'<div class="mc-loading" role="status"><p>Loading…{percent} <span>{escape(what)}</span></p>'
-        f'<progress max="100"{value}></progress></div>'
-    )
+    percent, bar = "", ""
+    if progress and progress.total:
+        share = 100 * progress.done / progress.total
+        percent, bar = f" {share:.0f} %", f'<progress max="100" value="{share:.0f}"></progress>'
+    return f'<div class="mc-loading" role="status"><p>Loading…{percent} <span>{escape(what)}</span></p>{bar}</div>'
 
 
 def _title(compose: Compose) -> str:
@@ -244,8 +266,19 @@ def _theme() -> gr.themes.Base:
     """System fonts: the page asks no other host for anything."""
     sans = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     mono = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-    return gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", font=sans, font_mono=mono, radius_size="md")
+    theme = gr.themes.Base(primary_hue="indigo", neutral_hue="zinc", font=sans, font_mono=mono, radius_size="md")
+    return theme.set(
+        body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_400",
+        block_background_fill="white", block_background_fill_dark="*neutral_900",
+        input_background_fill="white", input_background_fill_dark="*neutral_900",
+        input_border_width="1px", input_border_color="*neutral_300", input_border_color_dark="*neutral_700",
+        input_border_color_focus="*primary_500", input_border_color_focus_dark="*primary_400",
+        input_placeholder_color="*neutral_500", input_radius="*radius_md",
+        button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600", button_primary_background_fill_hover_dark="*primary_500",
+    )  # fmt: skip
 
 
 def _head() -> str:
-    return f"<script>{(ASSETS / 'webui.js').read_text(encoding='utf-8')}</script>"
+    return f"{ICON}<script>{(ASSETS / 'webui.js').read_text(encoding='utf-8')}</script>"

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from html import escape
 from http.cookies import SimpleCookie
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 from fastapi import Request
@@ -19,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from model_compose.servers.wire import has_key
 
 SESSION_SECONDS = 12 * 3600.0
+FORM = Path(__file__).parent / "webui_login.html"
 MAX_FORM_BYTES = 8192
 PAUSE_SECONDS = 0.5
 """After a wrong key: too short to notice for a person, too long for guessing."""
@@ -79,7 +81,12 @@ class Door:
 
     def _form(self, message: str = "", status: int = 200) -> Response:
         shown = f'<p role="alert">{escape(message)}</p>' if message else ""
-        page = _FORM.replace("{{title}}", escape(self._title)).replace("{{message}}", shown)
+        page = (
+            FORM.read_text(encoding="utf-8")
+            .replace("{{title}}", escape(self._title))
+            .replace("{{message}}", shown)
+            .replace("{{icon}}", ICON)
+        )
         return HTMLResponse(page, status, {"Cache-Control": "no-store", "Content-Security-Policy": _POLICY})
 
 
@@ -102,42 +109,16 @@ async def _key_in(request: Request) -> str:
         return ""
 
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+ICON = (
+    "<link rel=\"icon\" href=\"data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'>"
+    "<circle cx='12' cy='16' r='11' fill='%234f46e5'/><circle cx='21' cy='16' r='10' fill='%23a5b4fc' fill-opacity='.85'/>"
+    '</svg>">'
+)
+"""Two adapters over one another; inline, so that no request asks for it."""
 
-_FORM = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Sign in – {{title}}</title>
-<style>
-:root { color-scheme: light dark; --back: #f7f7f8; --card: #fff; --ink: #18181b; --soft: #63636e; --line: #d9d9e0; --accent: #4f46e5; --bad: #b42318 }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #0f0f12; --card: #18181c; --ink: #f4f4f5; --soft: #a1a1ad; --line: #34343d; --accent: #6366f1; --bad: #fda29b }
-}
-* { box-sizing: border-box }
-body { margin: 0; min-height: 100vh; display: grid; place-items: center; padding: 24px; background: var(--back); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
-form { width: 100%; max-width: 360px; padding: 32px; background: var(--card); border: 1px solid var(--line); border-radius: 14px }
-h1 { margin: 0 0 4px; font-size: 20px; line-height: 1.3; overflow-wrap: anywhere }
-.hint { margin: 0 0 24px; color: var(--soft); font-size: 14px }
-label { display: block; margin-bottom: 6px; font-size: 14px; font-weight: 600 }
-input { width: 100%; padding: 10px 12px; font: inherit; color: inherit; background: var(--back); border: 1px solid var(--line); border-radius: 8px }
-button { width: 100%; margin-top: 16px; padding: 10px 12px; font: inherit; font-weight: 600; color: #fff; background: var(--accent);
-  border: 0; border-radius: 8px; cursor: pointer }
-input:focus-visible, button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-[role=alert] { margin: 12px 0 0; color: var(--bad); font-size: 14px }
-</style>
-</head>
-<body>
-<form method="post" action="login">
-  <h1>{{title}}</h1>
-  <p class="hint">This page is behind an API key.</p>
-  <label for="key">API key</label>
-  <input id="key" name="key" type="password" autocomplete="current-password" required autofocus>
-  {{message}}
-  <button>Sign in</button>
-</form>
-</body>
-</html>
-"""
+_POLICY = "; ".join(
+    (
+        "default-src 'none'", "img-src data:", "style-src 'unsafe-inline'", "form-action 'self'",
+        "frame-ancestors 'none'", "base-uri 'none'",
+    )
+)  # fmt: skip

@@ -18,6 +18,7 @@ from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
 from model_compose.expressions import Type
 from model_compose.lora.blend import Blend, Blends
+from model_compose.servers.webui_runs import mixed
 from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.variables import Variable
 
@@ -40,9 +41,10 @@ class Field:
             return None
         if isinstance(value, str) and _is_json(self.variable):
             try:
-                return json.loads(value)
+                parsed = json.loads(value)
             except ValueError:
                 return value  # the workflow's own check says what is wrong with it
+            return value if isinstance(parsed, str) else parsed  # text is JSON text to the workflow
         return value
 
 
@@ -105,10 +107,16 @@ class Form:
                 node[str(path[-1])] = value
         return result
 
+    def mixed(self, values: Sequence[Any]) -> str:
+        """The weights that the sliders show, in words."""
+        rest = iter(values[len(self.fields) :])
+        mixes = [mixed({adapter: next(rest) or 0 for adapter in mixer.adapters}) for mixer in self.mixers]
+        return "; ".join(mixes)
+
     def read_blend(self, values: Sequence[Any]) -> Any:
         """What Compose.run takes as `blend`. Raises InputError."""
-        rest = list(values[len(self.fields) :])
-        blends = {mixer.component: mixer.read([rest.pop(0) for _ in mixer.adapters]) for mixer in self.mixers}
+        rest = iter(values[len(self.fields) :])
+        blends = {mixer.component: mixer.read([next(rest) for _ in mixer.adapters]) for mixer in self.mixers}
         if self.by_component:
             return {id: blend for id, blend in blends.items() if blend is not None} or None
         return next(iter(blends.values()), None)
@@ -146,7 +154,7 @@ def _asked(variables: Sequence[Variable]) -> Iterator[tuple[Variable, bool]]:
 
 def _draw(variable: Variable, *, alone: bool) -> Any:
     name, kind, default = variable.name or "input", variable.type.name, variable.default
-    common = {"label": f"{name} *" if variable.required else name, "info": variable.description}
+    common: dict[str, Any] = {"label": f"{name} *" if variable.required else name, "info": variable.description}
     if _is_json(variable):
         shown = None if default is None else default if isinstance(default, str) else json.dumps(default)
         return gr.Textbox(shown, lines=3, max_lines=16, placeholder="JSON", elem_classes="mc-json", **common)
@@ -203,11 +211,11 @@ def _draw_mixer(component: str, blends: Blends, preset: Blend | None, *, titled:
             with gr.Row(elem_classes="mc-weight", equal_height=True):
                 slider = gr.Slider(
                     0, SLIDER_MAXIMUM, value=min(max(weight, 0), SLIDER_MAXIMUM), step=SLIDER_STEP, label=adapter,
-                    container=False, interactive=True, min_width=0, scale=1, elem_classes="mc-slider",
+                    buttons=[], interactive=True, min_width=0, elem_classes="mc-slider",
                 )  # fmt: skip
                 number = gr.Number(
                     weight, label=f"{adapter} weight", show_label=False, container=False, step=SLIDER_STEP,
-                    interactive=True, min_width=0, scale=0, elem_classes="mc-number",
+                    interactive=True, min_width=0, elem_classes="mc-number",
                 )  # fmt: skip
             rows.append((slider, number))
     sliders, numbers = [slider for slider, _ in rows], [number for _, number in rows]

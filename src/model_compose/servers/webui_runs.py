@@ -13,7 +13,10 @@ Status = Literal["running", "done", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class Run:
-    """One press of "Run Workflow". texts: label -> text, one for each place of the workflow's output."""
+    """One press of "Run Workflow". texts: label -> text, one for each place of the workflow's output.
+
+    mixed: the weights that were asked for, where no answer tells them.
+    """
 
     asked: str
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -21,6 +24,7 @@ class Run:
     seconds: float = 0.0
     answers: tuple[Answer, ...] = ()
     error: str | None = None
+    mixed: str = ""
 
 
 def asked(value: Any) -> str:
@@ -51,7 +55,8 @@ def current(run: Run) -> str:
     if not run.texts and run.status == "running":
         boxes = _box("", "", run.status)
     error = f'<p class="mc-error" role="alert">{escape(run.error)}</p>' if run.error else ""
-    return f'<article class="mc-run mc-{run.status}" aria-busy="{str(run.status == "running").lower()}">{boxes}{error}{_facts(run)}</article>'
+    busy = "true" if run.status == "running" else "false"
+    return f'<article class="mc-run mc-{run.status}" aria-busy="{busy}">{boxes}{error}{_facts(run)}</article>'
 
 
 def earlier(runs: Iterable[Run]) -> str:
@@ -76,7 +81,8 @@ def _box(label: str, text: str, status: Status) -> str:
     heading = f"<h4>{escape(label)}</h4>" if label else ""
     empty = '<span class="mc-none">empty text</span>' if not text and status == "done" else ""
     copy = _COPY if text and status != "running" else ""
-    return f'<div class="mc-copyable mc-box">{heading}{copy}<div class="mc-text" data-text>{escape(text)}</div>{empty}</div>'
+    shown = f'<div class="mc-text" data-text>{escape(text)}</div>'
+    return f'<div class="mc-copyable mc-box">{heading}{copy}{shown}{empty}</div>'
 
 
 def _card(run: Run) -> str:
@@ -95,28 +101,38 @@ def _facts(run: Run) -> str:
     if run.status == "running":
         lines = [f"running — {run.seconds:.1f} s"]
     elif run.status == "stopped":
-        lines = [f"stopped after {run.seconds:.1f} s"]
+        blend = f" — blend: <b>{escape(run.mixed)}</b>" if run.mixed else ""
+        lines = [f"stopped after {run.seconds:.1f} s{blend}"]
     return "".join(f'<p class="mc-facts">{line}</p>' for line in lines)
 
 
 def _facts_of(run: Run, answer: Answer, *, named: bool) -> str:
     usage = answer.usage
     parts = [
-        f"blend: <b>{escape(blend_shown(answer))}</b>",
+        # a model without adapters has nothing to say here
+        *(
+            [f"blend: <b>{escape(blend_shown(answer))}</b>"]
+            if answer.blend.weights or answer.blend.name != "default"
+            else []
+        ),
         f"{usage.completion_tokens} tokens, {usage.tokens_per_second:.1f} tok/s",
         f"{usage.seconds if named else run.seconds:.1f} s",
-        f"identity <code>{escape(answer.identity)}</code>",
+        f'<span title="{escape(answer.identity)}">identity <code>{escape(answer.identity[:8])}</code></span>',
     ]
     return " — ".join([escape(answer.component), *parts] if named else parts)
 
 
 def blend_shown(answer: Answer) -> str:
-    """ "alpaca 0.7 · assistant 0.8 (default)"; adapters in the file's order, those without weight left out."""
-    weights = {name: weight for name, weight in answer.blend.weights.items() if weight != 0}
-    if not weights:
-        return f"bare base ({answer.blend.name})" if answer.blend.name not in (None, "default") else "bare base"
-    mixed = " · ".join(f"{name} {weight:g}" for name, weight in weights.items())
-    return f"{mixed} ({answer.blend.name or 'custom'})"
+    """Such as "alpaca 0.7 · assistant 0.8 (default)"."""
+    blend = answer.blend
+    if not blend.active:
+        return mixed({}) if blend.name in (None, "default") else f"{mixed({})} ({blend.name})"
+    return f"{mixed(blend.weights)} ({blend.name or 'custom'})"
+
+
+def mixed(weights: Mapping[str, float]) -> str:
+    """The adapters that have weight, in the order given."""
+    return " · ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight) or "bare base"
 
 
 def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:

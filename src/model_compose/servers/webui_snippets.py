@@ -37,7 +37,8 @@ def curl(compose: Compose, api_address: str, call: Call) -> str:
     lines = [f"curl {api_address}{server.base_path}/workflows/runs", "-H 'Content-Type: application/json'"]
     if server.api_keys:
         lines.append(f'-H "Authorization: Bearer ${KEY}"')
-    lines.append(f"-d {shlex.quote(json.dumps(body, ensure_ascii=False, indent=2))}")
+    entries = ",\n".join(f'    "{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in body.items())
+    lines.append("-d " + shlex.quote("{\n" + entries + "\n  }"))
     return " \\\n  ".join(lines)
 
 
@@ -49,11 +50,11 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
     answer = call.answers[0]
     model = compose.models[pick(compose.config.all_components, jobs[0].component, "component").id]
     value = jobs[0].input_template.evaluate({"input": call.input, "context": {}, "jobs": {}})
-    asked = model._evaluate(model.options.find_action(jobs[0].action), {"input": value, "context": {}})
+    asked = model.evaluate(model.options.find_action(jobs[0].action), {"input": value, "context": {}})
     prompts = asked.prompts()
-    route, prompt, shown = _asking(prompts)
-    if prompt is None:
+    if len(prompts) != 1:
         return None
+    route, prompt, shown = _asking(prompts[0])
     plain, extra = _sampling(asked.sampling, model.sampling())
     lora = [{"name": name, "scale": weight} for name, weight in answer.blend.weights.items() if weight]
     if model.blends.adapters:
@@ -78,12 +79,12 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
     )
 
 
-def _asking(prompts: str | Sequence[str] | Sequence[Message]) -> tuple[str, dict[str, Any] | None, str]:
+def _asking(prompt: str | tuple[Message, ...]) -> tuple[str, dict[str, Any], str]:
     """The client's route, its argument for the prompt, and where a choice has its text."""
-    if isinstance(prompts, str):
-        return "completions", {"prompt": prompts}, "text"
-    messages = [{"role": turn.role, "content": turn.content} for turn in prompts if isinstance(turn, Message)]
-    return "chat.completions", {"messages": messages} if messages else None, "message.content"
+    if isinstance(prompt, str):
+        return "completions", {"prompt": prompt}, "text"
+    messages = [{"role": turn.role, "content": turn.content} for turn in prompt]
+    return "chat.completions", {"messages": messages}, "message.content"
 
 
 def _sampling(used: Sampling, default: Sampling) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -116,8 +117,9 @@ def _blend(compose: Compose, answers: Sequence[Answer]) -> Any:
     used: dict[str, Any] = {}
     for answer in answers:
         blends = compose.models[answer.component].blends
-        named = answer.blend.name in blends.named and answer.blend == blends.named[answer.blend.name]
-        said = answer.blend.name if named else {name: weight for name, weight in answer.blend.weights.items() if weight}
+        name = answer.blend.name
+        named = name is not None and blends.named.get(name) == answer.blend
+        said = name if named else {name: weight for name, weight in answer.blend.weights.items() if weight}
         if not blends.adapters:
             continue
         if used.setdefault(answer.component, said) != said:

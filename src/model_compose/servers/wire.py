@@ -1,27 +1,46 @@
-"""What both HTTP faces share: errors as documents, the guard at the door, streams that notice a leaving client."""
+"""What both HTTP faces share: errors as documents, the guard at the door, bodies, and work that ends with its client."""
 
 import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from contextlib import aclosing, suppress
+from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import SecretStr
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, from_json
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from model_compose.errors import ComposeError, FieldError, InputError, NotReady, PayloadTooLarge, Unauthorized
+from model_compose.errors import (
+    Cancelled,
+    ComposeError,
+    FieldError,
+    Forbidden,
+    InputError,
+    NotReady,
+    PayloadTooLarge,
+    Unauthorized,
+)
+from model_compose.servers import HttpServerOptions
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 RETRY_AFTER_SECONDS = 5
+PROBLEM_TYPE = "application/problem+json"
+STREAM_TYPE = "text/event-stream"
+
+
+# Errors.
 
 
 def problem(error: ComposeError, task_id: str | None = None) -> dict[str, Any]:
@@ -54,13 +73,10 @@ def error_response(request: Request, error: ComposeError, task_id: str | None = 
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if is_openai(request.url.path):
+    path = request.url.path
+    if path == "/v1" or path.startswith("/v1/"):
         return JSONResponse(openai_error(error), error.status, headers)
-    return JSONResponse(problem(error, task_id), error.status, headers, media_type="application/problem+json")
-
-
-def is_openai(path: str) -> bool:
-    return path == "/v1" or path.startswith("/v1/")
+    return JSONResponse(problem(error, task_id), error.status, headers, media_type=PROBLEM_TYPE)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -73,12 +89,12 @@ def add_error_handlers(app: FastAPI) -> None:
     async def validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         fields = [FieldError(".".join(map(str, item["loc"][1:])), item["msg"]) for item in error.errors()]
-        return error_response(request, InputError("; ".join(f"{f.field}: {f.message}" for f in fields), fields))
+        return error_response(request, _wrong(fields))
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         known = ComposeError(f"{request.method} {request.url.path}: {error.detail}")
-        known.status, known.title = error.status_code, str(error.detail)
+        known.status, known.title = error.status_code, HTTPStatus(error.status_code).phrase
         response = error_response(request, known)
         response.headers.update(error.headers or {})
         return response
@@ -93,28 +109,23 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected)
 
 
-class Guard:
-    """ASGI middleware: API keys, compared in constant time, and the limit on request bodies."""
+# The door.
 
-    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], open_paths: Iterable[str], max_body: int) -> None:
-        self._app, self._open, self._max_body = app, frozenset(open_paths), max_body
-        self._keys = [key.get_secret_value().encode() for key in keys]
+
+class Guard:
+    """ASGI middleware: API keys, requests that a foreign web page forges, and the limit on request bodies."""
+
+    def __init__(self, app: ASGIApp, options: HttpServerOptions, open_paths: Iterable[str]) -> None:
+        self._app, self._open = app, frozenset(open_paths)
+        self._keys = [key.get_secret_value().encode() for key in options.api_keys or ()]
+        self._origins, self._max_body = options.origins, options.max_body_size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         request = Request(scope)
-        if (
-            self._keys
-            and scope["path"] not in self._open
-            and not has_key(request.headers.get("authorization"), self._keys)
-        ):
-            missing = Unauthorized("an API key is needed: send the header 'Authorization: Bearer <key>'")
-            return await error_response(request, missing)(scope, receive, send)
-        too_large = PayloadTooLarge(f"the request body is larger than {self._max_body} bytes (max_body_size)")
-        length = request.headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._max_body:
-            return await error_response(request, too_large)(scope, receive, send)
+        if refusal := self._refusal(request):
+            return await error_response(request, refusal)(scope, receive, send)
         received = 0
 
         async def counted() -> Message:
@@ -122,10 +133,34 @@ class Guard:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_body:
-                raise too_large
+                raise self._too_large()
             return message
 
         return await self._app(scope, counted, send)
+
+    def _refusal(self, request: Request) -> ComposeError | None:
+        header = request.headers.get("authorization")
+        if self._keys and request.scope["path"] not in self._open and not has_key(header, self._keys):
+            return Unauthorized("an API key is needed: send the header 'Authorization: Bearer <key>'")
+        if not self._keys and self._may_be_forged(request):
+            return Forbidden(
+                f"this request comes from a web page of {request.headers['origin']}; list that under 'origins', or send "
+                "application/json"
+            )
+        length = request.headers.get("content-length", "0")
+        return self._too_large() if length.isdecimal() and int(length) > self._max_body else None
+
+    def _may_be_forged(self, request: Request) -> bool:
+        """Whether any site's page could have made a browser send this. What a page cannot send without the browser
+        asking first (a preflight) is left to CORS."""
+        origin = request.headers.get("origin")
+        if origin is None or request.method == "GET" or content_type(request) == "application/json":
+            return False
+        here = urlsplit(origin).netloc == request.headers.get("host")
+        return not (here or origin in self._origins or "*" in self._origins)
+
+    def _too_large(self) -> PayloadTooLarge:
+        return PayloadTooLarge(f"the request body is larger than {self._max_body} bytes (max_body_size)")
 
 
 def has_key(header: str | None, keys: Sequence[bytes]) -> bool:
@@ -135,47 +170,100 @@ def has_key(header: str | None, keys: Sequence[bytes]) -> bool:
     return scheme.lower() == "bearer" and any(matches)
 
 
-async def body_of(request: Request) -> Any:
-    """The JSON body. Raises InputError."""
+# Bodies.
+
+
+def content_type(request: Request) -> str:
+    """The media type without its parameters, "" without one."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def read_json(text: bytes | str) -> Any:
+    """JSON, strictly: what is read can be written again, so neither NaN and infinity nor half a surrogate pair, and at
+    most 200 levels. Raises InputError."""
     try:
-        return json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
+        data = from_json(text, allow_inf_nan=False)
+        json.dumps(data, allow_nan=False)  # 1e999 is read as infinity
+    except ValueError as error:
         raise InputError(f"the request body is not valid JSON: {error}", field="body") from None
+    return data
 
 
-@asynccontextmanager
-async def watching(request: Request, work: "asyncio.Task[Any]") -> AsyncIterator[None]:
-    """Within the block, `work` is cancelled as soon as the client leaves."""
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        work.cancel()
-
-    watcher = asyncio.create_task(watch())
+def parse_body(model: type[M], data: Any) -> M:
+    """The body as a model. Raises InputError that names each wrong field once."""
+    if not isinstance(data, dict):
+        raise InputError("the request body must be an object", field="body")
     try:
-        yield
+        return model.model_validate(data)
+    except ValidationError as error:
+        messages: dict[str, list[str]] = {}
+        for item in error.errors(include_url=False):
+            messages.setdefault(_field(item, data), []).append(item["msg"].removeprefix("Value error, "))
+        raise _wrong(
+            [FieldError(name, ", or: ".join(dict.fromkeys(said))) for name, said in messages.items()]
+        ) from None
+
+
+def _wrong(fields: Sequence[FieldError]) -> InputError:
+    return InputError("; ".join(f"{field.field}: {field.message}" for field in fields), fields)
+
+
+def _field(item: ErrorDetails, data: Any) -> str:
+    """The field that pydantic speaks of, as the caller wrote it: without the names of a union's members."""
+    path = []
+    for part in item["loc"]:
+        inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
+        if inside:
+            path.append(str(part))
+            data = data[part]
+    if item["type"] == "missing":
+        path.append(str(item["loc"][-1]))
+    if key := item.get("ctx", {}).get("key"):
+        path.append(key)
+    return ".".join(path) or "body"
+
+
+# Streams and leaving clients.
+
+
+async def attended(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client leaves. Raises Cancelled then, when it has ended."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(_leaving(request))
+    try:
+        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Cancelled("the client left")
     finally:
-        watcher.cancel()
+        leaving.cancel()
+        task.cancel()
+        await asyncio.wait([task])
 
 
-async def first_of(items: AsyncGenerator[T]) -> AsyncGenerator[T]:
+async def _leaving(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def first_of(request: Request, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
     """The same items, after the first has been made: what fails before any text still gets its own status."""
-    try:
-        head = await anext(items)
-    except StopAsyncIteration:
-        return _chain([], items)
-    return _chain([head], items)
+
+    async def first() -> list[T]:
+        try:
+            return [await anext(items)]
+        except StopAsyncIteration:
+            return []
+
+    return _chain(await attended(request, first()), items)
 
 
 async def _chain(head: list[T], rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    try:
+    async with aclosing(rest):
         for item in head:
             yield item
         async for item in rest:
             yield item
-    finally:
-        await rest.aclose()
 
 
 def event(data: Any, name: str | None = None) -> str:
@@ -185,16 +273,15 @@ def event(data: Any, name: str | None = None) -> str:
 
 
 class EventStream(StreamingResponse):
-    """Sends events as they come. When the client leaves, the generator is closed at once, and so ends the computation."""
+    """Sends events as they come. When the client leaves, the generator is cancelled, and so ends the computation."""
 
     def __init__(self, events: AsyncGenerator[str]) -> None:
         super().__init__(
-            events,
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            events, media_type=STREAM_TYPE, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
         self._events = events
 
-    async def stream_response(self, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._events):
-            await super().stream_response(send)
+            with suppress(Cancelled):
+                await attended(Request(scope, receive), self.stream_response(send))

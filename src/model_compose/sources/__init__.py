@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from model_compose.progress import Report, silent
+from model_compose.schema import shown
 from model_compose.sources import hub, local, pypi
 from model_compose.sources.fetched import Fetched
 from model_compose.sources.hub import HuggingfaceSource
@@ -36,7 +37,7 @@ def _spell_out(value: Any) -> Any:
     if isinstance(value, HuggingfaceSource | LocalSource | PypiSource):
         return value
     if not isinstance(value, dict):
-        raise _wrong(f"a model source is org/name, a local path, or a mapping, not {value!r}")
+        raise _wrong(f"a model source is org/name, a local path, or a mapping, not {shown(value)}")
     providers = list(_TOLD_BY.values())
     if "provider" not in value:
         provider = next((provider for key, provider in _TOLD_BY.items() if key in value), None)

@@ -6,8 +6,7 @@ from typing import Any, Literal
 
 from model_compose.components import ActionOptions, ComponentOptions, pick
 from model_compose.errors import FieldError, InputError, RunError
-from model_compose.expressions import TYPES, Path, Reference, Template, Type, convert, parse
-from model_compose.schema import nearest
+from model_compose.expressions import Path, Reference, Template, Type, convert, parse
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
 
@@ -89,17 +88,6 @@ def check(variables: Sequence[Variable], value: Any) -> None:
             problems.append(FieldError(field, f"{field} is {given!r}; allowed: {allowed}"))
     if problems:
         raise InputError("; ".join(problem.message for problem in problems), problems)
-
-
-def unknown_types(config: Any) -> Iterator[str]:
-    """Types in a workflow's inputs that do not exist, each with a hint."""
-    for workflow in config.all_workflows:
-        for variable in inputs(workflow, config.all_components):
-            if variable.type.name not in TYPES:
-                yield (
-                    f"workflow '{workflow.id}': input '{variable.name}' has the unknown type '{variable.type.name}'; "
-                    f"{nearest(variable.type.name, sorted(TYPES))}"
-                )
 
 
 def _job_inputs(job: JobOptions, components: Sequence[ComponentOptions]) -> Iterator[Variable]:

@@ -218,7 +218,7 @@ def _out_of_memory(name: str, device: torch.device) -> LoadError:
 @contextmanager
 def _tqdm_reports(report: Report) -> Iterator[None]:
     """Sends transformers' own progress bars (reading GGUF blocks, placing weights) to the report."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
+    import transformers.modeling_gguf_pytorch_utils as gguf_reader
     from transformers.utils import logging as transformers_logging
 
     def bar(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -226,6 +226,7 @@ def _tqdm_reports(report: Report) -> Iterator[None]:
 
     before = transformers_logging.set_tqdm_hook(bar)
     # The GGUF reader takes tqdm itself, past the hook.
+    gguf: Any = gguf_reader
     gguf_bar, gguf.tqdm = gguf.tqdm, functools.partial(_Bar, report)
     try:
         yield

@@ -15,17 +15,21 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from model_compose.errors import InputError
 from model_compose.generation import Sampling, TokenLogprob
+
+SMALLEST_TEMPERATURE = 1e-5
 
 
 class Sampler:
-    """Draws tokens for one sequence from logits of shape (1, vocabulary). Greedy without do_sample or at temperature 0.
+    """Draws tokens for one sequence from logits of shape (1, vocabulary). Greedy without do_sample or at temperature 0
+    (below SMALLEST_TEMPERATURE the division would overflow).
 
     One seed gives one sequence; sequence `index` of a request uses seed + index.
     """
 
     def __init__(self, sampling: Sampling, index: int, prompt: Tensor, eos: Sequence[int]) -> None:
-        self._greedy = not sampling.do_sample or sampling.temperature == 0
+        self._greedy = not sampling.do_sample or sampling.temperature < SMALLEST_TEMPERATURE
         self._ids = prompt[None]
         self._logprobs = sampling.logprobs
         # The draw is on the CPU, where one seed means one text on every machine.
@@ -49,9 +53,15 @@ class Sampler:
                 self._processors.append(TopPLogitsWarper(sampling.top_p))
 
     def draw(self, logits: Tensor) -> int:
-        """The next token's id."""
+        """The next token's id. Raises InputError where the scores overflow."""
         ids: Any = self._ids
         scores: Tensor = self._processors(ids, logits.float().cpu())
+        if not math.isfinite(scores.max()):
+            raise InputError(
+                "the model's scores are not finite here: the blend's weights or the repetition_penalty are too extreme, or "
+                "the precision is too small for this model (float16; try bfloat16)",
+                field="blend",
+            )
         if self._greedy:
             token = scores.argmax(dim=-1)
         else:

@@ -1,0 +1,55 @@
+"""What each weight does, over the held-out prompts: a table of pirate words and of answers that stop by themselves.
+
+    make measure            (or: python examples/quickstart/measure.py)
+
+Greedy, at most 96 new tokens. Prints the table in the README as Markdown.
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from statistics import mean
+
+from model_compose import Compose
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from pirate import pirate_words_per_100  # noqa: E402  # a script's neighbour
+
+MAX_TOKENS = 96
+SWEEP = (0, 0.5, 1, 1.5)
+BLENDS: list[dict[str, float]] = (
+    [{}]
+    + [{"alpaca": weight} for weight in SWEEP[1:]]
+    + [{"pirate": weight} for weight in SWEEP[1:]]
+    + [{"alpaca": 1, "pirate": weight} for weight in SWEEP[1:]]
+)
+
+
+async def measure(compose: Compose, blend: dict[str, float], prompts: list[str]) -> str:
+    """One row of the table."""
+    runs = [await compose.answer({"prompt": prompt}, blend=blend) for prompt in prompts]
+    texts = [run.output["generated"] for run in runs]
+    tokens = [run.answers[0].usage.completion_tokens for run in runs]
+    stopped = sum(count < MAX_TOKENS for count in tokens) / len(runs)
+    weights = " | ".join(f"{blend.get(name, 0):g}" for name in ("alpaca", "pirate"))
+    pirate = mean(pirate_words_per_100(text) for text in texts)
+    return (
+        f"| {weights} | {pirate:.0f} | {stopped:.0%} | {mean(tokens):.0f} | {texts[0].strip().splitlines()[0][:70]} |"
+    )
+
+
+async def main() -> None:
+    lines = (HERE / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()  # before serving
+    prompts = [json.loads(line)["instruction"] for line in lines]
+    async with Compose.open(HERE / "model-compose.yml") as compose:
+        print(f"| alpaca | pirate | pirate words per 100 | stops by itself | tokens | “{prompts[0]}” |")
+        print("|---|---|---|---|---|---|")
+        for blend in BLENDS:
+            print(await measure(compose, blend, prompts), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,90 @@
+"""The OpenAPI document: valid, complete, and what the server really does; and the page made of it."""
+
+import re
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.servers.test_guard import KEY
+
+OPERATIONS = [
+    ("get", "/api/health"),
+    ("get", "/api/workflows"),
+    ("get", "/api/workflows/{workflow_id}/schema"),
+    ("post", "/api/workflows/runs"),
+    ("get", "/api/tasks/{task_id}"),
+    ("post", "/api/tasks/{task_id}/cancel"),
+    ("get", "/v1/models"),
+    ("get", "/v1/models/{model}"),
+    ("post", "/v1/completions"),
+    ("post", "/v1/chat/completions"),
+]
+
+
+@pytest.fixture(scope="module")
+def document(server: str) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{server}/openapi.json").json()
+    return found
+
+
+def references(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["$ref"]] if isinstance(node.get("$ref"), str) else []
+        return own + [found for item in node.values() for found in references(item)]
+    return [found for item in node for found in references(item)] if isinstance(node, list) else []
+
+
+def test_every_route_is_described(document: dict[str, Any]) -> None:
+    routes = [(method, path) for path, methods in document["paths"].items() for method in methods]
+    assert sorted(routes) == sorted(OPERATIONS)
+
+
+def test_every_reference_leads_somewhere_and_nothing_is_422(document: dict[str, Any]) -> None:
+    assert document["openapi"].startswith("3.1")
+    schemas = document["components"]["schemas"]
+    assert {ref.removeprefix("#/components/schemas/") for ref in references(document)} <= set(schemas)
+    assert not {"HTTPValidationError", "ValidationError"} & set(schemas)
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            assert "422" not in operation["responses"]
+            assert operation["description"]
+
+
+def test_a_run_is_described_with_its_bodies_its_stream_and_its_errors(document: dict[str, Any]) -> None:
+    run = document["paths"]["/api/workflows/runs"]["post"]
+    kinds = {"application/json", "multipart/form-data", "application/x-www-form-urlencoded"}
+    assert set(run["requestBody"]["content"]) == kinds
+    assert set(run["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
+    assert "event: delta" in run["responses"]["200"]["content"]["text/event-stream"]["example"]
+    assert set(run["responses"]) == {"200", "400", "403", "404", "409", "413", "500", "503"}
+    for status in ("400", "404", "500"):
+        assert set(run["responses"][status]["content"]) == {"application/problem+json"}
+    body = document["components"]["schemas"]["RunBody"]["properties"]
+    assert {"workflow_id", "input", "blend", "stream", "callback_url"} <= set(body)
+
+
+def test_completions_are_described_with_lora(document: dict[str, Any]) -> None:
+    for path, model in (("completions", "CompletionBody"), ("chat/completions", "ChatBody")):
+        operation = document["paths"][f"/v1/{path}"]["post"]
+        assert operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith(f"/{model}")
+        assert "lora" in document["components"]["schemas"][model]["properties"]
+        assert "text/event-stream" in operation["responses"]["200"]["content"]
+        assert operation["responses"]["400"]["content"]["application/json"]["schema"]["$ref"].endswith("/OpenAIError")
+
+
+def test_keys_are_described_where_they_are_set(document: dict[str, Any], locked: str) -> None:
+    assert "securitySchemes" not in document["components"]
+    with_keys = httpx.get(f"{locked}/openapi.json", headers=KEY).json()
+    for path, methods in with_keys["paths"].items():
+        for operation in methods.values():
+            assert ("security" in operation) == ("401" in operation["responses"]) == (path != "/api/health")
+
+
+def test_the_page_lists_the_routes_and_needs_nothing_from_elsewhere(server: str, document: dict[str, Any]) -> None:
+    page = httpx.get(f"{server}/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    for path in document["paths"]:
+        assert path in page.text
+    assert "blend" in page.text
+    assert not re.search(r"<script|<link|src=|https?://", page.text)

@@ -1,0 +1,216 @@
+"""Whatever is sent: never a 5xx, always the documented form. Bounded and deterministic."""
+
+import json
+from typing import Any
+
+import httpx
+import hypothesis
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.servers.test_documents import OPERATIONS
+from tests.servers.test_http import PROMPT
+
+CONFORMANCE = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+BOUNDED = settings(
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large,
+                           HealthCheck.filter_too_much],
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def openapi(server: str) -> Any:
+    return schemathesis.openapi.from_url(f"{server}/openapi.json")
+
+
+@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+def test_every_route_does_what_its_description_says(openapi: Any, method: str, path: str) -> None:
+    operation = openapi[path][method]
+
+    @BOUNDED
+    @given(case=operation.as_strategy(), likely=st.booleans())
+    def conforms(case: Any, likely: bool) -> None:
+        if likely and isinstance(case.body, dict):  # a random id or prompt would not get past the first check
+            case.body |= {"input": PROMPT} if "runs" in path else {"model": "default", "n": 1, "max_tokens": 2}
+        case.call_and_validate(checks=CONFORMANCE, timeout=60)
+
+    conforms()
+
+
+@pytest.mark.parametrize(("method", "path"), [(m, p) for m, p in OPERATIONS if m == "post" or "task" in p])
+def test_what_breaks_the_description_breaks_nothing_else(openapi: Any, method: str, path: str) -> None:
+    operation = openapi[path][method]
+
+    @BOUNDED
+    @given(case=operation.as_strategy(generation_mode=GenerationMode.NEGATIVE))
+    def survives(case: Any) -> None:
+        case.call_and_validate(checks=[not_a_server_error], timeout=60)
+
+    survives()
+
+
+# Bodies that are nearly right.
+
+NUMBERS = st.integers() | st.floats() | st.sampled_from([0, -0.0, 1e-300, 1e300, 2**63, 2**64, -(2**63), 10**400])
+TEXTS = st.text(st.characters(codec=None, categories=None)) | st.sampled_from(
+    ["", "\ud800", "\x00", "${input.x}", "a" * 999]
+)
+LEAVES = st.none() | st.booleans() | NUMBERS | TEXTS
+ODD = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=6
+)
+WEIGHTS = st.dictionaries(st.sampled_from(["alpaca", "pirate"]), NUMBERS)
+
+
+def bodies(plausible: dict[str, st.SearchStrategy[Any]], needed: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Objects with most fields plausible and some odd, and now and then something else entirely."""
+    fields = {name: strategy | strategy | ODD for name, strategy in plausible.items()}
+    base = st.fixed_dictionaries({}, optional=fields)
+    return st.one_of(base.map(lambda body: needed | body), base.map(lambda body: needed | body), base, ODD)
+
+
+RUNS = bodies(
+    {
+        "input": st.fixed_dictionaries({}, optional={"prompt": TEXTS | ODD, "blend": ODD | WEIGHTS}),
+        "blend": WEIGHTS | st.sampled_from(["strong", "plain", "alpaca", ""]),
+        "workflow_id": st.sampled_from(["__workflow__", "__default__", None, ""]),
+        "stream": st.booleans(),
+        "output_only": st.booleans(),
+        "wait_for_completion": st.just(True) | st.booleans(),
+        "session_id": TEXTS,
+        "metadata": st.dictionaries(TEXTS, ODD, max_size=2),
+        "callback_url": st.sampled_from(["http://127.0.0.1/", "http://[::1", "https://", "http:\ud800"]),
+        "callback_headers": st.dictionaries(TEXTS, TEXTS, max_size=2),
+    },
+    {"input": PROMPT},
+)
+TYPED = st.fixed_dictionaries(
+    {"prompt": st.just("Hi") | TEXTS},
+    optional={name: NUMBERS | TEXTS | ODD | st.sampled_from(["1", "nan", "inf", "-1e999", "calm", "9" * 5000])
+              for name in ("tone", "heat", "seed", "blend")},
+)  # fmt: skip
+SAMPLING: dict[str, st.SearchStrategy[Any]] = {
+    "model": st.sampled_from(["default", "default:strong", "default:alpaca"]),
+    "max_tokens": st.integers(1, 3),
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0, 1),
+    "top_k": NUMBERS,
+    "repetition_penalty": NUMBERS,
+    "n": st.integers(1, 3),
+    "seed": NUMBERS,
+    "stop": TEXTS | st.lists(TEXTS, max_size=3),
+    "stream": st.booleans(),
+    "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans()}),
+    "lora": WEIGHTS | st.lists(st.fixed_dictionaries({"name": st.just("alpaca"), "scale": NUMBERS}), max_size=2),
+    "user": TEXTS,
+}
+COMPLETIONS = bodies(
+    SAMPLING | {"prompt": TEXTS, "logprobs": st.integers(0, 20)}, {"model": "default", "prompt": "Hi", "max_tokens": 2}
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "developer"])},
+    optional={"content": TEXTS | ODD, "name": TEXTS},
+)
+CHATS = bodies(
+    SAMPLING | {"messages": st.lists(MESSAGE | ODD, max_size=3), "logprobs": st.booleans(), "top_logprobs": NUMBERS},
+    {"model": "default", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
+)
+DEEP: Any = []
+for _ in range(150):
+    DEEP = [DEEP]
+
+
+def send(url: str, body: Any) -> httpx.Response:
+    """The body as JSON, also where it is none: NaN, infinity, half a surrogate pair. Checks the answer's form."""
+    response = httpx.post(url, content=json.dumps(body), headers={"Content-Type": "application/json"}, timeout=60)
+    if response.is_success:
+        if response.headers["content-type"].startswith("text/event-stream"):
+            assert response.text.endswith("\n\n")
+            assert "event: error" not in response.text
+            assert 'data: {"error"' not in response.text
+        else:
+            response.json()
+        return response
+    assert response.status_code in (400, 404), f"{response.text} for {body}"
+    document = response.json()
+    if "/v1/" in url:
+        assert document["error"]["message"]
+        assert document["error"]["type"] in ("invalid_request_error", "not_found_error")
+    else:
+        assert response.headers["content-type"] == "application/problem+json"
+        assert document["detail"]
+    return response
+
+
+@settings(BOUNDED, max_examples=150)
+@given(body=RUNS)
+@example(body={"input": PROMPT, "metadata": {"deep": DEEP}})
+@example(body={"input": PROMPT, "blend": {"alpaca": 1e308}})
+def test_odd_runs_never_fail_inside(server: str, body: Any) -> None:
+    send(f"{server}/api/workflows/runs", body)
+
+
+@settings(BOUNDED, max_examples=100)
+@given(input=TYPED)
+@example(input={"prompt": "Hi", "heat": 10**400})
+@example(input={"prompt": "Hi", "seed": 10**400})
+@example(input={"prompt": "Hi", "seed": "inf"})
+@example(input={"prompt": "Hi", "heat": "inf"})
+@example(input={"prompt": "Hi", "heat": "nan"})
+def test_odd_values_of_typed_inputs_never_fail_inside(wide: str, input: Any) -> None:
+    send(f"{wide}/api/workflows/runs", {"workflow_id": "typed", "input": input})
+
+
+@settings(BOUNDED, max_examples=150)
+@given(body=COMPLETIONS)
+@example(body={"model": "default", "prompt": "Hi", "max_tokens": 10**30, "temperature": 1})
+@example(body={"model": "default", "prompt": "Hi", "temperature": 1e-300})
+@example(body={"model": "default", "prompt": "Hi", "temperature": 1, "repetition_penalty": 1e-300})
+@example(body={"model": "default", "prompt": "Hi", "temperature": 1, "lora": {"alpaca": 1e308}})
+@example(body={"model": "default", "prompt": "Hi", "temperature": 1, "seed": 2**63 - 1, "n": 3, "top_k": 2**62})
+def test_odd_completions_never_fail_inside(server: str, body: Any) -> None:
+    send(f"{server}/v1/completions", body)
+
+
+@settings(BOUNDED, max_examples=100)
+@given(body=CHATS)
+def test_odd_chats_never_fail_inside(server: str, body: Any) -> None:
+    send(f"{server}/v1/chat/completions", body)
+
+
+FIELD = st.sampled_from(["input[prompt]", "input.prompt", "blend[alpaca]", "blend", "input", "stream", "metadata[a]"])
+FORM_TEXT = st.text(st.characters(codec="utf-8")) | st.sampled_from(["[1", "{}", "{", "[1e999]", "true", "0.7"])
+
+
+@settings(BOUNDED, max_examples=60)
+@given(fields=st.dictionaries(FIELD | FORM_TEXT, FORM_TEXT, max_size=4), multipart=st.booleans())
+def test_odd_forms_never_fail_inside(server: str, fields: dict[str, str], multipart: bool) -> None:
+    sent: dict[str, Any] = {"files": {k: (None, v) for k, v in fields.items()}} if multipart else {"data": fields}
+    response = httpx.post(f"{server}/api/workflows/runs", timeout=60, **sent)
+    assert response.status_code in (200, 400, 404), f"{response.text} for {fields}"
+
+
+@settings(BOUNDED, max_examples=60)
+@given(
+    kind=st.sampled_from(["application/json", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded"]),
+    content=st.binary()
+    | st.binary().map(lambda part: b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n' + part),
+)
+def test_any_bytes_are_answered(server: str, kind: str, content: bytes) -> None:
+    headers = {"Content-Type": kind}
+    for path in ("/api/workflows/runs", "/v1/completions"):
+        assert httpx.post(server + path, content=content, headers=headers, timeout=60).status_code in (400, 404)

@@ -1,0 +1,156 @@
+"""Tasks: asked for, cancelled, left alone; and what they must not hold on to."""
+
+import asyncio
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from model_compose.errors import Conflict, NotFound
+from model_compose.servers import tasks as tasks_module
+from model_compose.servers.tasks import Tasks
+from tests.servers.conftest import Live
+from tests.servers.test_http import PROMPT, events, is_problem, post
+
+RUN = "/api/workflows/runs"
+HELLO = {"prompt": "Hello"}
+
+
+def wait_for(url: str, task_id: str) -> dict[str, Any]:
+    for _ in range(500):
+        state: dict[str, Any] = httpx.get(f"{url}/api/tasks/{task_id}").json()
+        if state["status"] not in ("pending", "processing"):
+            return state
+        time.sleep(0.02)
+    raise AssertionError(f"never ended: {state}")
+
+
+# Over HTTP.
+
+
+def test_a_task_is_answered_at_once_and_found_by_its_id(server: str) -> None:
+    whole = post(server, {"input": PROMPT}).json()
+    started = post(server, {"input": PROMPT, "wait_for_completion": False, "session_id": "s"})
+    assert started.status_code == 200
+    assert started.json()["status"] == "pending"
+    assert set(started.json()) == {"task_id", "status", "workflow_id", "session_id"}
+    task_id = started.json()["task_id"]
+    state = wait_for(server, task_id)
+    assert state["status"] == "completed"
+    assert state["output"] == whole["output"]
+    assert state["blend"] == whole["blend"]
+    assert state["session_id"] == "s"
+    assert httpx.get(f"{server}/api/tasks/{task_id}?output_only=true").json() == whole["output"]
+    is_problem(httpx.post(f"{server}/api/tasks/{task_id}/cancel"), 409)
+
+
+def test_every_run_can_be_asked_for_later(server: str) -> None:
+    for options in ({}, {"stream": True}):
+        answer = post(server, {"input": PROMPT, **options})
+        done = events(answer.text)[-1][1] if options else answer.json()
+        assert httpx.get(f"{server}/api/tasks/{done['task_id']}").json() == done
+
+
+def test_a_failed_task_is_a_200_with_its_error(server: str) -> None:
+    failed = is_problem(post(server, {"input": {"prompt": "x" * 300}}), 400)
+    state = httpx.get(f"{server}/api/tasks/{failed['task_id']}")
+    assert state.status_code == 200
+    assert state.json()["status"] == "failed"
+    assert state.json()["error"] == {"code": "invalid_request", "message": failed["detail"]}
+    assert is_problem(httpx.get(f"{server}/api/tasks/{failed['task_id']}?output_only=true"), 400) == failed
+
+
+def test_wrong_input_starts_no_task_even_when_nobody_waits(server: str) -> None:
+    document = is_problem(post(server, {"input": {}, "wait_for_completion": False}), 400)
+    assert "task_id" not in document
+
+
+async def test_a_cancelled_task_stops_at_once(live: Live) -> None:
+    started = (await live.client.post(live.url + RUN, json={"input": HELLO, "wait_for_completion": False})).json()
+    task = f"{live.url}/api/tasks/{started['task_id']}"
+    await live.running()
+    assert (await live.client.get(task)).json()["status"] == "processing"
+    pending = await live.client.get(task, params={"output_only": True})
+    assert (pending.status_code, pending.json()["status"]) == (202, "processing")
+    cancelled = await live.client.post(f"{task}/cancel")
+    assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
+    assert live.compose.busy == 0
+    await live.stopped()
+    assert (await live.client.get(task)).json()["status"] == "cancelled"
+    is_problem(await live.client.get(task, params={"output_only": True}), 409)
+    is_problem(await live.client.post(f"{task}/cancel"), 409)
+
+
+async def test_a_cancel_need_not_be_waited_for(live: Live) -> None:
+    started = (await live.client.post(live.url + RUN, json={"input": HELLO, "wait_for_completion": False})).json()
+    await live.running()
+    task = f"{live.url}/api/tasks/{started['task_id']}"
+    answer = await live.client.post(f"{task}/cancel", params={"wait_for_completion": False})
+    assert answer.json()["status"] in ("cancelling", "cancelled")
+    is_problem(await live.client.post(f"{task}/cancel"), 409)
+    await live.stopped()
+    assert (await live.client.get(task)).json()["status"] == "cancelled"
+
+
+async def test_whoever_waits_for_a_cancelled_task_is_told(live: Live) -> None:
+    async def cancel_it() -> None:
+        await live.running()
+        running = [t for t in asyncio.all_tasks() if "Tasks._work" in str(t.get_coro())]
+        running[0].cancel()
+
+    canceller = asyncio.create_task(cancel_it())
+    document = is_problem(await live.client.post(live.url + RUN, json={"input": HELLO}), 409)
+    assert document["title"] == "Cancelled"
+    await canceller
+    canceller = asyncio.create_task(cancel_it())
+    streamed = await live.client.post(live.url + RUN, json={"input": HELLO, "stream": True})
+    name, data = events(streamed.text)[-1]
+    assert (name, data["status"], data["title"]) == ("error", 409, "Cancelled")
+    await canceller
+
+
+# From within.
+
+
+async def test_a_task_cancelled_before_its_first_step_ends_as_cancelled(live: Live) -> None:
+    tasks = Tasks(live.compose)
+    task = tasks.start(None, HELLO, None, {}, streaming=True)
+    await tasks.cancel(task)
+    assert task.status == "cancelled"
+    with pytest.raises(Conflict):
+        await tasks.cancel(task)
+    with pytest.raises(Exception, match="cancelled"):
+        async for _ in task.deltas():
+            pass
+
+
+async def test_text_that_nobody_reads_is_not_kept(live: Live) -> None:
+    tasks = Tasks(live.compose)
+    silent, read = (tasks.start(None, HELLO, None, {}, streaming=streaming) for streaming in (False, True))
+    seen = 0
+    async for _ in read.deltas():
+        seen += 1
+        if seen == 5:
+            break
+    assert silent._deltas.empty()
+    await asyncio.gather(tasks.cancel(silent), tasks.cancel(read))
+
+
+async def test_finished_tasks_are_forgotten_by_age_and_number(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = Tasks(live.compose)
+    monkeypatch.setattr(tasks_module, "KEPT_TASKS", 2)
+    ids = []
+    for _ in range(4):
+        task = tasks.start(None, HELLO, None, {})
+        await tasks.cancel(task)
+        ids.append(task.id)
+    running = tasks.start(None, HELLO, None, {})
+    with pytest.raises(NotFound, match="kept for 1 h"):
+        tasks.find(ids[1])
+    assert tasks.find(ids[2]).id == ids[2]
+    monkeypatch.setattr(tasks_module, "KEPT_SECONDS", -1.0)
+    with pytest.raises(NotFound):
+        tasks.find(ids[3])
+    assert tasks.find(running.id) is running
+    await tasks.cancel(running)

@@ -1,0 +1,574 @@
+"""Loading: what a file may say, and what somebody who says it wrongly is told."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from model_compose.errors import ConfigError
+from model_compose.loading import Loaded, environment, find_files, load
+from tests.tiny import YAML
+
+FILE = "model-compose.yml"
+Write = Callable[..., tuple[Path, ...]]
+Message = Callable[..., str]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes files into an empty current folder: model-compose.yml, then those given by name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_files(yaml: str, **others: str) -> tuple[Path, ...]:
+        texts = {FILE: yaml} | {f"{name}.yml": text for name, text in others.items()}
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        return find_files([Path(name) for name in texts])
+
+    return write_files
+
+
+@pytest.fixture
+def read(write: Write) -> Callable[..., Loaded]:
+    """Loads a YAML with an environment."""
+    return lambda yaml, **env: load(write(yaml), env)
+
+
+@pytest.fixture
+def message(write: Write) -> Message:
+    """What the user of a YAML is told, with one part of the tiny project's replaced."""
+
+    def told(old: str, new: str, **env: str) -> str:
+        assert old in YAML, old
+        with pytest.raises(ConfigError) as caught:
+            load(write(YAML.replace(old, new, 1)), env)
+        return str(caught.value)
+
+    return told
+
+
+def told_of(write: Write, yaml: str) -> str:
+    """What the user of this whole YAML is told."""
+    with pytest.raises(ConfigError) as caught:
+        load(write(yaml), {})
+    return str(caught.value)
+
+
+UNKNOWN_KEYS = [
+    ("workflow:\n", "workflw:\n", "3: unknown key 'workflw'; did you mean 'workflow'?"),
+    ("  precision:", "  precisoin:", "12: component: unknown key 'precisoin'; did you mean 'precision'?"),
+    ("weight: 0.7", "wieght: 0.7", "14: component.peft_adapters.0: unknown key 'wieght'; did you mean 'weight'?"),
+    ("max_output", "max_outputs", "22: component.action: unknown key 'max_outputs_length'; did you mean 'max_output_"),
+    ("do_sample", "do_smaple", "23: component.action.params: unknown key 'do_smaple'; did you mean 'do_sample'?"),
+    ("base_path", "basepath", "2: controller.adapter: unknown key 'basepath'; did you mean 'base_path'?"),
+    ("  adapter:", "  adaptr:", "2: controller: unknown key 'adaptr'; did you mean 'adapter'?"),
+    (
+        "controller:\n",
+        "controller:\n  webui: {drivr: x}\n",
+        "2: controller.webui: unknown key 'drivr'; did you mean 'dr",
+    ),
+    ("    input:", "    inputs:", "6: workflow.job: unknown key 'inputs'; did you mean 'input'?"),
+    ("  title:", "  titel:", "4: workflow: unknown key 'titel'; did you mean 'title'?"),
+    (
+        "model: ./base",
+        "model: {repositry: a/b, path: c}",
+        "11: component.model: unknown key 'repositry'; valid: path, pro",
+    ),
+    # A key that is right elsewhere in the component: the line is that of the wrong one.
+    ("  blends:", "  weight: 3\n  blends:", "16: component: unknown key 'weight'; valid: action, actions, blends, "),
+    ("  precision: float32", "  3: float32", "12: component: unknown key '3'; valid: action, "),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), UNKNOWN_KEYS, ids=[case[2] for case in UNKNOWN_KEYS])
+def test_unknown_key_names_its_line_and_the_nearest_key(message: Message, old: str, new: str, expected: str) -> None:
+    assert message(old, new).startswith(f"{FILE}:{expected}")
+
+
+ADAPTERS = YAML[YAML.index("  peft_adapters:") : YAML.index("  blends:")]
+JOB = '  job:\n    input: ${input}\n    output: {generated: "${output}"}\n'
+
+WRONG_VALUES = [
+    ("precision: float32", "precision: float8", "12: component.precision: expected 'auto', 'float32', 'float16' or "
+     "'bfloat16', not 'float8'; did you mean 'float32'?"),
+    ("port: 0", "port: eight", "2: controller.adapter.port: expected a whole number, not 'eight'"),
+    ("port: 0", "port: 70000", "2: controller.adapter.port: must be less than or equal to 65535, not 70000"),
+    ("port: 0", "port: [1]", "2: controller.adapter.port: expected a whole number, not a list"),
+    (ADAPTERS, "  peft_adapters: {alpaca: 1}\n", "13: component.peft_adapters: expected a list, not a mapping"),
+    ("{type: lora, name: alpaca, model: ./alpaca, weight: 0.7}", "./alpaca",
+     "14: component.peft_adapters.0: expected a mapping, not './alpaca'"),
+    ("model: ./alpaca, ", "", "14: component.peft_adapters.0: the key 'model' is missing"),
+    ("{type: lora, name: alpaca", "{type: dora, name: alpaca",
+     "14: component.peft_adapters.0.type: expected 'lora', not 'dora'"),
+    ("title: Tiny", "title: 2024", "4: workflow.title: expected text, not 2024; put it in quotes"),
+    ("blend: ${input.blend}", "blend: [a]", "21: component.action.blend: expected text or a mapping, not a list"),
+    ("do_sample: false", "temperature: hot", "23: component.action.params.temperature: expected a number, not 'hot'"),
+    ("do_sample: false", "top_p: 2", "23: component.action.params.top_p: must be less than or equal to 1, not 2"),
+    ("do_sample: false", "seed: 1.5", "23: component.action.params.seed: expected a whole number, not 1.5"),
+    ("max_output_length: 12", "max_output_length: 0",
+     "22: component.action.max_output_length: must be greater than or equal to 1, not 0"),
+    ("model: ./base", "model: base dir", "11: component.model: 'base dir' is neither a Hub repository (org/name) nor a "
+     "local path (which starts with ./, ../, ~ or /); for a local folder write './base dir'"),
+    ("model: ./base", "model:", "11: component.model: a model source is org/name, a local path, or a mapping, not null"),
+    ("model: ./base", "model: {provider: hugginface, repository: a/b}",
+     "11: component.model: unknown provider 'hugginface'; did you mean 'huggingface'?"),
+    ("task: text-generation", "task: text-genration", "9: component: unknown task 'text-genration'; did you mean "
+     "'text-generation'?"),
+    ("  task: text-generation\n", "", "9: component: the key 'task' is missing"),
+    ("type: model", "type: modle", "9: component.type: expected 'model', not 'modle'"),
+    ("type: http-server", "type: mcp-server", "2: controller.adapter.type: expected 'http-server', not 'mcp-server'"),
+    (JOB, "  job: {type: delay}\n", "5: workflow.job.type: expected 'component', not 'delay'"),
+    (JOB, "  jobs: [{depends_on: a}]\n", "5: workflow.jobs.0.depends_on: expected a list, not 'a'"),
+    ("    text: ${input.prompt as text}\n", "",
+     "20: component.action: an action of a text-generation model needs one of 'prompt' and 'text'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), WRONG_VALUES, ids=[case[2] for case in WRONG_VALUES])
+def test_wrong_value_names_place_value_and_what_was_expected(
+    message: Message, old: str, new: str, expected: str
+) -> None:
+    assert message(old, new) == f"{FILE}:{expected}"
+
+
+def test_unknown_driver_lists_the_known_ones(message: Message) -> None:
+    told = message("  precision: float32", "  driver: vlm")
+    assert told.startswith(f"{FILE}:12: component.driver: unknown driver 'vlm'; available: huggingface")
+
+
+NAMES = [
+    ("name: pirate", "name: alpaca", "15: component: the name 'alpaca' is used twice; adapters and blends"),
+    ("plain: {}", "pirate: {}", "18: component: the name 'pirate' is used twice; adapters and blends"),
+    ("plain: {}", "'a:b': {}", "18: component: a blend's name holds no ':'; got 'a:b'"),
+    ("name: pirate", "name: 'a:b'", "15: component.peft_adapters.1.name: an adapter's name holds no ':', which"),
+    ("{alpaca: 2.0}", "{alpacca: 2.0}", "17: component: blend 'strong' names the unknown adapter 'alpacca'; known: alpaca"),
+    (JOB, "  jobs:\n    - {id: a}\n    - {id: a}\n", "7: workflow: two jobs of workflow '__workflow__' have the id 'a'"),
+    (JOB, "  jobs:\n    - {id: a}\n    - {id: b, depends_on: [c]}\n",
+     "7: workflow: job 'b' depends on the unknown job 'c'; known: a, b"),
+    (JOB, "  jobs:\n    - {id: a, depends_on: [b]}\n    - {id: b, depends_on: [a]}\n    - {id: d, depends_on: [b]}\n",
+     "4: workflow: these jobs depend on each other in a circle: a, b"),
+    (JOB, "  job:\n    component: llm\n", "6: workflow '__workflow__', job '__job__': there is no component 'llm'; known"),
+    (JOB, "  job:\n    action: write\n",
+     "6: workflow '__workflow__', job '__job__': component '__component__': there is no action 'write'; known: __action__"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), NAMES, ids=[case[2] for case in NAMES])
+def test_names_that_clash_or_lead_nowhere(message: Message, old: str, new: str, expected: str) -> None:
+    assert message(old, new).startswith(f"{FILE}:{expected}")
+
+
+COMPONENT = "{type: model, task: text-generation, model: ./b, action: {text: x}, id: "
+
+
+@pytest.mark.parametrize(
+    ("yaml", "expected"),
+    [
+        (f"components:\n- {COMPONENT}a}}\n- {COMPONENT}a}}\n", "3: two components have the id 'a'; give each its own id"),
+        (f"workflows: [{{id: w}},\n  {{id: w}}]\ncomponent: {COMPONENT}a}}\n", "2: two workflows have the id 'w'; give ea"),
+        (f"components:\n- {COMPONENT}a, default: true}}\n- {COMPONENT}b, default: true}}\n",
+         "3: two components say 'default: true': 'a' and 'b'; only one can"),
+        ("component: {type: model, task: text-generation, model: ./b,\n actions: [{id: x, text: a},\n {id: x, text: b}]}\n",
+         "3: component '__component__': two actions have the id 'x'; give each its own id"),
+        (f"components:\n- {COMPONENT}a}}\n- {COMPONENT}b}}\n", "1: without a workflow: there is no default component; known: "
+         "a, b; name one with component: in the job, or mark one with default: true"),
+        ("component: {type: model, task: text-generation, model: ./b}\n",
+         "1: without a workflow: the component '__component__' has no action; add one, for example action: {text: …}"),
+        ("controller:\n  adapter: {port: 1}\n  adapters: [{port: 2}]\ncomponent: {type: model, task: text-generation, "
+         "model: ./b, action: {text: x}}\n",
+         "3: controller: there are 'adapter' and 'adapters'; this version serves one, so keep one of the two"),
+        ("workflow: {}\n", "1: there is no component; add one, for example {type: model, task: text-generation, …}"),
+    ],
+)  # fmt: skip
+def test_ids_and_defaults(write: Write, yaml: str, expected: str) -> None:
+    assert told_of(write, yaml).startswith(f"{FILE}:{expected}")
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("true", "true"), (".nan", "nan"), (".inf", "inf"), ("-.inf", "-inf"), ("heavy", "'heavy'"), ("[1]", "a list"),
+        ("{a: 1}", "a mapping"), ("", "null"), ("1e999", "'1e999'"),
+    ],
+)  # fmt: skip
+def test_weight_that_is_no_number(message: Message, written: str, shown: str) -> None:
+    problem = f"a weight must be a finite number, not {shown}"
+    assert message("weight: 0.7", f"weight: {written}") == f"{FILE}:14: component.peft_adapters.0.weight: {problem}"
+    assert message("{alpaca: 2.0}", f"{{alpaca: {written}}}") == f"{FILE}:17: component.blends.strong.alpaca: {problem}"
+
+
+@given(weight=st.floats(allow_nan=False, allow_infinity=False))
+def test_every_finite_weight_loads_as_number_and_as_text(
+    tmp_path_factory: pytest.TempPathFactory, weight: float
+) -> None:
+    path = tmp_path_factory.mktemp("weights") / FILE
+    for written in ('"${env.W}"', repr(str(weight))):
+        path.write_text(YAML.replace("weight: 0.7", f"weight: {written}"))
+        component: Any = load([path], {"W": repr(weight)}).config.component
+        assert component.peft_adapters[0].weight == weight
+
+
+def test_weight_from_the_input_is_refused_with_the_way_to_do_it(message: Message) -> None:
+    assert message("weight: 0.7", 'weight: "${input.w}"') == (
+        f"{FILE}:14: component.peft_adapters.0.weight: a weight in the file is a number or ${{env.NAME}}, not '${{input.w}}'; "
+        "for weights that come with a request, set the action's `blend`"
+    )
+
+
+NOT_YET = [
+    (JOB, JOB + "    retry: 3\n", "8: workflow.job: 'retry'"),
+    (JOB, JOB + "    hook: {before: x}\n", "8: workflow.job: 'hook'"),
+    ("component:\n", "listeners: [{type: http-callback}]\ncomponent:\n", "8: 'listeners'"),
+    ("component:\n", "gateway: {type: x}\ncomponent:\n", "8: 'gateway'"),
+    ("workflow:\n", "  queue: {driver: redis}\nworkflow:\n", "3: controller: 'queue'"),
+    ("base_path: /api", "base_path: /api, websocket: true", "2: controller.adapter: 'websocket'"),
+    ("do_sample: false", "num_beams: 4", "23: component.action.params: 'num_beams'"),
+    ("do_sample: false", "early_stopping: false", "23: component.action.params: 'early_stopping'"),
+    ("do_sample: false", 'length_penalty: "${input.penalty}"', "23: component.action.params: 'length_penalty'"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), NOT_YET, ids=[case[2] for case in NOT_YET])
+def test_what_the_dialect_has_and_this_version_has_not_is_refused_by_name(
+    message: Message, old: str, new: str, expected: str
+) -> None:
+    assert message(old, new) == f"{FILE}:{expected} is not supported in this version; leave it out"
+
+
+def test_what_has_no_effect_at_its_default_loads(read: Callable[..., Loaded]) -> None:
+    beams = "num_beams: 1, early_stopping: true, length_penalty: 1.0, do_sample: false"
+    read(YAML.replace("do_sample: false", beams).replace(JOB, JOB + "    retry: 1\n    max_run_count: 25\n"))
+
+
+@pytest.mark.parametrize("key", ["quantization: int8", "on_demand: true", "preload: false", "fast_tokenizer: false"])
+def test_what_the_driver_cannot_honour_is_refused_by_name(message: Message, key: str) -> None:
+    told = message("  precision: float32", f"  {key}")
+    assert told.startswith(f"{FILE}:12: component: driver huggingface cannot honour '{key.split(':')[0]}': ")
+
+
+EXPRESSIONS = [
+    (
+        "${input prompt}",
+        "'${input prompt}' is not an expression; expected ${name.path as type | default @(description …)}",
+    ),
+    ('"${input.prompt"', "'${input.prompt' has no closing brace"),
+    ("${input.prompt as int}", "${input.prompt as int}: unknown type 'int'; did you mean 'integer'?"),
+    ("${input.prompt as txt}", "${input.prompt as txt}: unknown type 'txt'; did you mean 'text'?"),
+    ("${a | ${input.b as float}}", "${input.b as float}: unknown type 'float'; did you mean 'number'?"),
+    (
+        "${input.n as integer | abc}",
+        "the default does not fit the type: ${input.n as integer | abc}: 'abc' is not an int",
+    ),
+    (
+        "${input.n as slider/0,2}",
+        "${input.n as slider/0,2}: a slider's numbers are minimum,maximum,step: as slider/0,2,0.1",
+    ),
+    ("${input.n as select}", "${input.n as select}: a select needs its options: as select/first,second"),
+]
+
+
+@pytest.mark.parametrize(("written", "expected"), EXPRESSIONS, ids=[case[0] for case in EXPRESSIONS])
+def test_mistakes_in_expressions(message: Message, written: str, expected: str) -> None:
+    assert message("${input.prompt as text}", written).startswith(f"{FILE}:20: component.action.text: {expected}")
+
+
+def test_unknown_type_in_an_output(message: Message) -> None:
+    assert message('"${output}"', '"${output as sse-text}"') == (
+        f"{FILE}:7: workflow.job.output.generated: ${{output as sse-text}}: unknown type 'sse-text'; did you mean 'text'?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "operator"),
+    [
+        ('{"+": ["${output}", b]}', "+"),
+        ('{"...": "${output}"}', "..."),
+        ('["...${output}"]', "..."),
+        ('{"?": {}}', "?"),
+    ],
+)
+def test_structural_operators_are_refused_with_their_place(message: Message, written: str, operator: str) -> None:
+    assert message('{generated: "${output}"}', written) == (
+        f"{FILE}:7: workflow.job.output: the structural operator '{operator}' is not supported in this version"
+    )
+
+
+def test_every_problem_is_told_at_once(message: Message) -> None:
+    told = message("workflow:\n  title: Tiny", "workflow:\n  titel: Tiny").splitlines()
+    assert len(told) == 1
+    told = message(
+        "port: 0, base_path: /api}\nworkflow:\n  title: Tiny", "port: x}\nworkflow:\n  titel: y"
+    ).splitlines()
+    assert [line.split(" ")[0] for line in told] == [f"{FILE}:2:", f"{FILE}:4:"]
+
+
+@pytest.mark.parametrize(
+    ("yaml", "expected"),
+    [
+        ("", ": the file is empty; it needs at least a component, see `model-compose schema`"),
+        ("# only a comment\n", ": the file is empty; it needs at least a component, see `model-compose schema`"),
+        ("\n- a\n", ":2: expected a mapping with component, workflow, controller"),
+        ("hello\n", ":1: expected a mapping with component, workflow, controller"),
+        ("component: {type: model\nfoo: bar\n", ":2: invalid YAML: did not find expected ',' or '}'"),
+        ("component:\n\ttype: model\n", ":2: invalid YAML: found character that cannot start any token; a tab cannot "
+         "indent YAML, use spaces"),
+        ("component: {}\n---\ncomponent: {}\n", ":2: invalid YAML: a second document starts here (---); one file holds one"),
+        ("workflow:\n  job: {output: {generated: ${output}}}\n", ":2: invalid YAML: did not find expected ',' or '}'; "
+         'inside {…} an expression stands in quotes: {generated: "${output}"}'),
+        ("component: *base\n", ":1: invalid YAML: found undefined alias"),
+        ("a: 1\nb: \a\n", ":2: a character (code 0x07) cannot stand in YAML"),
+        ("component: &a\n  options: *a\n", ":1: an anchor cannot hold itself"),
+        ("component: !include base.yml\n", ":1: the tag !include is not supported; write the value without it"),
+        ("component: {a: !!python/name:os.system x}\n", ":1: the tag !!python/name:os.system is not supported; write"),
+        ("component:\n  ? [a]\n  : b\n", ":2: a key must be text"),
+        ("component:\n  model: a\n  model: b\n", ":3: the key 'model' stands here a second time"),
+    ],
+)  # fmt: skip
+def test_files_that_are_not_the_yaml_we_expect(write: Write, yaml: str, expected: str) -> None:
+    assert told_of(write, yaml).startswith(FILE + expected)
+
+
+def test_file_that_is_not_text(write: Write) -> None:
+    (path,) = write("")
+    path.write_bytes(b"title: \xff\n")
+    with pytest.raises(ConfigError, match=r"model-compose.yml: is not UTF-8 text \(invalid start byte at byte 7\)"):
+        load([path], {})
+
+
+def test_byte_order_mark_is_no_part_of_the_file(read: Callable[..., Loaded]) -> None:
+    assert read("\ufeff" + YAML).config == read(YAML).config
+
+
+def test_duplicate_key_is_found_in_a_file_that_is_merged(write: Write) -> None:
+    files = write(YAML.replace("  precision:", "  model: ./x\n  precision:"), over="workflow: {title: Other}")
+    with pytest.raises(ConfigError, match=f"{FILE}:12: the key 'model' stands here a second time"):
+        load(files, {})
+
+
+def test_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        find_files()
+    assert str(caught.value) == (
+        f"no model-compose.yml or model-compose.yaml in {tmp_path}; go to its folder, or name it with -f FILE"
+    )
+    with pytest.raises(ConfigError, match=r"^other\.yml: there is no such file$"):
+        find_files([Path("other.yml")])
+    with pytest.raises(ConfigError, match="is a folder; name the file in it"):
+        find_files([tmp_path])
+    (tmp_path / "model-compose.yaml").touch()
+    assert find_files() == (tmp_path / "model-compose.yaml",)
+    (tmp_path / "model-compose.yml").touch()
+    assert find_files() == (tmp_path / "model-compose.yml",)
+
+
+# The environment.
+
+
+def test_unset_variable_names_it_and_the_ways_to_set_it(message: Message) -> None:
+    assert message("weight: 0.7", 'weight: "${env.W}"') == (
+        f"{FILE}:14: component.peft_adapters.0.weight: the environment variable W is not set; set it, use --env-file or "
+        "-e W=…, or write a default: ${env.W | …}"
+    )
+
+
+@pytest.mark.parametrize("keys", ["${env.KEY}", '"${env.KEY}"', "\n      - ${env.KEY}", "\n      - '${env.KEY}'"])
+@pytest.mark.parametrize("value", [None, "", " "])
+def test_api_key_that_is_not_set_never_leaves_the_door_open(write: Write, keys: str, value: str | None) -> None:
+    yaml = YAML.replace("{type: http-server, port: 0, base_path: /api}", f"\n    port: 0\n    api_keys: {keys}")
+    with pytest.raises(ConfigError, match="the server refuses to start") as caught:
+        load(write(yaml), {} if value is None else {"KEY": value})
+    assert ("the environment variable KEY is not set; the API key would be missing" in str(caught.value)) == (
+        value is None
+    )
+
+
+@pytest.mark.parametrize("keys", ["null", "", "[]", '[""]', "[7]"])
+def test_api_keys_that_hold_none_are_refused(message: Message, keys: str) -> None:
+    told = message("base_path: /api", f"base_path: /api, api_keys: {keys}")
+    assert told.startswith(f"{FILE}:2: controller.adapter.api_keys: api_keys must be a list of ")
+
+
+@pytest.mark.parametrize(("value", "expected"), [("12345", ["12345"]), ("a,b", ["a", "b"]), ("true", ["true"])])
+def test_api_keys_from_the_environment_stay_text(read: Callable[..., Loaded], value: str, expected: list[str]) -> None:
+    yaml = YAML.replace("{type: http-server, port: 0, base_path: /api}", "\n    api_keys: ${env.KEY}")
+    server = read(yaml, KEY=value).config.serving.server
+    assert server is not None
+    assert [key.get_secret_value() for key in server.api_keys or ()] == expected
+
+
+def test_unset_token_is_no_token(read: Callable[..., Loaded]) -> None:
+    def token(written: str, **env: str) -> Any:
+        yaml = YAML.replace("model: ./base", f"model:\n    repository: a/b\n    token: {written}")
+        component: Any = read(yaml, **env).config.component
+        return component.model.token
+
+    for written in ("${env.HF}", '"${env.HF}"'):
+        assert token(written) is None
+        assert token(written, HF="123").get_secret_value() == "123"
+
+
+SECRET = "hunter2-9f8e7d"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("base_path: /api", f"base_path: /api, api_keys: [[{SECRET}]]"),
+        ("base_path: /api", f"base_path: /api, api_keys: {{a: {SECRET}}}"),
+        ("base_path: /api", f"base_path: /api, callback_secret: [{SECRET}]"),
+        ("base_path: /api", "base_path: /api, api_keys: ['${env.SECRET} ']"),
+        ("model: ./base", f"model: {{repository: a/b, tokn: {SECRET}}}"),
+        ("model: ./base", f"model: {{repository: a/b, token: {{a: {SECRET}}}}}"),
+        ("model: ./base", f"model: [{{repository: a/b, token: {SECRET}}}]"),
+        ("port: 0", "port: '${env.SECRET as integer}'"),
+    ],
+)
+def test_no_secret_in_a_message(message: Message, old: str, new: str) -> None:
+    assert SECRET not in message(old, new, SECRET=SECRET)
+
+
+def test_pair_without_a_name_is_not_repeated() -> None:
+    with pytest.raises(ConfigError, match=r"^-e =…: expected NAME=VALUE$"):
+        environment((), [f"={SECRET}"])
+
+
+@pytest.mark.parametrize(
+    ("written", "value", "expected"),
+    [
+        ("${env.X}", "12", 12),
+        ('"${env.X}"', "12", "12"),
+        ("${env.X}", "true", True),
+        ("'${env.X}'", "true", "true"),
+        ("${env.X}", "1.5", 1.5),
+        ("${env.X}", "a: b # c", "a: b # c"),
+        ("${env.X}", "[1, 2]", "[1, 2]"),
+        ("${env.X | two words}", None, "two words"),
+        ("${env.X | 8}", None, 8),
+        ("'${env.X | 8}'", None, "8"),
+        ("'${env.X as integer | 8}'", None, 8),
+        ("'${env.X as integer | 8}'", "9", 9),
+        ("a-${env.X}-b", "12", "a-12-b"),
+        ("${env.A | ${env.B | last}}", None, "last"),
+        ("2024-01-02", None, "2024-01-02"),
+    ],
+)
+def test_variables_are_typed_as_yaml_types_what_stands_there(
+    read: Callable[..., Loaded], written: str, value: str | None, expected: Any
+) -> None:
+    yaml = YAML.replace('{generated: "${output}"}', f"\n      x: {written}")
+    config = read(yaml, **({} if value is None else {"X": value})).config
+    assert config.workflow is not None
+    assert config.workflow.job is not None
+    found = config.workflow.job.output["x"]
+    assert (found, type(found)) == (expected, type(expected))
+
+
+def test_variable_as_the_default_of_an_input(read: Callable[..., Loaded]) -> None:
+    def text(written: str, **env: str) -> Any:
+        component: Any = read(YAML.replace("${input.prompt as text}", written), **env).config.component
+        return component.action.text
+
+    assert text("${input.prompt | ${env.X}}", X="two words") == '${input.prompt | "two words"}'
+    assert text("${input.prompt | ${env.X | none}}") == '${input.prompt | "none"}'
+    assert text("${env.X | ${input.prompt}}") == "${input.prompt}"
+    assert text("${env.X | ${input.prompt}}", X="Hello") == "Hello"
+    with pytest.raises(ConfigError, match=r"a value with '}' or '@\(' cannot be the default of an expression"):
+        text("${input.prompt | ${env.X}}", X="a}b")
+
+
+def test_variables_in_comments_are_not_looked_at(read: Callable[..., Loaded]) -> None:
+    assert read(f"# ${{env.NOPE}} ${{broken\n{YAML}# ${{env.NOPE}}\n").config == read(YAML).config
+
+
+def test_precedence_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, two = tmp_path / "one.env", tmp_path / "two.env"
+    one.write_text("A=one\nB=one\nC=one\nD=one\n")
+    two.write_text("B=two\nC=two\nD=two\n")
+    (tmp_path / ".env").write_text("E=dot\nC=dot\n")
+    monkeypatch.setenv("C", "process")
+    monkeypatch.setenv("D", "process")
+    merged = environment([one, two], ["D=pair", "F=a=b"])
+    assert [merged[name] for name in "ABCDF"] == ["one", "two", "process", "pair", "a=b"]
+    assert "E" not in merged  # ./.env only where no file is named
+    assert [environment()[name] for name in "EC"] == ["dot", "process"]
+
+
+@pytest.mark.parametrize("pair", ["FOO", "=", ""])
+def test_pair_that_is_none(pair: str) -> None:
+    with pytest.raises(ConfigError, match="expected NAME=VALUE"):
+        environment((), [pair])
+
+
+def test_env_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nope\.env: there is no such file \(--env-file\)"):
+        environment([tmp_path / "nope.env"])
+    (tmp_path / "bad.env").write_bytes(b"A=\xff\n")
+    with pytest.raises(ConfigError, match=r"bad\.env: is not UTF-8 text \(--env-file\)"):
+        environment([tmp_path / "bad.env"])
+
+
+# Several files, anchors.
+
+
+def test_later_files_win_mappings_merge_lists_are_replaced(write: Write) -> None:
+    over = "component:\n  precision: bfloat16\n  blends: {strong: {alpaca: 3}, new: {pirate: 1}}\nworkflow: {title: Other}\n"
+    config = load(write(YAML, over=over), {}).config
+    component: Any = config.component
+    assert (component.precision, component.model.path) == ("bfloat16", "./base")
+    assert component.blends == {"strong": {"alpaca": 3}, "plain": {}, "new": {"pirate": 1}}
+    assert config.workflow is not None
+    assert config.workflow.title == "Other"
+    one = "component:\n  peft_adapters: [{type: lora, name: alpaca, model: ./other}]\n"
+    component = load(write(YAML, over=one), {}).config.component
+    assert [adapter.model.path for adapter in component.peft_adapters] == ["./other"]
+
+
+def test_problem_in_a_later_file_names_that_file(write: Write) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^over\.yml:2: component: unknown key 'precisoin'; did you mean 'precision'\?$"
+    ):
+        load(write(YAML, over="component:\n  precisoin: float16\n"), {})
+
+
+def test_paths_count_from_the_file_that_says_them(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    over = tmp_path / "sub" / "over.yml"
+    over.write_text("component:\n  peft_adapters:\n  - {type: lora, name: alpaca, model: ./mine}\n"
+                    "  - {type: lora, name: b, model: {path: ../theirs}}\n"
+                    "  - {type: lora, name: c, model: {package: p, version: '1', path: x/y}}\n"
+                    "  - {type: lora, name: d, model: /absolute}\n  - {type: lora, name: e, model: org/hub}\n")  # fmt: skip
+    loaded = load([*write(YAML), over], {})
+    component: Any = loaded.config.component
+    assert loaded.base_dir == tmp_path
+    assert component.model.path == "./base"
+    alpaca, b, c, d, e = (adapter.model for adapter in component.peft_adapters)
+    assert (tmp_path / alpaca.path).resolve() == tmp_path / "sub" / "mine"
+    assert (tmp_path / b.path).resolve() == tmp_path / "theirs"
+    assert (c.path, d.path, e.repository) == ("x/y", "/absolute", "org/hub")
+
+
+def test_anchors_and_merge_keys(read: Callable[..., Loaded]) -> None:
+    yaml = YAML.replace("{type: lora, name: alpaca, model: ./alpaca, weight: 0.7}",
+                        "&first {type: lora, name: alpaca, model: ./alpaca, weight: 0.7, precision: float16}")  # fmt: skip
+    yaml = yaml.replace("{type: lora, name: pirate, model: ./pirate, weight: 0.8}", "{<<: *first, name: pirate}")
+    component: Any = read(yaml).config.component
+    assert [(a.name, a.weight, a.precision) for a in component.peft_adapters] == [
+        ("alpaca", 0.7, "float16"), ("pirate", 0.7, "float16"),
+    ]  # fmt: skip
+
+
+def test_merging_into_an_anchored_mapping_leaves_its_other_places_alone(write: Write) -> None:
+    yaml = (
+        "components:\n- {id: a, type: model, task: text-generation, model: ./b, action: {text: x}, default: true}\n"
+        "workflows: []\n"
+        "workflow: {job: {input: &in {prompt: one}, output: *in}}\n"
+    )
+    config = load(write(yaml, over="workflow: {job: {input: {prompt: two}}}\n"), {}).config
+    assert config.workflow is not None
+    assert config.workflow.job is not None
+    assert (config.workflow.job.input, config.workflow.job.output) == ({"prompt": "two"}, {"prompt": "one"})

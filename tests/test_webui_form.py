@@ -1,0 +1,120 @@
+"""What the page asks and shows, without a browser: widgets, blends, texts, and the calls for chains of models."""
+
+import re
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from model_compose.compose import Compose
+from model_compose.errors import InputError
+from model_compose.loading import load
+from model_compose.servers import webui_runs, webui_snippets
+from model_compose.servers.webui_form import Form, draw_form
+from model_compose.servers.webui_snippets import Call
+from tests import tiny
+
+CHAIN = """\
+controller:
+  adapter: {type: http-server, port: 0, base_path: /api}
+workflow:
+  jobs:
+    - {id: draft, component: writer}
+    - id: final
+      component: editor
+      depends_on: [draft]
+      input: {draft: "${jobs.draft.output}", hints: "${input.how.hints as json}"}
+  output: {draft: "${jobs.draft.output}", final: "${jobs.final.output}"}
+components:
+  - id: writer
+    type: model
+    task: text-generation
+    model: ./base
+    precision: float32
+    peft_adapters: [{type: lora, name: alpaca, model: ./alpaca, weight: -0.5}]
+    action:
+      prompt: ${input.prompt as text}
+      blend: ${input.blend}
+      max_output_length: ${input.length as integer | 5}
+      params: {temperature: "${input.heat as slider/0,2,0.1 | 0.5}", do_sample: "${input.draw as boolean | false}"}
+  - id: editor
+    type: model
+    task: chat-completion
+    model: ./base
+    precision: float32
+    peft_adapters: [{type: lora, name: pirate, model: ./pirate}]
+    blends: {loud: {pirate: 2}}
+    action:
+      messages: [{role: system, content: "${input.hints}"}, {role: user, content: "${input.draft}"}]
+      blend: loud
+      max_output_length: 5
+"""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_project(tmp_path_factory.mktemp("chain"), CHAIN)
+
+
+@pytest.fixture
+def chain(path: Path) -> Compose:
+    """Two models in one workflow, not loaded."""
+    return Compose(load([path], None))
+
+
+@pytest.fixture
+def form(chain: Compose) -> Form:
+    with gr.Blocks(analytics_enabled=False):
+        return draw_form(chain, chain.config.all_workflows[0])
+
+
+def test_each_variable_has_its_widget_and_the_blends_have_sliders(form: Form) -> None:
+    drawn = {field.variable.name: type(field.widget) for field in form.fields}
+    assert drawn == {
+        "prompt": gr.Textbox, "length": gr.Number, "heat": gr.Slider, "draw": gr.Checkbox, "how.hints": gr.Textbox,
+    }  # fmt: skip
+    assert [(mixer.component, mixer.adapters) for mixer in form.mixers] == [
+        ("writer", ("alpaca",)),
+        ("editor", ("pirate",)),
+    ]
+
+
+def test_input_nests_and_leaves_out_what_is_empty(form: Form) -> None:
+    values = {"prompt": "Ahoy", "length": None, "heat": 0.5, "draw": False, "how.hints": '{"a": [1]}'}
+    given = [values[field.variable.name] for field in form.fields]
+    assert form.read_input(given) == {"prompt": "Ahoy", "heat": 0.5, "draw": False, "how": {"hints": {"a": [1]}}}
+
+
+def test_untouched_sliders_leave_the_blend_to_the_file(form: Form) -> None:
+    fields = [None] * len(form.fields)
+    presets = [number.value for mixer in form.mixers for number in mixer.numbers]
+    assert presets == [-0.5, 2.0]  # the second is what the editor's action says
+    assert form.read_blend([*fields, *presets]) is None
+    assert form.read_blend([*fields, -0.5, 0.3]) == {"editor": {"pirate": 0.3}}
+    assert form.read_blend([*fields, 0, 1]) == {"writer": {}, "editor": "pirate"}
+    with pytest.raises(InputError, match="weight of alpaca is empty"):
+        form.read_blend([*fields, None, 2.0])
+
+
+async def test_two_models_are_labelled_and_called_by_component(chain: Compose) -> None:
+    await chain.load()
+    try:
+        input = {"prompt": "Ahoy", "how": {"hints": '"be brief"'}}
+        done = await chain.answer(input, blend={"writer": {"alpaca": 1.5}})
+    finally:
+        await chain.close()
+    run = webui_runs.Run("", webui_runs.texts(done.output), "done", 1.0, done.answers)
+    shown = webui_runs.current(run)
+    assert "<h4>draft</h4>" in shown
+    assert "<h4>final</h4>" in shown
+    assert "writer — blend: <b>alpaca 1.5 (custom)</b>" in shown
+    assert "editor — blend: <b>pirate 2 (loud)</b>" in shown
+    call = Call(chain.config.all_workflows[0], input, done.answers)
+    assert '"blend": {"writer": {"alpaca": 1.5}, "editor": "loud"}' in webui_snippets.curl(chain, "http://x", call)
+    assert webui_snippets.openai(chain, "http://x", call) is None
+
+
+def test_text_is_never_markup() -> None:
+    run = webui_runs.Run("<i>asked</i>", {"": "<script>alert(1)</script>"}, "failed", 1.0, (), "<b>bad</b>")
+    for shown in (webui_runs.current(run), webui_runs.earlier([run]), webui_runs.snippet("<i>", "<b>")):
+        assert not re.search(r"<(script|b|i)>", shown)
