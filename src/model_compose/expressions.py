@@ -8,6 +8,7 @@ a longer string is spliced in as text. Substituted values are never scanned agai
 
 import base64
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -241,7 +242,7 @@ def convert(value: Any, to: Type, source: str = "the value") -> Any:
             return base64.b64decode(value, validate=True).decode()
         conversion = _CONVERSIONS.get(to.name)
         return conversion(value, to) if conversion else value
-    except (ValueError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise RunError(f"{source}: {value!r} is not {_ARTICLES.get(to.name, to.name)} ({error})") from error
 
 
@@ -285,7 +286,10 @@ def _text(value: Any, _: Type | None = None) -> str:
 def _number(value: Any, to: Type) -> float:
     if isinstance(value, bool):
         raise ValueError("it is a boolean")
-    return int(value) if to.name == "integer" else float(value)
+    number = int(value) if to.name == "integer" else float(value)
+    if not math.isfinite(number):
+        raise ValueError("it is not finite")
+    return number
 
 
 _CONVERSIONS: dict[str, Callable[[Any, Type], Any]] = {

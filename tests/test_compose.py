@@ -1,0 +1,423 @@
+"""Workflow runs through the Python API: graphs of jobs, deltas, blends, inputs, and ends."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model_compose.components import Delta
+from model_compose.compose import Compose
+from model_compose.errors import (
+    AdapterError,
+    ComposeError,
+    ConfigError,
+    InputError,
+    NotFound,
+    NotReady,
+    RunError,
+    SourceError,
+)
+from model_compose.workflow.runner import Done
+from tests import tiny
+
+PROMPT = {"prompt": "Once upon a time"}
+TOKENS = 40
+
+TWO_MODELS = """\
+workflows:
+  - id: chain
+    default: true
+    jobs:
+      - {id: first, component: a, output: {text: "${output}"}}
+      - {id: second, component: b, depends_on: [first], input: {prompt: "${jobs.first.output.text}", blend: {}}}
+    output: {draft: "${jobs.first.output.text}", final: "${jobs.second.output}", said: "${input.prompt} / ${context.who}"}
+  - id: both
+    jobs:
+      - {id: left, component: a, output: {left: "${output}"}}
+      - {id: right, component: b, output: {right: "${output}"}}
+  - id: mapped
+    jobs:
+      - {id: left, component: a}
+      - {id: right, component: b, output: {inner: ["${output}", "${output as text}"]}}
+    output: {nested: {list: ["${jobs.left.output}", "${jobs.right.output.inner}"]}, copy: "${jobs.left.output}"}
+  - id: renamed
+    job: {component: a, input: {prompt: "${input.question}"}}
+  - id: in_text
+    job: {component: a, input: {prompt: "Q: ${input.question} A:", blend: "${input.mix}"}}
+  - id: fixed
+    job: {component: a, action: fixed}
+  - id: several
+    job: {component: a, action: several, output: {texts: "${output}"}}
+  - id: failing
+    jobs:
+      - {id: bad, component: b, input: {prompt: ["not", {a: list}]}}
+      - {id: long, component: a, action: long}
+  - id: long
+    job: {component: a, action: long}
+components:
+  - id: a
+    type: model
+    task: text-generation
+    model: ./base
+    precision: float32
+    peft_adapters:
+      - {type: lora, name: alpaca, model: ./alpaca, weight: 0.7}
+      - {type: lora, name: pirate, model: ./pirate, weight: 0.8}
+    blends: {strong: {alpaca: 2.0}, plain: {}}
+    actions:
+      - &action
+        id: tell
+        default: true
+        prompt: ${input.prompt as text}
+        blend: ${input.blend}
+        max_output_length: 40
+        min_output_length: 40
+        params: {do_sample: false}
+      - {<<: *action, id: fixed, default: false, blend: strong}
+      - {id: several, prompt: "${input.prompts}", num_return_sequences: "${input.n as integer | 1}", batch_size: 2,
+         max_output_length: 6, params: {seed: 1, temperature: 1.5}}
+      - {id: long, prompt: x, max_output_length: 240, min_output_length: 240}
+  - id: b
+    type: model
+    task: text-generation
+    model: ./base
+    precision: float32
+    peft_adapters:
+      - {type: lora, name: pirate, model: ./pirate, weight: 1.0}
+    action: {<<: *action, id: tell, default: true}
+"""
+
+Open = Callable[[str], AbstractAsyncContextManager[Compose]]
+
+
+@pytest.fixture(scope="module")
+def two_models(project: Path) -> Path:
+    path = project.parent / "two-models.yml"
+    path.write_text(TWO_MODELS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+async def both(two_models: Path) -> AsyncIterator[Compose]:
+    async with Compose.open(two_models) as opened:
+        yield opened
+
+
+@pytest.fixture
+def opening(project: Path) -> Open:
+    """Opens the tiny project with its YAML changed."""
+
+    @asynccontextmanager
+    async def open_changed(yaml: str) -> AsyncIterator[Compose]:
+        path = project.parent / "changed.yml"
+        path.write_text(yaml, encoding="utf-8")
+        async with Compose.open(path) as opened:
+            yield opened
+
+    return open_changed
+
+
+async def streamed(compose: Compose, input: Any = PROMPT, **how: Any) -> tuple[list[Delta], Done]:
+    """A run's deltas in order, and its end."""
+    deltas = []
+    async with aclosing(compose.run(input, **how)) as events:
+        async for event in events:
+            if isinstance(event, Done):
+                return deltas, event
+            deltas.append(event)
+    raise AssertionError("no Done")
+
+
+def collected(deltas: list[Delta]) -> dict[Any, str]:
+    texts: dict[Any, str] = {}
+    for delta in deltas:
+        texts[delta.path] = texts.get(delta.path, "") + delta.text
+    return texts
+
+
+def at(value: Any, path: Any) -> Any:
+    for step in path:
+        value = value[step]
+    return value
+
+
+# Graphs.
+
+
+async def test_chained_job_takes_what_the_first_one_made(both: Compose) -> None:
+    deltas, done = await streamed(both, context={"who": "me"})
+    draft, final = done.output["draft"], done.output["final"]
+    assert done.output["said"] == "Once upon a time / me"
+    alone = (await both.answer(PROMPT, workflow="both")).output["left"]
+    assert draft == alone
+    again = await both.answer({"prompt": draft, "blend": {}}, workflow="both", blend={"b": {}})
+    assert final == again.output["right"]
+    first_of_second = next(i for i, delta in enumerate(deltas) if delta.path == ("final",))
+    assert all(delta.path == ("final",) for delta in deltas[first_of_second:])  # strictly after the first job
+
+
+async def test_independent_jobs_run_at_the_same_time(both: Compose) -> None:
+    deltas, done = await streamed(both, workflow="both")
+    sides = [delta.path[0] for delta in deltas]
+    assert set(sides) == {"left", "right"}
+    changes = sum(one != other for one, other in zip(sides, sides[1:], strict=False))
+    assert changes > 2, sides  # one after the other would change once
+    assert set(done.output) == {"left", "right"}
+
+
+@pytest.mark.parametrize("workflow", ["chain", "both", "mapped", "renamed", "in_text", "fixed", "several"])
+async def test_deltas_collected_are_the_output_at_their_paths(both: Compose, workflow: str) -> None:
+    input = {**PROMPT, "question": "Why?", "prompts": ["a", "b", "c"], "n": 2, "mix": None}
+    deltas, done = await streamed(both, input, workflow=workflow, context={"who": "me"})
+    texts = collected(deltas)
+    assert texts
+    assert {path: at(done.output, path) for path in texts} == texts
+
+
+async def test_output_of_a_workflow_is_mapped(both: Compose) -> None:
+    deltas, done = await streamed(both, workflow="mapped")
+    left, (right, same) = done.output["nested"]["list"]
+    assert right == same
+    assert done.output["copy"] == left
+    assert set(collected(deltas)) == {
+        ("nested", "list", 0), ("copy",), ("nested", "list", 1, 0), ("nested", "list", 1, 1),
+    }  # fmt: skip
+
+
+async def test_answers_name_the_models_their_blends_and_what_they_cost(both: Compose) -> None:
+    done = await both.answer(PROMPT, workflow="both", blend={"a": "strong", "b": {"pirate": -0.5}})
+    answers = {answer.component: answer for answer in done.answers}
+    assert dict(answers["a"].blend.weights) == {"alpaca": 2.0}
+    assert answers["a"].blend.name == "strong"
+    assert dict(answers["b"].blend.weights) == {"pirate": -0.5}
+    assert answers["a"].identity != answers["b"].identity
+    assert answers["a"].usage.completion_tokens == TOKENS
+    assert answers["a"].usage.prompt_tokens == len(PROMPT["prompt"])
+    assert answers["a"].usage.seconds > 0
+
+
+# Blends.
+
+
+async def weights(compose: Compose, input: Any = PROMPT, **how: Any) -> dict[str, float]:
+    (answer,) = (await compose.answer(input, **how)).answers
+    return dict(answer.blend.weights)
+
+
+async def test_blend_of_the_body_goes_before_the_action_before_the_default(both: Compose) -> None:
+    default = {"alpaca": 0.7, "pirate": 0.8}
+    renamed = {"workflow": "renamed"}
+    question = {"question": "x"}
+    assert await weights(both, question, **renamed) == default
+    assert await weights(both, workflow="fixed") == {"alpaca": 2.0}
+    assert await weights(both, workflow="fixed", blend={"pirate": 1}) == {"pirate": 1.0}
+    mix = {"question": "x", "mix": "strong"}
+    assert await weights(both, mix, workflow="in_text") == {"alpaca": 2.0}
+    assert await weights(both, mix, workflow="in_text", blend="plain") == {}
+    for unset in (None, ""):
+        assert await weights(both, question, **renamed, blend=unset) == default
+        assert await weights(both, {**mix, "mix": unset}, workflow="in_text") == default
+        assert await weights(both, workflow="fixed", blend=unset) == {"alpaca": 2.0}
+    assert await weights(both, question, **renamed, blend={"a": {}}) == {}
+    assert await weights(both, question, **renamed, blend={"a": "pirate"}) == {"pirate": 1.0}
+
+
+async def test_blends_change_the_text_and_an_empty_one_is_the_base(compose: Compose) -> None:
+    texts = {}
+    for blend in (None, {}, "plain", "strong", {"alpaca": 2}, {"alpaca": "2.0"}, {"alpaca": 0, "pirate": 0}, "alpaca"):
+        texts[str(blend)] = (await compose.answer(PROMPT, blend=blend)).output["generated"]
+    assert texts["{}"] == texts["plain"] == texts["{'alpaca': 0, 'pirate': 0}"]
+    assert texts["strong"] == texts["{'alpaca': 2}"] == texts["{'alpaca': '2.0'}"]
+    assert len({texts["None"], texts["{}"], texts["strong"], texts["alpaca"]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("blend", "expected"),
+    [
+        ("strng", "blend: unknown blend 'strng'; did you mean 'strong'? known: strong, plain, alpaca, pirate"),
+        ({"alpacca": 1}, "blend: unknown adapter 'alpacca'; did you mean 'alpaca'? known: alpaca, pirate"),
+        ({"alpaca": True}, "blend.alpaca: a weight must be a finite number, not true"),
+        ({"alpaca": None}, "blend.alpaca: a weight must be a finite number, not null"),
+        ({"alpaca": float("nan")}, "blend.alpaca: a weight must be a finite number, not nan"),
+        ({"alpaca": "inf"}, "blend.alpaca: a weight must be a finite number, not 'inf'"),
+        ({"alpaca": "heavy"}, "blend: there is no model component 'alpaca'; known: __component__. Weights of adapters are "
+         "numbers, blends of components are names or mappings"),
+        ({"other": {}}, "blend: there is no model component 'other'; known: __component__. Weights of adapters are numbers, "
+         "blends of components are names or mappings"),
+        ({"__component__": {"alpacca": 1}}, "blend.__component__: unknown adapter 'alpacca'; did you mean 'alpaca'? known: "
+         "alpaca, pirate"),
+    ],
+)  # fmt: skip
+async def test_wrong_blend_names_the_field_and_the_known_names(compose: Compose, blend: Any, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        await compose.answer(PROMPT, blend=blend)
+    assert str(caught.value) == expected
+    assert all(field.field.startswith("blend") for field in caught.value.fields)
+    assert caught.value.fields
+
+
+async def test_wrong_blend_in_the_input_of_an_action(compose: Compose) -> None:
+    with pytest.raises(InputError, match=r"unknown blend 'strng'; did you mean 'strong'\? known: "):
+        await compose.answer({**PROMPT, "blend": "strng"})
+
+
+# Inputs.
+
+
+def names(compose: Compose, workflow: str) -> dict[str, bool]:
+    return {variable.name: variable.required for variable in compose.inputs(workflow)}
+
+
+async def test_inputs_are_read_off_the_expressions(both: Compose) -> None:
+    assert names(both, "renamed") == {"question": True}
+    assert names(both, "in_text") == {"question": True, "mix": False}
+    assert names(both, "both") == {"prompt": True, "blend": False}
+    assert names(both, "chain") == {"prompt": True, "blend": False}
+    assert names(both, "several") == {"prompts": True, "n": False}
+    assert names(both, "long") == {}
+    blends = [variable for variable in both.inputs("both") if variable.role == "blend"]
+    assert [variable.component for variable in blends] == ["a"]
+
+
+@pytest.mark.parametrize(("workflow", "field"), [("both", "prompt"), ("renamed", "question"), ("several", "prompts")])
+@pytest.mark.parametrize("input", [None, {}, {"other": 1}, "text", [1]])
+async def test_missing_input_names_the_field(both: Compose, workflow: str, field: str, input: Any) -> None:
+    with pytest.raises(InputError, match=rf"^input\.{field} is required \((text|string)\)$") as caught:
+        await both.answer(input, workflow=workflow)
+    assert [problem.field for problem in caught.value.fields] == [f"input.{field}"]
+
+
+async def test_input_that_cannot_be_converted_names_field_and_value(both: Compose) -> None:
+    with pytest.raises(InputError, match=r"^input\.n: 'many' is not an integer"):
+        await both.answer({"prompts": "a", "n": "many"}, workflow="several")
+    with pytest.raises(InputError, match="num_return_sequences"):
+        await both.answer({"prompts": "a", "n": 0}, workflow="several")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "n", "count"),
+    [("one", 1, None), ("one", 3, 3), (["a", "b", "c"], 1, 3), (["a", "b"], 2, 4), (["a"], 1, 1)],
+)
+async def test_several_texts_are_a_list(both: Compose, prompts: Any, n: int, count: int | None) -> None:
+    done = await both.answer({"prompts": prompts, "n": n}, workflow="several")
+    texts = done.output["texts"]
+    assert isinstance(texts, str) if count is None else len(texts) == count
+    (answer,) = done.answers
+    assert answer.usage.completion_tokens <= 6 * (count or 1)
+
+
+async def test_unknown_workflow_lists_the_known_ones(compose: Compose) -> None:
+    with pytest.raises(NotFound, match=r"^there is no workflow 'nope'; known: __workflow__$"):
+        await compose.answer(PROMPT, workflow="nope")
+
+
+# Ends.
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_closing_the_iterator_stops_the_computation(both: Compose) -> None:
+    engine: Any = both.models["a"].engine
+    async with aclosing(both.run({}, workflow="long")) as events:
+        async for _ in events:
+            break
+        assert both.busy == 1
+    assert both.busy == 0
+    await until(lambda: not engine._loop._running)
+    assert len((await both.answer(PROMPT, workflow="both")).output["left"]) > 0  # the engine goes on
+
+
+async def test_cancelled_run_stops_the_computation(both: Compose) -> None:
+    engine: Any = both.models["a"].engine
+    task = asyncio.create_task(both.answer({}, workflow="long"))
+    await until(lambda: bool(engine._loop._running))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert both.busy == 0
+    await until(lambda: not engine._loop._running)
+
+
+async def test_error_of_one_job_ends_the_others_at_once(both: Compose) -> None:
+    engine: Any = both.models["a"].engine
+    with pytest.raises(InputError, match="the action 'tell' cannot take this input: prompt") as caught:
+        await both.answer({}, workflow="failing")
+    assert "pydantic" not in str(caught.value)
+    assert both.busy == 0
+    await until(lambda: not engine._loop._running)
+
+
+async def test_max_concurrent_count_of_a_component_lets_one_run_at_a_time(opening: Open) -> None:
+    async with opening(tiny.YAML.replace("  action:", "  max_concurrent_count: 1\n  action:")) as compose:
+        engine: Any = compose.models["__component__"].engine
+        most = 0
+        runs = [asyncio.create_task(compose.answer(PROMPT)) for _ in range(3)]
+        while not all(run.done() for run in runs):
+            most = max(most, len(engine._loop._running))
+            await asyncio.sleep(0)
+        assert most == 1
+        assert len({run.result().output["generated"] for run in runs}) == 1
+
+
+async def test_run_before_loading_and_after_closing_is_not_ready(two_models: Path) -> None:
+    async with Compose.open(two_models) as compose:
+        assert compose.ready
+    with pytest.raises(NotReady, match="the models are still loading, or the service is shutting down"):
+        await compose.answer(PROMPT)
+
+
+async def test_conversion_that_fails_in_a_job_fails_the_run(opening: Open) -> None:
+    yaml = tiny.YAML.replace('"${output}"', '"${output as integer}"')
+    async with opening(yaml) as compose:
+        with pytest.raises(RunError, match=r"\$\{output as integer\}: .* is not an integer"):
+            await compose.answer(PROMPT)
+        assert compose.busy == 0
+
+
+# What cannot be loaded.
+
+
+async def refused(opening: Open, old: str, new: str) -> ComposeError:
+    assert old in tiny.YAML
+    with pytest.raises(ComposeError) as caught:
+        async with opening(tiny.YAML.replace(old, new)):
+            pass
+    return caught.value
+
+
+async def test_adapter_path_that_does_not_exist(opening: Open, project: Path) -> None:
+    error = await refused(opening, "model: ./alpaca", "model: ./alpacca")
+    assert isinstance(error, SourceError)
+    assert f"There is no file or folder {project.parent / 'alpacca'}, where './alpacca' leads from" in str(error)
+
+
+async def test_base_path_that_does_not_exist(opening: Open, project: Path) -> None:
+    error = await refused(opening, "model: ./base", "model: ./bass")
+    assert isinstance(error, SourceError)
+    assert f"There is no file or folder {project.parent / 'bass'}" in str(error)
+
+
+async def test_adapter_of_the_wrong_shape_names_module_and_shapes(opening: Open, project: Path) -> None:
+    folder = project.parent
+    if not (folder / "wide").exists():
+        wide = tiny.save_base(folder / "wide-base", tiny.llama_config(hidden_size=64, intermediate_size=96))
+        tiny.save_adapter(folder / "wide", wide)
+    error = await refused(opening, "model: ./alpaca", "model: ./wide")
+    assert isinstance(error, AdapterError)
+    assert "alpaca" in str(error)
+    assert "q_proj" in str(error)
+    assert "64" in str(error)
+    assert "32" in str(error)
+
+
+async def test_unknown_file_says_so() -> None:
+    with pytest.raises(ConfigError, match="there is no such file"):
+        async with Compose.open("/nope/model-compose.yml"):
+            pass
