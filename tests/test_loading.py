@@ -173,8 +173,8 @@ COMPONENT = "{type: model, task: text-generation, model: ./b, action: {text: x},
          "3: two components say 'default: true': 'a' and 'b'; only one can"),
         ("component: {type: model, task: text-generation, model: ./b,\n actions: [{id: x, text: a},\n {id: x, text: b}]}\n",
          "3: component '__component__': two actions have the id 'x'; give each its own id"),
-        (f"components:\n- {COMPONENT}a}}\n- {COMPONENT}b}}\n", "1: without a workflow: there is no default component; known: "
-         "a, b; name one with component: in the job, or mark one with default: true"),
+        (f"components:\n- {COMPONENT}a}}\n- {COMPONENT}b}}\n", "1: without a workflow: there is no default component; "
+         "known: a, b; name one with component: in the job, or mark one with default: true"),
         ("component: {type: model, task: text-generation, model: ./b}\n",
          "1: without a workflow: the component '__component__' has no action; add one, for example action: {text: …}"),
         ("controller:\n  adapter: {port: 1}\n  adapters: [{port: 2}]\ncomponent: {type: model, task: text-generation, "
@@ -213,8 +213,8 @@ def test_every_finite_weight_loads_as_number_and_as_text(
 
 def test_weight_from_the_input_is_refused_with_the_way_to_do_it(message: Message) -> None:
     assert message("weight: 0.7", 'weight: "${input.w}"') == (
-        f"{FILE}:14: component.peft_adapters.0.weight: a weight in the file is a number or ${{env.NAME}}, not '${{input.w}}'; "
-        "for weights that come with a request, set the action's `blend`"
+        f"{FILE}:14: component.peft_adapters.0.weight: a weight in the file is a number or ${{env.NAME}}, not "
+        f"'${{input.w}}'; for weights that come with a request, set the action's `blend`"
     )
 
 
@@ -315,7 +315,8 @@ def test_every_problem_is_told_at_once(message: Message) -> None:
         ("component: {type: model\nfoo: bar\n", ":2: invalid YAML: did not find expected ',' or '}'"),
         ("component:\n\ttype: model\n", ":2: invalid YAML: found character that cannot start any token; a tab cannot "
          "indent YAML, use spaces"),
-        ("component: {}\n---\ncomponent: {}\n", ":2: invalid YAML: a second document starts here (---); one file holds one"),
+        ("component: {}\n---\ncomponent: {}\n", ":2: invalid YAML: a second document starts here (---); one file "
+         "holds one"),
         ("workflow:\n  job: {output: {generated: ${output}}}\n", ":2: invalid YAML: did not find expected ',' or '}'; "
          'inside {…} an expression stands in quotes: {generated: "${output}"}'),
         ("component: *base\n", ":1: invalid YAML: found undefined alias"),
@@ -516,11 +517,13 @@ def test_env_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_later_files_win_mappings_merge_lists_are_replaced(write: Write) -> None:
-    over = "component:\n  precision: bfloat16\n  blends: {strong: {alpaca: 3}, new: {pirate: 1}}\nworkflow: {title: Other}\n"
+    over = (
+        "component:\n  precision: bfloat16\n  blends: {strong: {alpaca: 3}, n: {pirate: 1}}\nworkflow: {title: Other}\n"
+    )
     config = load(write(YAML, over=over), {}).config
     component: Any = config.component
     assert (component.precision, component.model.path) == ("bfloat16", "./base")
-    assert component.blends == {"strong": {"alpaca": 3}, "plain": {}, "new": {"pirate": 1}}
+    assert component.blends == {"strong": {"alpaca": 3}, "plain": {}, "n": {"pirate": 1}}
     assert config.workflow is not None
     assert config.workflow.title == "Other"
     one = "component:\n  peft_adapters: [{type: lora, name: alpaca, model: ./other}]\n"

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -172,8 +172,7 @@ def run(
         if record := _service(loaded):
             result = run_there(record, loaded, value, workflow, mix, printer)
         else:
-            with bars() as report:
-                result = asyncio.run(run_here(loaded, value, workflow, mix, printer, report))
+            result = asyncio.run(run_here(loaded, value, workflow, mix, printer, bars()))
     except BaseException as error:
         if printer is not None:
             printer.end_line()
@@ -248,7 +247,8 @@ def _serve(loaded: "Loaded") -> None:
     from model_compose.servers.serve import Addresses, serve
     from model_compose.terminal import bars
 
-    with hold(loaded.files, loaded.config) as running, bars() as report:
+    with hold(loaded.files, loaded.config) as running, ExitStack() as loading:
+        report = loading.enter_context(bars())
         compose = Compose(loaded)
         server = loaded.config.serving.server
         base_path = server.base_path if server else ""
@@ -260,6 +260,7 @@ def _serve(loaded: "Loaded") -> None:
                     print(f"{name:<5} {url}", file=sys.stderr)
 
         def ready() -> None:
+            loading.close()
             running.update(ready=True)
             print("ready", file=sys.stderr)
 
@@ -310,7 +311,7 @@ def _report_health(url: str, report: "Report") -> None:
     with suppress(httpx.HTTPError, ValueError):
         progress = httpx.get(url, trust_env=False).json().get("progress")
         if progress:
-            report(Progress(**progress))
+            report(Progress(**progress, unit=""))  # health does not say of what
 
 
 def _missing(error: InputError) -> list[str]:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic_core import from_json
+
 from model_compose.errors import RunError
 
 CONVERTED_TYPES = frozenset(
@@ -242,8 +244,18 @@ def convert(value: Any, to: Type, source: str = "the value") -> Any:
             return base64.b64decode(value, validate=True).decode()
         conversion = _CONVERSIONS.get(to.name)
         return conversion(value, to) if conversion else value
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise RunError(f"{source}: {value!r} is not {_ARTICLES.get(to.name, to.name)} ({error})") from error
+
+
+def strict_json(text: str | bytes) -> Any:
+    """JSON that can be written again: neither NaN and infinity nor half a surrogate pair, at most 200 levels.
+
+    Raises ValueError.
+    """
+    value = from_json(text, allow_inf_nan=False)
+    json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
+    return value
 
 
 def _boolean(value: Any, _: Type) -> bool:
@@ -251,7 +263,7 @@ def _boolean(value: Any, _: Type) -> bool:
 
 
 def _json(value: Any, _: Type) -> Any:
-    return json.loads(value) if isinstance(value, str | bytes) else value
+    return strict_json(value) if isinstance(value, str | bytes) else value
 
 
 def _list(value: Any, to: Type) -> Any:

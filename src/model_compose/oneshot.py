@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 from model_compose.compose import Compose
@@ -17,13 +17,22 @@ Show = Callable[[str, str], None]
 
 
 async def run_here(
-    loaded: Loaded, value: Any, workflow: str | None, blend: Any, show: Show | None, report: Report
+    loaded: Loaded,
+    value: Any,
+    workflow: str | None,
+    blend: Any,
+    show: Show | None,
+    loading: AbstractContextManager[Report],
 ) -> Any:
-    """Loads the models, runs, closes. Text goes to `show` as it is made; returns the output."""
+    """Loads the models, runs, closes. Text goes to `show` as it is made; returns the output.
+
+    loading: open while the models load, and closed before any text is shown: bars and text do not mix.
+    """
     compose = Compose(loaded)
     compose.check_input(value, workflow, blend)  # before minutes of loading
     try:
-        await compose.load(report)
+        with loading as report:
+            await compose.load(report)
         async with aclosing(compose.run(value, workflow=workflow, blend=blend)) as events:
             async for event in events:
                 if isinstance(event, Done):

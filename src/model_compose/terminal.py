@@ -87,8 +87,12 @@ def bars() -> Iterator[Report]:
     from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[count]}"))
-    shown = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[count]}"),
+    )
+    shown = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, redirect_stdout=False)
     tasks: dict[str, TaskID] = {}
 
     def report(progress: Progress) -> None:
@@ -102,6 +106,8 @@ def bars() -> Iterator[Report]:
 
 
 def _count(progress: Progress) -> str:
+    if not progress.unit or not progress.done:
+        return f"{progress.done / progress.total:.0%}" if progress.total else ""
     if progress.unit != "B":
         return f"{progress.done}/{progress.total or '?'}"
     total = f" of {progress.total / 1e6:.0f}" if progress.total else ""

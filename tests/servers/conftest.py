@@ -1,6 +1,8 @@
 """Servers of several files: one with many workflows, one behind keys, one that never stops by itself."""
 
 import asyncio
+import gc
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -37,6 +39,8 @@ workflows:
     job: {action: plain}
   - id: typed
     job: {action: typed}
+  - id: echo
+    job: {action: plain, output: {generated: "${output}", raw: "${input.raw as json}"}}
 component:
   type: model
   id: tiny
@@ -142,8 +146,10 @@ class Live:
 
 
 @pytest.fixture
-async def live(endless_file: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Live]:
-    """A loaded server of the endless project."""
+async def live(
+    endless_file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> AsyncIterator[Live]:
+    """A loaded server of the endless project. What its tests do must leave no complaint of asyncio or uvicorn behind."""
     compose = Compose(load([endless_file]))
     options = compose.config.serving.server
     assert options is not None
@@ -163,3 +169,6 @@ async def live(endless_file: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
             await compose.close()
     finally:
         await compose.close()
+    gc.collect()  # asyncio complains of errors that nobody looked at when their task is collected
+    complaints = [one for one in caplog.get_records("call") if one.name in ("asyncio", "uvicorn.error")]
+    assert not [one.getMessage() for one in complaints if one.levelno >= logging.WARNING]

@@ -99,7 +99,12 @@ def test_a_failed_run_is_told_too(wide: str, receiver: Receiver) -> None:
 
 def test_a_cancelled_run_is_told_too(wide: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Sequence.step
-    monkeypatch.setattr(Sequence, "step", lambda self: (time.sleep(0.2), step(self))[1])
+
+    def slow(sequence: Sequence) -> None:
+        time.sleep(0.2)
+        step(sequence)
+
+    monkeypatch.setattr(Sequence, "step", slow)
     started = start(wide, receiver)
     httpx.post(f"{wide}/api/tasks/{started['task_id']}/cancel")
     _, told = receiver.wait()[0]

@@ -50,7 +50,7 @@ def test_health_is_open(locked: str) -> None:
      "Bearer first-key second-key", "Bearer \u00e9"],
 )  # fmt: skip
 def test_wrong_keys_and_schemes_are_refused(locked: str, header: str) -> None:
-    response = httpx.get(f"{locked}/api/workflows", headers={"Authorization": header.encode("latin-1")})
+    response = httpx.get(f"{locked}/api/workflows", headers=[(b"Authorization", header.encode("latin-1"))])
     is_problem(response, 401)
     assert "first-key" not in response.text
 

@@ -11,10 +11,11 @@ import pytest
 from tests.conftest import serving
 
 PROMPT = {"prompt": "Hello"}
+CLIENT = httpx.Client(timeout=60)
 
 
 def post(url: str, body: Any, **options: Any) -> httpx.Response:
-    return httpx.post(f"{url}/api/workflows/runs", json=body, timeout=60, **options)
+    return CLIENT.post(f"{url}/api/workflows/runs", json=body, **options)
 
 
 def events(text: str) -> list[tuple[str, Any]]:
@@ -37,6 +38,12 @@ def is_problem(response: httpx.Response, status: int) -> dict[str, Any]:
     assert document["detail"]
     assert "Traceback" not in response.text
     return document
+
+
+@pytest.fixture(scope="module")
+def loading(project: Path) -> Iterator[str]:
+    with serving(project, load_models=False) as url:
+        yield url
 
 
 # Runs.
@@ -109,10 +116,15 @@ def test_a_prompt_in_a_form_may_start_with_a_bracket(server: str) -> None:
 
 def test_a_private_workflow_is_hidden_but_runs_by_its_id(wide: str) -> None:
     listed = [entry["workflow_id"] for entry in httpx.get(f"{wide}/api/workflows").json()]
-    assert listed == ["main", "raw", "typed"]
+    assert listed == ["main", "raw", "typed", "echo"]
     answer = post(wide, {"input": PROMPT, "workflow_id": "hidden"}).json()
     assert answer["status"] == "completed"
     assert answer["output"] == post(wide, {"input": PROMPT, "workflow_id": "main"}).json()["output"]["generated"]
+
+
+def test_a_field_of_a_form_may_be_as_large_as_the_body(loading: str) -> None:
+    for sent in ({"data": {"input[prompt]": "x" * (2 << 20)}}, {"files": {"input[prompt]": (None, "x" * (2 << 20))}}):
+        is_problem(httpx.post(f"{loading}/api/workflows/runs", **sent), 503)  # past the body, the models are missing
 
 
 # Streams.
@@ -135,7 +147,12 @@ def test_the_deltas_of_a_stream_are_the_output_and_done_is_the_ordinary_response
 
 
 def test_a_wrong_stream_is_a_problem_and_no_stream(server: str) -> None:
-    for body in ({"input": {}}, {"input": PROMPT, "blend": "nope"}, {"input": {"prompt": "x" * 300}}):
+    bodies: list[dict[str, Any]] = [
+        {"input": {}},
+        {"input": PROMPT, "blend": "nope"},
+        {"input": {"prompt": "x" * 300}},
+    ]
+    for body in bodies:
         document = is_problem(post(server, {**body, "stream": True}), 400)
         assert document["errors"]
 
@@ -238,6 +255,12 @@ def test_a_broken_multipart_body_is_a_400(server: str) -> None:
         is_problem(httpx.post(f"{server}/api/workflows/runs", content=b"--y\r\n", headers=headers), 400)
 
 
+@pytest.mark.parametrize("raw", ["NaN", "-Infinity", '{"a": 1e999}', '"\\ud800"', "[" * 300, "{"])
+def test_values_that_no_answer_could_carry_are_refused(wide: str, raw: str) -> None:
+    document = is_problem(post(wide, {"workflow_id": "echo", "input": PROMPT | {"raw": raw}}), 400)
+    assert document["errors"][0]["field"] == "input.raw"
+
+
 def test_unknown_things_are_404(server: str) -> None:
     workflow = is_problem(post(server, {"input": PROMPT, "workflow_id": "nope"}), 404)
     assert "known: __workflow__" in workflow["detail"]
@@ -320,12 +343,6 @@ def test_a_schema_describes_each_input(wide: str) -> None:
 
 
 # Health, and the time before the models are there.
-
-
-@pytest.fixture(scope="module")
-def loading(project: Path) -> Iterator[str]:
-    with serving(project, load_models=False) as url:
-        yield url
 
 
 def test_health_is_ok_once_loaded(server: str) -> None:

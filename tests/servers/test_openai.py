@@ -27,11 +27,13 @@ def client(server: str) -> Iterator[OpenAI]:
 
 
 def complete(client: OpenAI, **options: Any) -> Any:
-    return client.completions.create(**{"model": "default", "prompt": "Hello", "max_tokens": 10} | options)
+    body: Any = {"model": "default", "prompt": "Hello", "max_tokens": 10} | options
+    return client.completions.create(**body)
 
 
 def chat(client: OpenAI, **options: Any) -> Any:
-    return client.chat.completions.create(**{"model": "default", "messages": MESSAGES, "max_tokens": 10} | options)
+    body: Any = {"model": "default", "messages": MESSAGES, "max_tokens": 10} | options
+    return client.chat.completions.create(**body)
 
 
 def text_of(client: OpenAI, **options: Any) -> str:

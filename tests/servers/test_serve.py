@@ -113,6 +113,7 @@ async def test_running_requests_may_end_where_the_file_allows_and_new_ones_are_r
             await asyncio.sleep(0.01)
         assert (await client.post(f"{url}/api/workflows/runs", json=body)).status_code == 503
         assert (await client.get(f"{url}/api/health")).json() == {"status": "shutting_down"}
+        assert not call.done()
         assert (await call).json()["status"] == "completed"
     await asyncio.wait_for(running, 5)
 

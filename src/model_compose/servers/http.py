@@ -15,6 +15,7 @@ from model_compose import __version__
 from model_compose.components import Delta
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
+from model_compose.expressions import strict_json
 from model_compose.schema import Options
 from model_compose.servers import HttpServerOptions
 from model_compose.servers.callbacks import Callback
@@ -32,17 +33,16 @@ from model_compose.servers.openai import ChatBody, CompletionBody
 from model_compose.servers.openai import create_router as create_openai_router
 from model_compose.servers.tasks import Task, Tasks
 from model_compose.servers.wire import (
-    EventStream,
     Guard,
     add_error_handlers,
     attended,
     content_type,
     error_response,
     event,
-    first_of,
     parse_body,
     problem,
     read_json,
+    start_stream,
 )
 from model_compose.workflow import variables
 from model_compose.workflow.jobs import WorkflowOptions
@@ -134,7 +134,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
     )
     async def runs(request: Request) -> Response:
         """Runs a workflow. Forms nest their keys: input[prompt] or input.prompt; files are read as text."""
-        body = await _read_body(request)
+        body = await _read_body(request, options.max_body_size)
         callback = None
         if body.callback_url is not None:
             headers = body.callback_headers or {}
@@ -153,7 +153,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
         try:
             if streaming:
                 events = _raw_events(task, tasks) if raw else _events(task, tasks)
-                return EventStream(await first_of(request, events))
+                return await start_stream(request, events)
             await attended(request, _end_of(task, tasks))
         except ComposeError as error:
             return error_response(request, error, task.id)
@@ -238,13 +238,13 @@ def _show(delta: Delta) -> str:
     return ".".join(map(str, delta.path))
 
 
-async def _read_body(request: Request) -> RunBody:
+async def _read_body(request: Request, largest: int) -> RunBody:
     """The run, whatever form it came in. Raises InputError."""
     kind = content_type(request)
     if kind == "application/json":
         data = read_json(await request.body())
     elif kind in FORMS:
-        data = await _read_form(request)
+        data = await _read_form(request, largest)
     else:
         raise InputError(
             f"Content-Type '{kind}' is not supported; send application/json, {' or '.join(FORMS)}",
@@ -255,10 +255,10 @@ async def _read_body(request: Request) -> RunBody:
     return body
 
 
-async def _read_form(request: Request) -> dict[str, Any]:
+async def _read_form(request: Request, largest: int) -> dict[str, Any]:
     """Form keys nest: input[prompt] or input.prompt. Values that start like JSON are read as JSON; files are text."""
     result: dict[str, Any] = {}
-    async with request.form() as form:
+    async with request.form(max_part_size=largest) as form:
         for key, value in form.multi_items():
             path = [part for part in re.split(r"[\[\].]+", key) if part]
             if not path:
@@ -280,7 +280,7 @@ async def _form_value(key: str, value: UploadFile | str) -> Any:
             raise InputError(f"the file in '{key}' is not UTF-8 text", field=key) from None
     if value[:1] in ("{", "["):
         try:
-            return read_json(value)
-        except InputError:
+            return strict_json(value)
+        except ValueError:
             return value  # a prompt may well start with a bracket
     return value

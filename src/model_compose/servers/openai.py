@@ -33,7 +33,7 @@ from model_compose.servers.documents import (
     body_schema,
     openai_errors,
 )
-from model_compose.servers.wire import EventStream, attended, event, first_of, openai_error, parse_body, read_json
+from model_compose.servers.wire import attended, event, openai_error, parse_body, read_json, start_stream
 
 UNNAMED = "__component__"
 UNNAMED_ON_V1 = "default"
@@ -177,6 +177,7 @@ class Reply:
         return self.document(choices, done.usage)
 
     async def events(self, chunks: AsyncGenerator[Chunk], *, with_usage: bool) -> AsyncGenerator[str]:
+        """An event for each chunk. What fails after the first becomes an event too."""
         usage = Usage()
         positions: dict[int, int] = {}
         async with aclosing(chunks):
@@ -187,6 +188,8 @@ class Reply:
                     yield event(self.document([self.shape.piece(chunk, chunk.index not in positions, at)]))
                     positions[chunk.index] = at + sum(len(token.text) for token in chunk.logprobs)
             except ComposeError as error:
+                if not positions:
+                    raise
                 yield event(openai_error(error))
                 return
         if with_usage:
@@ -258,7 +261,7 @@ async def _answer(
     reply = Reply({"id": id, "object": kind, "created": int(time.time()), "model": body.model}, shape)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(reply.events(await first_of(request, chunks), with_usage=with_usage))
+        return await start_stream(request, reply.events(chunks, with_usage=with_usage))
     return JSONResponse(reply.whole(await attended(request, collect(chunks))))
 
 

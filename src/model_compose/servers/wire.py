@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -28,6 +28,7 @@ from model_compose.errors import (
     PayloadTooLarge,
     Unauthorized,
 )
+from model_compose.expressions import strict_json
 from model_compose.servers import HttpServerOptions
 
 log = logging.getLogger(__name__)
@@ -178,15 +179,12 @@ def content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def read_json(text: bytes | str) -> Any:
-    """JSON, strictly: what is read can be written again, so neither NaN and infinity nor half a surrogate pair, and at
-    most 200 levels. Raises InputError."""
+def read_json(text: bytes) -> Any:
+    """A JSON body. Raises InputError."""
     try:
-        data = from_json(text, allow_inf_nan=False)
-        json.dumps(data, allow_nan=False)  # 1e999 is read as infinity
+        return strict_json(text)
     except ValueError as error:
         raise InputError(f"the request body is not valid JSON: {error}", field="body") from None
-    return data
 
 
 def parse_body(model: type[M], data: Any) -> M:
@@ -246,42 +244,35 @@ async def _leaving(request: Request) -> None:
         pass
 
 
-async def first_of(request: Request, items: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    """The same items, after the first has been made: what fails before any text still gets its own status."""
-
-    async def first() -> list[T]:
-        try:
-            return [await anext(items)]
-        except StopAsyncIteration:
-            return []
-
-    return _chain(await attended(request, first()), items)
-
-
-async def _chain(head: list[T], rest: AsyncGenerator[T]) -> AsyncGenerator[T]:
-    async with aclosing(rest):
-        for item in head:
-            yield item
-        async for item in rest:
-            yield item
-
-
 def event(data: Any, name: str | None = None) -> str:
     """One server-sent event with JSON data."""
     head = f"event: {name}\n" if name else ""
     return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
+async def start_stream(request: Request, events: AsyncGenerator[str]) -> "EventStream":
+    """The answer that sends these events, after the first has been made: what fails before still gets its own status."""
+    return EventStream(await attended(request, anext(events, "")), events)
+
+
 class EventStream(StreamingResponse):
     """Sends events as they come. When the client leaves, the generator is cancelled, and so ends the computation."""
 
-    def __init__(self, events: AsyncGenerator[str]) -> None:
+    def __init__(self, first: str, rest: AsyncGenerator[str]) -> None:
         super().__init__(
-            events, media_type=STREAM_TYPE, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            _prefixed(first, rest),
+            media_type=STREAM_TYPE,
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._events = events
+        self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
+        async with aclosing(self._rest):
             with suppress(Cancelled):
                 await attended(Request(scope, receive), self.stream_response(send))
+
+
+async def _prefixed(first: str, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:
+    yield first
+    async for item in rest:
+        yield item

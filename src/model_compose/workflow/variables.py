@@ -106,7 +106,8 @@ def _job_inputs(job: JobOptions, components: Sequence[ComponentOptions]) -> Iter
                         inner, path=outer, type=own or inner.type, default=default,
                         required=inner.required and default is None, description=leaf.description or inner.description,
                     )  # fmt: skip
-            if not any(inner.path[: len(path)] == path for inner in of_action.values()):
+            # A whole input that the action takes nothing of is no variable.
+            if leaf.path and not any(inner.path[: len(path)] == path for inner in of_action.values()):
                 yield _variable(leaf, required=False)
         else:
             for reference in Template(leaf).references():

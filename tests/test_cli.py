@@ -1,0 +1,471 @@
+"""The command line as a user runs it: a process, its two streams, its exit code."""
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import yaml
+
+from model_compose.cli import _service
+from model_compose.loading import load
+from model_compose.progress import Progress
+from model_compose.running import find, hold, state_dir
+from model_compose.terminal import Printer, bars
+from tests import tiny
+from tests.conftest import serving
+from tests.test_config import FIRST_EXAMPLE
+
+INPUT = '{"prompt": "Once upon a time"}'
+SECONDS = 60
+SOURCE = Path(__file__).parent.parent / "src"
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state folder of this test's own, and a terminal 80 columns wide."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("HUGGINGFACE_TOKEN", "PYTHONIOENCODING"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def start(*arguments: str, cwd: Path, **how: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "model_compose", *arguments],
+        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, **how,
+    )  # fmt: skip
+
+
+def cli(*arguments: str, cwd: Path, stdin: str = "", **how: Any) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    with start(*arguments, cwd=cwd, **how) as process:
+        try:
+            out, err = process.communicate(stdin, SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the tiny project's YAML alone: enough for everything that loads no model."""
+    path = tmp_path / "app.v1"
+    path.mkdir()
+    (path / "model-compose.yml").write_text(tiny.YAML, encoding="utf-8")
+    return path
+
+
+@contextmanager
+def as_running(path: Path, url: str) -> Iterator[None]:
+    """Within the block the test's own server counts as the running service of the file."""
+    loaded = load([path], {})
+    with hold(loaded.files, loaded.config) as running:
+        running.update(api=url, base_path="/api", ready=True)
+        yield
+
+
+# Without any model.
+
+
+def test_validate_and_where_the_file_may_be_named(folder: Path) -> None:
+    expected = (0, "✅ Configuration is valid (controller: http-server, 1 component(s), 1 workflow(s))\n", "")
+    assert cli("validate", cwd=folder) == expected
+    assert cli("-f", "model-compose.yml", "validate", cwd=folder) == expected
+    assert cli("validate", "-f", str(folder / "model-compose.yml"), cwd=folder.parent) == expected
+
+
+def test_files_before_and_after_the_command_merge_in_that_order(folder: Path) -> None:
+    for name, precision in (("one", "float16"), ("two", "float8")):
+        (folder / f"{name}.yml").write_text(f"component: {{precision: {precision}}}\n")
+    assert cli("-f", "model-compose.yml", "-f", "two.yml", "validate", "-f", "one.yml", cwd=folder)[0] == 0
+    code, out, err = cli("-f", "model-compose.yml", "-f", "one.yml", "validate", "-f", "two.yml", cwd=folder)
+    assert (code, out) == (1, "")
+    assert err.startswith(
+        "❌ two.yml:1: component.precision: expected 'auto', 'float32', 'float16' or 'bfloat16', not 'flo"
+    )
+
+
+def test_variables_of_the_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "model-compose.yml"
+    path.write_text(tiny.YAML.replace("precision: float32", "precision: ${env.PRECISION}"))
+    code, _, err = cli("validate", cwd=folder)
+    assert code == 1
+    assert "model-compose.yml:12: component.precision: the environment variable PRECISION is not set" in err
+    (folder / "some.env").write_text("PRECISION=float16\n")
+    assert cli("validate", "--env-file", "some.env", cwd=folder)[0] == 0
+    monkeypatch.setenv("PRECISION", "wrong")
+    assert "not 'wrong'" in cli("validate", "--env-file", "some.env", cwd=folder)[2]
+    assert cli("validate", "--env-file", "some.env", "-e", "PRECISION=bfloat16", cwd=folder)[0] == 0
+
+
+@pytest.mark.parametrize("variables", [(), ("-e", "HUGGINGFACE_TOKEN=hf_x")])
+def test_first_example_is_valid_with_and_without_a_token(tmp_path: Path, variables: tuple[str, ...]) -> None:
+    (tmp_path / "model-compose.yml").write_text(FIRST_EXAMPLE, encoding="utf-8")
+    assert cli("validate", *variables, cwd=tmp_path)[0] == 0
+
+
+def test_schema_is_valid_json_schema_and_accepts_the_first_example(tmp_path: Path) -> None:
+    code, out, err = cli("schema", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    schema = json.loads(out)
+    jsonschema_rs.meta.validate(schema)
+    assert jsonschema_rs.Draft202012Validator(schema).is_valid(yaml.safe_load(FIRST_EXAMPLE))
+
+
+FAILURES = [
+    (("run", "--input", "{bad"), "❌ --input is not valid JSON: Expecting property name enclosed in double quotes: line 1 "
+     "column 2 (char 1); example: '{\"prompt\": \"Hello\"}'\n"),
+    (("run", "--input", "Hello"), "❌ --input is not valid JSON: Expecting value: line 1 column 1 (char 0); example: "
+     "'{\"prompt\": \"Hello\"}'\n"),
+    (("run", "--input", "@nope.json"), "❌ --input: nope.json cannot be read (No such file or directory)\n"),
+    (("run", "--blend", "{bad"), "❌ --blend is not valid JSON: "),
+    (("run",), "❌ input.prompt is required (text); for example --input '{\"prompt\": \"…\"}'\n"),
+    (("run", "--input", '{"promt": "x"}'), "❌ input.prompt is required (text)\n"),
+    (("run", "nope", "--input", INPUT), "❌ there is no workflow 'nope'; known: __workflow__\n"),
+    (("run", "--input", INPUT, "--blend", "strng"), "❌ blend: unknown blend 'strng'; did you mean 'strong'? known: "),
+    (("run", "--input", INPUT, "--output", "no/where"), "❌ --output: no folder no\n"),
+    (("run", "--input", INPUT, "--output", "."), "❌ --output: . is a folder\n"),
+    (("validate", "-e", "FOO"), "❌ -e FOO: expected NAME=VALUE\n"),
+    (("validate", "--env-file", "nope.env"), "❌ nope.env: there is no such file (--env-file)\n"),
+    (("validate", "-f", "nope.yml"), "❌ nope.yml: there is no such file\n"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "expected"), FAILURES, ids=[" ".join(case[0]) for case in FAILURES])
+def test_failure_is_one_sentence_on_stderr_and_exit_code_1(
+    folder: Path, arguments: tuple[str, ...], expected: str
+) -> None:
+    code, out, err = cli(*arguments, cwd=folder)
+    assert (code, out) == (1, "")
+    assert err.startswith(expected)
+    assert "Traceback" not in err
+
+
+def test_no_file_in_the_folder(tmp_path: Path) -> None:
+    for command in (("validate",), ("up",), ("up", "-d"), ("down",), ("run", "--input", INPUT)):
+        code, out, err = cli(*command, cwd=tmp_path)
+        assert (code, out) == (1, "")
+        assert err == (
+            f"❌ no model-compose.yml or model-compose.yaml in {tmp_path}; go to its folder, or name it with -f FILE\n"
+        )
+
+
+@pytest.mark.parametrize("arguments", [("run", "--bogus"), ("nope",), ("run", "a", "b"), ("validate", "-f"), ()])
+def test_wrong_usage_is_exit_code_2(folder: Path, arguments: tuple[str, ...]) -> None:
+    code, out, err = cli(*arguments, cwd=folder)
+    assert code == 2
+    assert "Usage: " in out + err or "Error: " in err
+    assert "Traceback" not in err
+
+
+def test_version_and_help(folder: Path) -> None:
+    code, out, err = cli("--version", cwd=folder)
+    assert (code, err) == (0, "")
+    assert out.startswith("model-compose ")
+    for help_option in ("--help", "-h"):
+        code, out, _ = cli(help_option, cwd=folder)
+        assert code == 0
+        assert all(f"\n  {command} " in out for command in ("up", "down", "run", "validate", "schema"))
+
+
+def test_narrow_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for command in ((), ("run",), ("up",), ("validate",)):
+        code, out, _ = cli(*command, "--help", cwd=folder)
+        assert code == 0
+        assert max(map(len, out.splitlines())) <= 52  # click wraps at 50 at the least
+
+
+def test_reader_that_leaves_is_no_traceback(folder: Path) -> None:
+    for command in ("schema", "validate"):
+        line = f"{sys.executable} -m model_compose {command} | head -c 1"
+        done = subprocess.run(line, shell=True, cwd=folder, capture_output=True, timeout=SECONDS)
+        assert (len(done.stdout), done.stderr) == (1, b"")
+
+
+def test_terminal_without_unicode(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    assert cli("validate", cwd=folder)[:2] == (
+        0, "? Configuration is valid (controller: http-server, 1 component(s), 1 workflow(s))\n",
+    )  # fmt: skip
+    assert cli("validate", "-f", "nope.yml", cwd=folder)[::2] == (1, "? nope.yml: there is no such file\n")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["validate"], ["schema"], ["run", "--help"], ["down"]])
+def test_quick_commands_import_nothing_heavy(folder: Path, arguments: list[str]) -> None:
+    script = (
+        "import os, sys\n"
+        "os._exit = lambda code: print('heavy:', *sorted({'torch', 'transformers', 'gradio', 'ray', 'fastapi', 'peft',"
+        " 'huggingface_hub', 'numpy'} & set(sys.modules)), file=sys.stderr)\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "from model_compose.cli import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, timeout=SECONDS)
+    assert done.stderr.splitlines()[-1] == "heavy:"
+
+
+def test_down_where_nothing_is_up(folder: Path) -> None:
+    assert cli("down", cwd=folder) == (0, "", "model-compose.yml is not up\n")
+    assert cli("stop", cwd=folder) == (0, "", "model-compose.yml is not up\n")
+
+
+def test_nothing_to_serve(folder: Path) -> None:
+    (folder / "model-compose.yml").write_text(f"controller: {{}}\n{tiny.YAML[tiny.YAML.index('workflow:') :]}")
+    code, _, err = cli("up", cwd=folder)
+    assert code == 1
+    assert err == (
+        "❌ model-compose.yml: the controller has neither adapter nor webui, so nothing would be served; add adapter: "
+        "{type: http-server}\n"
+    )
+
+
+def test_port_in_use(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (folder / "model-compose.yml").write_text(tiny.YAML.replace("port: 0", f"port: {port}"))
+        expected = f"❌ port {port} on 127.0.0.1 is in use by another program; stop it (`model-compose down` if it is "
+        code, out, err = cli("up", cwd=folder)
+        assert (code, out) == (1, "")
+        assert err.startswith(expected)
+        code, out, err = cli("up", "-d", cwd=folder)
+        assert (code, out) == (1, "")
+        assert err.startswith(expected)
+        assert "(the service did not start; its log: " in err
+
+
+def test_api_key_that_is_not_set_keeps_up_from_starting(folder: Path) -> None:
+    (folder / "model-compose.yml").write_text(tiny.YAML.replace("port: 0", 'port: 0, api_keys: ["${env.NO_SUCH_KEY}"]'))
+    code, _, err = cli("up", cwd=folder)
+    assert code == 1
+    assert err == (
+        "❌ model-compose.yml:2: controller.adapter.api_keys.0: the environment variable NO_SUCH_KEY is not set; the API "
+        "key would be missing, so the server refuses to start; set it, use --env-file or -e NO_SUCH_KEY=…\n"
+    )
+
+
+# On a running service, which is the tests' own server.
+
+
+def test_run_on_a_running_service(project: Path, server: str, tmp_path: Path) -> None:
+    cwd = project.parent
+    with as_running(project, server):
+        code, out, err = cli("run", "--input", INPUT, cwd=cwd)
+        assert (code, err) == (0, "")
+        text = json.loads(out)["generated"]
+        assert out == json.dumps({"generated": text}, indent=2, ensure_ascii=False) + "\n"
+
+        # --stream is the same text
+        assert cli("run", "--input", INPUT, "--stream", cwd=cwd) == (0, f"{text}\n", "")
+
+        # @file and standard input are the same input
+        (tmp_path / "input.json").write_text("\ufeff" + INPUT, encoding="utf-8")
+        assert cli("run", "--input", f"@{tmp_path / 'input.json'}", cwd=cwd)[1] == out
+        assert cli("run", "--input", "-", cwd=cwd, stdin=INPUT)[1] == out
+
+        # --output writes the file whole, and stdout stays empty
+        target = tmp_path / "result.json"
+        assert cli("run", "--input", INPUT, "--output", str(target), cwd=cwd) == (0, "", "")
+        assert target.read_text(encoding="utf-8") == out
+        assert [path.name for path in tmp_path.glob(".*")] == []
+        assert cli("run", "--input", INPUT, "--output", "/dev/null", cwd=cwd) == (0, "", "")
+        assert Path("/dev/null").is_char_device()
+
+        # --blend by name and by weights
+        strong = cli("run", "--input", INPUT, "--blend", "strong", cwd=cwd)[1]
+        assert strong != out
+        assert cli("run", "--input", INPUT, "--blend", '{"alpaca": 2}', cwd=cwd)[1] == strong
+        assert cli("run", "--input", INPUT, "--blend", "", cwd=cwd)[1] == out
+
+        # errors of the service are told in its words
+        code, out, err = cli("run", "--input", INPUT, "--blend", "strng", cwd=cwd)
+        assert (code, out) == (1, "")
+        assert err.startswith("❌ blend: unknown blend 'strng'; did you mean 'strong'? known: strong, plain")
+        code, out, err = cli("run", "--stream", cwd=cwd)
+        assert (code, out, err) == (
+            1,
+            "",
+            '❌ input.prompt is required (text); for example --input \'{"prompt": "…"}\'\n',
+        )
+
+
+def test_second_up_is_refused(folder: Path) -> None:
+    with as_running(folder / "model-compose.yml", "http://127.0.0.1:9"):
+        for command in (("up",), ("up", "-d"), ("start",)):
+            assert cli(*command, cwd=folder) == (
+                1, "", "❌ model-compose.yml is up already at http://127.0.0.1:9; `model-compose down` ends it\n",
+            )  # fmt: skip
+
+
+def test_run_that_fails_prints_nothing_to_stdout(project: Path) -> None:
+    cwd = project.parent
+    path = cwd / "failing.yml"
+    path.write_text(tiny.YAML.replace('"${output}"', '"${output as integer}"'), encoding="utf-8")
+    with serving(path) as url, as_running(path, url):
+        code, out, err = cli("run", "-f", "failing.yml", "--input", INPUT, cwd=cwd)
+    assert (code, out) == (1, "")
+    assert err.startswith("❌ ${output as integer}: ")
+    assert "is not an integer" in err
+    assert "Traceback" not in err
+
+
+def test_service_of_another_version_of_the_file_is_not_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "model-compose.yml"
+    with as_running(path, "http://127.0.0.1:9"):
+        assert _service(load([path], {})) is not None
+        path.write_text(tiny.YAML.replace("weight: 0.7", "weight: 1.7"), encoding="utf-8")
+        assert _service(load([path], {})) is None
+    assert capsys.readouterr().err.startswith(
+        "the running service was started from another version of this file (or of"
+    )
+
+
+def test_several_streamed_texts_follow_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    printer = Printer()
+    for path, text in (("a", "one "), ("b", "three "), ("a", "two"), ("b", "four")):
+        printer(path, text)
+    printer.finish({"a": "one two", "b": "three four"})
+    assert capsys.readouterr().out == "one two\n\nthree four\n"
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"), [({"n": 3}, '{\n  "n": 3\n}\n'), ({"text": ""}, "\n"), ("", "\n"), (None, "\n")]
+)
+def test_result_without_a_streamed_text(result: Any, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Printer().finish(result)
+    assert capsys.readouterr().out == expected
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_bars_keep_to_stderr_and_go_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with bars() as report:
+        report(Progress("downloading org/[model]", 1_000_000, 3_000_000))
+        report(Progress("loading weights", 2, 20, "tensors"))
+        sys.stdout.write("a res")
+    shown = terminal.getvalue()
+    assert "downloading org/[model]" in shown
+    assert "1 of 3 MB" in shown
+    assert "2/20" in shown
+    sys.stdout.write("ult")
+    assert capsys.readouterr().out == "a result"
+    assert terminal.getvalue() == shown
+
+
+def test_nothing_is_shown_of_progress_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with bars() as report:
+        report(Progress("loading", 1, 2))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_service_that_does_not_answer(folder: Path) -> None:
+    with as_running(folder / "model-compose.yml", "http://127.0.0.1:9"):
+        code, out, err = cli("run", "--input", INPUT, cwd=folder)
+        assert (code, out) == (1, "")
+        assert err.startswith("❌ the service at http://127.0.0.1:9 stopped answering (")
+
+
+# Processes that load models: few, for each takes seconds.
+
+SERVED = tiny.YAML.replace("max_output_length: 12", "max_output_length: 12\n    min_output_length: 12")
+
+
+def test_up_run_down(project: Path) -> None:
+    """up -d over what a killed service left, answers equal to those in process, down."""
+    cwd = project.parent
+    path = cwd / "served.yml"
+    path.write_text(SERVED, encoding="utf-8")
+    file = ("-f", "served.yml")
+    in_process = cli(*file, "run", "--input", INPUT, cwd=cwd)
+    assert in_process[::2] == (0, "")
+
+    loaded = load([path], {})
+    with hold(loaded.files, loaded.config):
+        (record,) = state_dir().glob("*.json")
+        stale = record.read_text()
+    record.write_text(stale)  # as kill -9 leaves it
+    code, out, err = cli("up", "-dv", *file, cwd=cwd)
+    try:
+        assert code == 0, err
+        url, *rest = out.splitlines()
+        assert rest == []
+        assert url.startswith("http://127.0.0.1:")
+        assert url.endswith("/api")
+        found = find((path,))
+        assert found is not None
+        assert err.startswith(f"up as process {found.pid}, log in {state_dir()}")
+        assert cli("run", *file, "--input", INPUT, cwd=cwd) == in_process
+        assert cli(*file, "down", cwd=cwd) == (0, "", "stopped\n")
+        assert cli(*file, "down", cwd=cwd) == (0, "", "served.yml is not up\n")
+    finally:
+        if (found := find((path,))) is not None:
+            os.kill(found.pid, signal.SIGKILL)
+
+
+def test_load_that_fails_is_told_by_run_and_by_up(project: Path) -> None:
+    cwd = project.parent
+    (cwd / "missing.yml").write_text(tiny.YAML.replace("./pirate", "./priate"), encoding="utf-8")
+    expected = (
+        f"❌ adapter 'pirate': There is no file or folder {cwd / 'priate'}, where './priate' leads from {cwd}: correct the "
+        "path.\n"
+    )
+    assert cli("run", "-f", "missing.yml", "--input", INPUT, cwd=cwd) == (1, "", expected)
+    code, out, err = cli("up", "-d", "-f", "missing.yml", cwd=cwd)
+    assert (code, out) == (1, "")
+    assert err.startswith(f"{expected}(the service did not start; its log: ")
+
+
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a project whose texts take minutes."""
+    folder = tmp_path_factory.mktemp("endless")
+    base = tiny.save_base(folder / "base", tiny.llama_config(max_position_embeddings=100_000))
+    tiny.save_adapter(folder / "alpaca", base, std=0.5)
+    text = tiny.YAML.replace("    - {type: lora, name: pirate, model: ./pirate, weight: 0.8}\n", "")
+    text = text.replace("max_output_length: 12", "max_output_length: 99000\n    min_output_length: 99000")
+    (folder / "model-compose.yml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def interrupted(process: "subprocess.Popen[str]") -> tuple[int, str, float]:
+    """Exit code, stderr and seconds after Ctrl-C."""
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=SECONDS)
+    return process.returncode, err, time.monotonic() - begin
+
+
+def test_interrupt_while_generating(endless: Path) -> None:
+    with start("run", "--input", INPUT, "--stream", cwd=endless) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        code, err, seconds = interrupted(process)
+    assert (code, err) == (130, "interrupted\n")
+    assert seconds < 5
+
+
+def test_interrupt_while_loading(endless: Path) -> None:
+    with start("run", "--input", INPUT, cwd=endless) as process:
+        time.sleep(1.5)
+        code, err, seconds = interrupted(process)
+    assert (code, err) == (130, "interrupted\n")
+    assert seconds < 10
