@@ -126,10 +126,12 @@ def test_schema_is_valid_json_schema_and_accepts_the_first_example(tmp_path: Pat
 
 
 FAILURES = [
-    (("run", "--input", "{bad"), "❌ --input is not valid JSON: Expecting property name enclosed in double quotes: line 1 "
-     "column 2 (char 1); example: '{\"prompt\": \"Hello\"}'\n"),
-    (("run", "--input", "Hello"), "❌ --input is not valid JSON: Expecting value: line 1 column 1 (char 0); example: "
+    (("run", "--input", "{bad"), "❌ --input is not valid JSON: key must be a string at line 1 column 2; example: "
      "'{\"prompt\": \"Hello\"}'\n"),
+    (("run", "--input", "Hello"), "❌ --input is not valid JSON: expected value at line 1 column 1; example: "
+     "'{\"prompt\": \"Hello\"}'\n"),
+    (("run", "--input", '{"prompt": "\\ud800"}'), "❌ --input is not valid JSON: "),
+    (("run", "--input", '{"prompt": NaN}'), "❌ --input is not valid JSON: "),
     (("run", "--input", "@nope.json"), "❌ --input: nope.json cannot be read (No such file or directory)\n"),
     (("run", "--blend", "{bad"), "❌ --blend is not valid JSON: "),
     (("run",), "❌ input.prompt is required (text); for example --input '{\"prompt\": \"…\"}'\n"),

@@ -334,8 +334,10 @@ def _input_text(given: str) -> str:
 
 
 def _json(text: str, option: str) -> Any:
+    from model_compose.expressions import strict_json
+
     try:
-        return json.loads(text)
+        return strict_json(text)
     except ValueError as error:
         raise InputError(f'{option} is not valid JSON: {error}; example: \'{{"prompt": "Hello"}}\'') from None
 

@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)  # fmt: skip
 
 from model_compose.engines.huggingface import HuggingfaceEngine
 from model_compose.engines.huggingface.model import pick_device, pick_dtype
@@ -62,16 +72,63 @@ async def test_a_prompt_longer_than_a_prefill_step(tmp_path: Path) -> None:
     await engine.close()
 
 
-async def test_other_families(tmp_path: Path) -> None:
-    config = GPT2Config(
-        vocab_size=tiny.VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
-    )
-    base = tiny.save_base(tmp_path / "base", config)
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8,
+    "num_key_value_heads": 2, "vocab_size": tiny.VOCABULARY, "max_position_embeddings": 128, "bos_token_id": tiny.BOS,
+    "eos_token_id": tiny.EOS, "initializer_range": 0.2,
+}  # fmt: skip
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "mistral, sliding window": MistralConfig(**SIZES, sliding_window=8),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "gemma": GemmaConfig(**SIZES),
+    "gemma2, both kinds of layer": Gemma2Config(**SIZES, sliding_window=8, query_pre_attn_scalar=8),
+    "gemma3, both kinds of layer": Gemma3TextConfig(**SIZES, sliding_window=8, query_pre_attn_scalar=8),
+    "gpt2": GPT2Config(
+        vocab_size=tiny.VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4, bos_token_id=tiny.BOS,
+        eos_token_id=tiny.EOS, initializer_range=0.2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_every_family_in_a_batch_of_unequal_prompts_is_what_transformers_generates(
+    tmp_path: Path, family: str
+) -> None:
+    base = tiny.save_base(tmp_path / "base", FAMILIES[family])
+    targets = ["c_attn"] if family == "gpt2" else ["q_proj"]
     for name in ("alpaca", "pirate"):
-        tiny.save_adapter(tmp_path / name, base, target_modules=["c_attn"], std=0.5)
+        tiny.save_adapter(tmp_path / name, base, target_modules=targets, std=0.5)
     engine = await opened(tmp_path)
-    assert await text(engine, "Hello", Blend()) != await text(engine, "Hello", Blend({"alpaca": 2.0}))
+    prompts = ["The quick brown fox jumps", "Hi", "Lorem ipsum dolor sit amet, consectetur"]
+    texts = await asyncio.gather(
+        *(text(engine, prompt, Blend(), Sampling(12, 12, do_sample=False)) for prompt in prompts),
+        *(text(engine, prompt, Blend({"alpaca": 2.0})) for prompt in prompts),
+    )
     await engine.close()
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base).eval(), tiny.tokenizer()
+    for prompt, ours in zip(prompts, texts[:3], strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        reference = model.generate(ids, do_sample=False, max_new_tokens=12, min_new_tokens=12, pad_token_id=tiny.EOS)[
+            0, ids.shape[1] :
+        ]
+        assert ours == detokenized(ids[0].tolist(), reference.tolist())
+    assert set(texts[:3]).isdisjoint(texts[3:])
+
+
+def detokenized(prompt: list[int], tokens: list[int]) -> str:
+    """Text as a stream gives it: a last, incomplete character is left out."""
+    detokenizer = Detokenizer(tiny.tokenizer(), prompt)
+    return "".join(detokenizer.push(token) for token in tokens)
+
+
+async def test_more_requests_than_rows_wait_their_turn(project: Path) -> None:
+    narrow, wide = await opened(project.parent, options={"max_batch_size": 2}), await opened(project.parent)
+    blends = [Blend({"alpaca": weight / 2}) for weight in range(7)]
+    expected = await asyncio.gather(*(text(wide, "Hello", blend) for blend in blends))
+    assert await asyncio.gather(*(text(narrow, "Hello", blend) for blend in blends)) == expected
+    await narrow.close()
+    await wide.close()
 
 
 async def test_fold_always_equals_live_and_takes_no_other_blend(project: Path) -> None:

@@ -40,10 +40,10 @@ def test_a_request_replaces_the_default_whole(value: Any, weights: dict[str, flo
     [
         ("concize", "unknown blend 'concize'; did you mean 'concise'? known: concise, plain, alpaca, pirate"),
         ({"alpacca": 1}, "unknown adapter 'alpacca'; did you mean 'alpaca'?"),
-        ({"alpaca": True}, "blend.alpaca: a weight must be a finite number, not True"),
+        ({"alpaca": True}, "blend.alpaca: a weight must be a finite number, not true"),
         ({"alpaca": "much"}, "blend.alpaca: a weight must be a finite number, not 'much'"),
         ({"alpaca": float("nan")}, "blend.alpaca: a weight must be a finite number, not nan"),
-        ({"alpaca": None}, "blend.alpaca: a weight must be a finite number, not None"),
+        ({"alpaca": None}, "blend.alpaca: a weight must be a finite number, not null"),
         ([1], "blend must be a name or a mapping"),
         (1.5, "blend must be a name or a mapping"),
     ],

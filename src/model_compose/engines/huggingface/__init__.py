@@ -25,6 +25,7 @@ class HuggingfaceOptions(Options):
     """`options` of the embedded engine."""
 
     trust_remote_code: bool = Field(default=False, description="Run Python code that the model's repository brings")
+    max_batch_size: int = Field(default=16, ge=1, description="Sequences that share a step; further ones wait")
     fold: Literal["never", "always"] = Field(
         default="never",
         description="always: add the default blend into the weights at load; no cost per token, no other blend",
@@ -57,6 +58,7 @@ class HuggingfaceEngine:
                 raise ValueError(f"driver huggingface cannot honour '{key}': {remedy}")
 
     async def open(self, report: Report) -> None:
+        from model_compose.engines.huggingface.batch import Batch
         from model_compose.engines.huggingface.loop import Loop
         from model_compose.engines.huggingface.model import load
 
@@ -67,9 +69,10 @@ class HuggingfaceEngine:
             return loaded
 
         self._loaded = await in_daemon_thread(work)
-        self._loop = Loop()
+        self._loop = Loop(Batch(self._loaded, self._own.max_batch_size))
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        from model_compose.engines.huggingface.loop import Mailbox
         from model_compose.engines.huggingface.sequence import Sequence
 
         if self._loaded is None or self._loop is None:
@@ -77,12 +80,12 @@ class HuggingfaceEngine:
         self._check_blend(request.blend)
         start = time.perf_counter()
         prompt = await asyncio.to_thread(self._tokenize, request)
-        mailbox = self._loop.mailbox()
+        mailbox, loaded = Mailbox(), self._loaded
         sequences = [
-            Sequence(self._loaded, request, index, prompt, mailbox.put)
+            Sequence(request, index, prompt, loaded.context, loaded.eos, loaded.tokenizer, mailbox.put)
             for index in range(request.sampling.num_return_sequences)
         ]
-        self._loop.add(sequences, mailbox)
+        self._loop.add(sequences)
         try:
             unfinished = len(sequences)
             while unfinished:

@@ -1,18 +1,13 @@
-"""The engine's thread: one step of every running sequence in turn, so that all of them move and none is blocked."""
+"""The engine's thread: steps of the batch, one after the other, for as long as there is a sequence in it."""
 
 import asyncio
-import logging
 import threading
 from collections.abc import Iterable
-from typing import Any
 
-import torch
-
+from model_compose.engines.huggingface.batch import Batch
 from model_compose.engines.huggingface.sequence import Sequence
-from model_compose.errors import ComposeError, NotReady, RunError
+from model_compose.errors import ComposeError, NotReady
 from model_compose.generation import Chunk
-
-log = logging.getLogger(__name__)
 
 
 class Mailbox:
@@ -35,24 +30,22 @@ class Mailbox:
 
 
 class Loop:
-    """Runs sequences until they are done. An error in a step ends only the request that it belongs to."""
+    """Runs sequences until they are done. Sequences join and leave between any two steps."""
 
-    def __init__(self) -> None:
-        self._running: list[tuple[Sequence, Mailbox]] = []
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        self._joining: list[Sequence] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    @staticmethod
-    def mailbox() -> Mailbox:
-        return Mailbox()
-
-    def add(self, sequences: Iterable[Sequence], mailbox: Mailbox) -> None:
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Raises NotReady once closed."""
         with self._changed:
             if self._closed:
-                raise NotReady("the service is shutting down")
-            self._running.extend((sequence, mailbox) for sequence in sequences)
+                raise _shutting_down()
+            self._joining.extend(sequences)
             self._changed.notify()
 
     def close(self) -> None:
@@ -63,40 +56,24 @@ class Loop:
         self._thread.join()
 
     def _run(self) -> None:
-        while running := self._next():
-            for sequence, mailbox in running:
-                if not (sequence.done or self._closed):
-                    self._step(sequence, mailbox)
+        while self._join():
+            try:
+                self._batch.step()
+            except Exception as error:  # a bug of ours outside any request; nobody may wait for ever because of it
+                for sequence in self._batch.sequences:
+                    sequence.fail(error)
+        for sequence in self._batch.sequences:
+            sequence.fail(_shutting_down())
 
-    def _next(self) -> list[tuple[Sequence, Mailbox]]:
-        """The sequences of the next round; waits for one. Empty once closed."""
+    def _join(self) -> bool:
+        """Takes in what has been added; waits while there is nothing to do. False once closed."""
         with self._changed:
-            self._running = [entry for entry in self._running if not entry[0].done]
-            while not self._running and not self._closed:
+            while not self._joining and not self._batch.sequences and not self._closed:
                 self._changed.wait()
-            if self._closed:
-                for _, mailbox in self._running:
-                    mailbox.put(NotReady("the service is shutting down"))
-                self._running = []
-            return list(self._running)
-
-    @staticmethod
-    def _step(sequence: Sequence, mailbox: Mailbox) -> None:
-        try:
-            sequence.step()
-        except Exception as error:  # whatever a request makes the model do, the engine goes on
-            sequence.done = True
-            log.exception("a step failed")
-            mailbox.put(_run_error(error))
+            self._batch.add(self._joining)
+            self._joining = []
+            return not self._closed
 
 
-def _run_error(error: Exception) -> ComposeError:
-    if isinstance(error, ComposeError):
-        return error
-    text: Any = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
-        failure = RunError("out of memory while generating; ask for a shorter text, or send fewer requests at once")
-    else:
-        failure = RunError(f"the model failed while generating ({type(error).__name__}); the log has the details")
-    failure.__cause__ = error
-    return failure
+def _shutting_down() -> NotReady:
+    return NotReady("the service is shutting down")

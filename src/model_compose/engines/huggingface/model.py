@@ -59,6 +59,7 @@ def load(options: ModelOptions, base_dir: Path, report: Report, *, trust_remote_
     with _tqdm_reports(report), _load_errors(describe(options.model), device):
         tokenizer = _load_tokenizer(base, trust_remote_code)
         model = _load_model(base, options, device, trust_remote_code)
+        _check_layers(model, describe(options.model))
         report(Progress("attaching adapters", 0, len(adapters), "adapters"))
         placements = {
             name: Placement(devices.get(name), DTYPES.get(adapter.precision))
@@ -176,6 +177,16 @@ def _load_model(base: Fetched, options: ModelOptions, device: torch.device, trus
         **extra,
     )
     return model.eval().requires_grad_(False)
+
+
+def _check_layers(model: nn.Module, name: str) -> None:
+    """The KV cache holds what attention layers keep, and nothing else. Raises LoadError."""
+    config: Any = model.config
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise LoadError(
+            f"{name} has layers of kind {', '.join(sorted(kinds))}, which the embedded engine cannot serve yet"
+        )
 
 
 def _context(model: nn.Module, options: ModelOptions) -> int:

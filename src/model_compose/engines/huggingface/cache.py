@@ -1,0 +1,110 @@
+"""The KV cache of a batch: one row a sequence, all layers preallocated, rows of different lengths side by side.
+
+Rows 0..n-1 are the sequences in use, always without a gap, so a decode step reads views and copies nothing. A row that
+leaves is replaced by the last one. Memory grows with the longest row, by doubling, one layer at a time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+START_TOKENS = 128
+
+
+class RowLayer(CacheLayerMixin):
+    """Keys and values of one layer: (rows, heads, capacity, dim). `update` writes where the cache's `span` says."""
+
+    is_sliding = False
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, cache: "RowCache") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._cache = cache
+
+    # Zeros, not uninitialised memory: a masked position counts 0 times its value, and 0 times NaN is NaN.
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows = self._cache.rows
+        self.keys = key_states.new_zeros(rows, key_states.shape[1], START_TOKENS, key_states.shape[3])
+        self.values = value_states.new_zeros(rows, value_states.shape[1], START_TOKENS, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Stores new keys and values of (n, heads, tokens, dim); returns all of those rows, padded to the longest."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cache = self._cache
+        first, count, longest = cache.first, key_states.shape[0], cache.longest
+        self._grow(longest)
+        rows = slice(first, first + count)
+        views = []
+        for kept, new in ((self.keys, key_states), (self.values, value_states)):
+            if count == 1:
+                start = cache.starts[0]
+                kept[first, :, start : start + new.shape[2]] = new[0]
+            else:  # a decode step: one token a row, each at its own position
+                kept[cache.row_index, :, cache.start_index] = new[:, :, 0]
+            views.append(kept[rows, :, :longest])
+        return views[0], views[1]
+
+    def _grow(self, tokens: int) -> None:
+        capacity = self.keys.shape[2]
+        if tokens <= capacity:
+            return
+        while capacity < tokens:
+            capacity *= 2
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
+            used = self._cache.used
+            new[:used, :, : old.shape[2]] = old[:used]
+            setattr(self, name, new)
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        if self.is_initialized:
+            self.keys[target, :, :tokens] = self.keys[source, :, :tokens]
+            self.values[target, :, :tokens] = self.values[source, :, :tokens]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._cache.longest, 0
+
+    def get_seq_length(self) -> int:
+        return self._cache.starts[0] if self._cache.starts else 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class RowCache(Cache):
+    """`place` says which rows the next forward pass is about, and where each of them stands."""
+
+    def __init__(self, layers: int, rows: int) -> None:
+        self.rows = rows
+        self.first = self.used = 0
+        self.starts: list[int] = []
+        self.longest = 0
+        self.row_index = self.start_index = torch.empty(0, dtype=torch.long)
+        self._rows = [RowLayer(self) for _ in range(layers)]
+        super().__init__(layers=[*self._rows])
+
+    def place(self, first: int, starts: list[int], tokens: int, device: torch.device) -> None:
+        """Rows first.. with `starts[i]` tokens cached each; `tokens` new ones follow."""
+        self.first, self.starts = first, starts
+        self.used = max(first + len(starts), self.used)
+        self.longest = max(starts) + tokens
+        self.row_index = torch.arange(first, first + len(starts), device=device)
+        self.start_index = torch.tensor(starts, device=device)
+
+    def clear(self) -> None:
+        """Gives all memory back; no row is in use."""
+        self.used = 0
+        for layer in self._rows:
+            layer.keys = layer.values = torch.empty(0)
+            layer.is_initialized = False
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        """Copies a row's first `tokens` tokens onto another row."""
+        for layer in self._rows:
+            layer.move(source, target, tokens)
