@@ -20,6 +20,7 @@ from model_compose.errors import (
     RunError,
     SourceError,
 )
+from model_compose.loading import load
 from model_compose.workflow.runner import Done
 from tests import tiny
 
@@ -333,19 +334,19 @@ async def test_closing_the_iterator_stops_the_computation(both: Compose) -> None
             break
         assert both.busy == 1
     assert both.busy == 0
-    await until(lambda: not engine._loop._running)
+    await until(lambda: not engine._loop.running)
     assert len((await both.answer(PROMPT, workflow="both")).output["left"]) > 0  # the engine goes on
 
 
 async def test_cancelled_run_stops_the_computation(both: Compose) -> None:
     engine: Any = both.models["a"].engine
     task = asyncio.create_task(both.answer({}, workflow="long"))
-    await until(lambda: bool(engine._loop._running))
+    await until(lambda: bool(engine._loop.running))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert both.busy == 0
-    await until(lambda: not engine._loop._running)
+    await until(lambda: not engine._loop.running)
 
 
 async def test_error_of_one_job_ends_the_others_at_once(both: Compose) -> None:
@@ -353,7 +354,7 @@ async def test_error_of_one_job_ends_the_others_at_once(both: Compose) -> None:
     with pytest.raises(InputError, match=r"^blend: unknown blend 'nope'; known: pirate$"):
         await both.answer({}, workflow="failing")
     assert both.busy == 0
-    await until(lambda: not engine._loop._running)
+    await until(lambda: not engine._loop.running)
 
 
 async def test_max_concurrent_count_of_a_component_lets_one_run_at_a_time(opening: Open) -> None:
@@ -362,7 +363,7 @@ async def test_max_concurrent_count_of_a_component_lets_one_run_at_a_time(openin
         most = 0
         runs = [asyncio.create_task(compose.answer(PROMPT)) for _ in range(3)]
         while not all(run.done() for run in runs):
-            most = max(most, len(engine._loop._running))
+            most = max(most, len(engine._loop.running))
             await asyncio.sleep(0)
         assert most == 1
         assert len({run.result().output["generated"] for run in runs}) == 1
@@ -423,3 +424,47 @@ async def test_unknown_file_says_so() -> None:
     with pytest.raises(ConfigError, match="there is no such file"):
         async with Compose.open("/nope/model-compose.yml"):
             pass
+
+
+MODELS_APART = """\
+workflows:
+  - {id: one, job: {component: a, input: {prompt: "${input.prompt}"}}, default: true}
+  - id: both
+    jobs:
+      - {id: x, component: a, output: {x: "${output}"}}
+      - {id: y, component: b, output: {y: "${output}"}}
+components:
+  - id: a
+    type: model
+    task: text-generation
+    model: ./base
+    peft_adapters: [{type: lora, name: alpaca, model: ./alpaca}]
+    blends: {plain: {}}
+    action: {prompt: "${input.prompt}", max_output_length: 2}
+  - id: b
+    type: model
+    task: text-generation
+    model: ./base
+    peft_adapters: [{type: lora, name: pirate, model: ./pirate}]
+    action: {prompt: "${input.prompt}", max_output_length: 2}
+"""
+
+
+async def test_a_bare_blend_goes_to_the_models_that_know_its_names(project: Path) -> None:
+    path = project.parent / "two-models.yml"
+    path.write_text(MODELS_APART)
+    async with Compose.open(path) as compose:
+        one = await compose.answer({"prompt": "Hi"}, workflow="one", blend="plain")
+        assert [answer.blend.weights for answer in one.answers] == [{}]
+        both = await compose.answer({"prompt": "Hi"}, workflow="both", blend={"pirate": 0.5})
+        used = {answer.component: answer.blend.weights for answer in both.answers}
+        assert used == {"a": {"alpaca": 1.0}, "b": {"pirate": 0.5}}
+        with pytest.raises(InputError, match="unknown blend 'plan'; did you mean 'plain'"):
+            await compose.answer({"prompt": "Hi"}, workflow="one", blend="plan")
+
+
+def test_a_constant_blend_of_an_action_is_checked_at_load(project: Path) -> None:
+    path = project.parent / "constant.yml"
+    path.write_text(project.read_text().replace("blend: ${input.blend}", "blend: {alpacca: 1}"))
+    with pytest.raises(ConfigError, match=r"constant\.yml:\d+: .*unknown adapter 'alpacca'; did you mean 'alpaca'"):
+        load([path])

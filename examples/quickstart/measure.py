@@ -19,18 +19,19 @@ sys.path.insert(0, str(HERE))
 from pirate import pirate_words_per_100  # noqa: E402  # a script's neighbour
 
 MAX_TOKENS = 96
-SWEEP = (0, 0.5, 1, 1.5)
-BLENDS: list[dict[str, float]] = (
-    [{}]
-    + [{"alpaca": weight} for weight in SWEEP[1:]]
-    + [{"pirate": weight} for weight in SWEEP[1:]]
-    + [{"alpaca": 1, "pirate": weight} for weight in SWEEP[1:]]
-)
+SWEEP = (0.5, 1, 1.5)
+BLENDS: list[dict[str, float]] = [
+    {},
+    *({"alpaca": weight} for weight in SWEEP),
+    *({"pirate": weight} for weight in SWEEP),
+    {"alpaca": 0.5, "pirate": 1},
+    {"alpaca": 1, "pirate": 1},
+]
 
 
 async def measure(compose: Compose, blend: dict[str, float], prompts: list[str]) -> str:
     """One row of the table."""
-    runs = [await compose.answer({"prompt": prompt}, blend=blend) for prompt in prompts]
+    runs = await asyncio.gather(*(compose.answer({"prompt": prompt}, blend=blend) for prompt in prompts))
     texts = [run.output["generated"] for run in runs]
     tokens = [run.answers[0].usage.completion_tokens for run in runs]
     stopped = sum(count < MAX_TOKENS for count in tokens) / len(runs)

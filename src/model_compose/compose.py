@@ -91,7 +91,7 @@ class Compose:
     def check_input(self, input: Any, workflow: str | None, blend: Any) -> tuple[WorkflowOptions, dict[str, Blend]]:
         """The workflow and the blends that a run would take. Needs no model. Raises NotFound, InputError."""
         chosen = self.config.find_workflow(workflow)
-        blends = self._resolve_blends(blend)
+        blends = self._resolve_blends(blend, chosen)
         variables.check(self._inputs[chosen.id], input)
         return chosen, blends
 
@@ -168,9 +168,10 @@ class Compose:
         if not self.ready:
             raise NotReady("the models are still loading, or the service is shutting down; try again in a moment")
 
-    def _resolve_blends(self, blend: Any) -> dict[str, Blend]:
+    def _resolve_blends(self, blend: Any, workflow: WorkflowOptions) -> dict[str, Blend]:
         """A caller's blend -> one for each model component that it speaks of. In {k: v} a number means an adapter, a
-        mapping or a name means a component. Raises InputError."""
+        mapping or a name means a component; without components it goes to all models of the workflow that know its names.
+        Raises InputError."""
         if blend is None or blend == "":
             return {}
         if isinstance(blend, Mapping) and any(_names_blend(value) for value in blend.values()):
@@ -181,7 +182,16 @@ class Compose:
                     field="blend",
                 )
             return {id: self.models[id].blends.resolve(value, place=f"blend.{id}") for id, value in blend.items()}
-        return {id: model.blends.resolve(blend) for id, model in self.models.items()}
+        used = {pick(self.config.all_components, job.component, "component").id for job in workflow.all_jobs}
+        resolved, refusals = {}, []
+        for id in self.models.keys() & used:
+            try:
+                resolved[id] = self.models[id].blends.resolve(blend)
+            except InputError as error:
+                refusals.append(error)
+        if refusals and not resolved:
+            raise refusals[0]
+        return resolved
 
 
 def _limit(count: int) -> AbstractAsyncContextManager[Any]:

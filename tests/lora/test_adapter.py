@@ -176,7 +176,7 @@ def test_a_trained_embedding_is_refused_and_an_equal_copy_is_not(base: Path, tmp
 
 
 def test_broken_folders(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="no adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
         read_adapter(tmp_path, "x")
     folder = tiny.save_adapter(tmp_path / "adapter", base)
     weights = folder / "adapter_model.safetensors"

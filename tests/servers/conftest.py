@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from model_compose.compose import Compose
 from model_compose.engines.huggingface.sequence import Sequence
@@ -155,13 +156,13 @@ async def live(
     assert options is not None
     listener = bind(options.host, 0)
     steps: list[float] = []
-    step = Sequence.step
+    take = Sequence.take
 
-    def counted(sequence: Sequence) -> None:
+    def counted(sequence: Sequence, logits: torch.Tensor) -> None:
         steps.append(time.monotonic())
-        step(sequence)
+        take(sequence, logits)
 
-    monkeypatch.setattr(Sequence, "step", counted)
+    monkeypatch.setattr(Sequence, "take", counted)
     try:
         async with listening(create_app(compose, options), listener), httpx.AsyncClient(timeout=30) as client:
             await compose.load()

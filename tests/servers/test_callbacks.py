@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from model_compose.engines.huggingface.sequence import Sequence
 from model_compose.errors import InputError
@@ -98,13 +99,13 @@ def test_a_failed_run_is_told_too(wide: str, receiver: Receiver) -> None:
 
 
 def test_a_cancelled_run_is_told_too(wide: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Sequence.step
+    take = Sequence.take
 
-    def slow(sequence: Sequence) -> None:
+    def slow(sequence: Sequence, logits: torch.Tensor) -> None:
         time.sleep(0.2)
-        step(sequence)
+        take(sequence, logits)
 
-    monkeypatch.setattr(Sequence, "step", slow)
+    monkeypatch.setattr(Sequence, "take", slow)
     started = start(wide, receiver)
     httpx.post(f"{wide}/api/tasks/{started['task_id']}/cancel")
     _, told = receiver.wait()[0]

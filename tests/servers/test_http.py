@@ -354,7 +354,7 @@ def test_while_loading_health_shows_progress_and_runs_are_503(loading: str) -> N
     health = httpx.get(f"{loading}/api/health")
     assert health.status_code == 503
     assert health.json()["status"] == "loading"
-    assert set(health.json()["progress"]) == {"what", "done", "total"}
+    assert set(health.json()["progress"]) == {"what", "done", "total", "unit"}
     assert health.headers["retry-after"]
     run = post(loading, {"input": PROMPT})
     is_problem(run, 503)

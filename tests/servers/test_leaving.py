@@ -50,9 +50,9 @@ async def test_a_client_that_leaves_before_the_first_text_stops_the_computation(
     """As one does that is tired of waiting for a long prompt to be read."""
 
     def read_on(sequence: Sequence, logits: torch.Tensor) -> None:
-        sequence._pending = torch.tensor([5])
+        sequence.tokens.append(5)
 
-    monkeypatch.setattr(Sequence, "_advance", read_on)
+    monkeypatch.setattr(Sequence, "take", read_on)
     waiting = asyncio.create_task(live.client.post(live.url + path, json={**body, "stream": True}))
     await live.running()
     waiting.cancel()

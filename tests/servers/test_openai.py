@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from openai import OpenAI
 
 from model_compose.engines.huggingface.sequence import Sequence
@@ -297,14 +298,14 @@ def test_errors_outside_the_routes_have_openais_shape_too(server: str) -> None:
 
 
 def test_an_error_in_mid_stream_reaches_the_client(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = Sequence.step
+    take = Sequence.take
 
-    def fail_later(sequence: Sequence) -> None:
+    def fail_later(sequence: Sequence, logits: torch.Tensor) -> None:
         if sequence.generated == 6:
             raise ZeroDivisionError("the secret is 42")
-        step(sequence)
+        take(sequence, logits)
 
-    monkeypatch.setattr(Sequence, "step", fail_later)
+    monkeypatch.setattr(Sequence, "take", fail_later)
     with serving(project) as url, client_of(url) as client:
         parts = complete(client, stream=True)
         assert next(parts).choices

@@ -105,7 +105,7 @@ class TextGenerationTemplate(ActionOptions):
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         if len({"prompt", "text"} & self.model_fields_set) != 1:
-            raise ValueError("an action of a text-generation model needs one of 'prompt' and 'text'")
+            raise ValueError("an action of a text-generation model needs exactly one of 'prompt' and 'text'")
         return self
 
 
@@ -121,6 +121,17 @@ class LanguageModelOptions(ModelOptions, ComponentOptions):
     """A `model` component, whatever its task."""
 
     type: Literal["model"]
+
+    @model_validator(mode="after")
+    def _constant_blends_are_known(self) -> Self:
+        for action in self.all_actions:
+            blend = getattr(action, "blend", None)
+            if not has_expression(blend):
+                try:
+                    self.to_blends().resolve(blend)
+                except InputError as error:
+                    raise ValueError(f"the action '{action.id}': {error}") from None
+        return self
 
     @property
     def all_actions(self) -> tuple[ActionOptions, ...]:

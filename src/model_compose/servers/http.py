@@ -113,7 +113,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
         progress = compose.progress
         if progress is None:
             return JSONResponse({"status": "shutting_down"}, 503)
-        shown = {"what": progress.what, "done": progress.done, "total": progress.total}
+        shown = {"what": progress.what, "done": progress.done, "total": progress.total, "unit": progress.unit}
         return JSONResponse({"status": "loading", "progress": shown}, 503, {"Retry-After": "1"})
 
     @router.get("/workflows", responses={200: {"model": list[WorkflowInfo]}, **problems(400)})

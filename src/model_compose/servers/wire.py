@@ -245,9 +245,12 @@ async def _leaving(request: Request) -> None:
 
 
 def event(data: Any, name: str | None = None) -> str:
-    """One server-sent event with JSON data."""
+    """One server-sent event with JSON data. Characters that some clients take for the end of a line are escaped."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    text = json.dumps(data, ensure_ascii=False)
+    for character in "\u0085\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return f"{head}data: {text}\n\n"
 
 
 async def start_stream(request: Request, events: AsyncGenerator[str]) -> "EventStream":

@@ -123,10 +123,11 @@ class HuggingfaceEngine:
         """The prompt's token ids. Raises InputError for one that does not fit, or has no chat template to go through."""
         assert self._loaded is not None
         tokenizer = self._loaded.tokenizer
-        if isinstance(request.prompt, str):
-            ids: list[int] = tokenizer(request.prompt)["input_ids"]
-        else:
-            ids = tokenizer(self._render_chat(request), add_special_tokens=False)["input_ids"]
+        is_text = isinstance(request.prompt, str)
+        text = request.prompt if isinstance(request.prompt, str) else self._render_chat(request)
+        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError("the prompt holds half of a surrogate pair, which is no character", field="prompt")
+        ids: list[int] = tokenizer(text, add_special_tokens=is_text)["input_ids"]
         if request.max_input_length is not None and len(ids) > request.max_input_length:
             left = tokenizer.truncation_side == "left"
             ids = ids[-request.max_input_length :] if left else ids[: request.max_input_length]

@@ -48,6 +48,12 @@ class Loop:
             self._joining.extend(sequences)
             self._changed.notify()
 
+    @property
+    def running(self) -> list[Sequence]:
+        """What is being computed or waits for it."""
+        with self._changed:
+            return [*self._batch.sequences, *(sequence for sequence in self._joining if not sequence.done)]
+
     def close(self) -> None:
         """Stops within one step; requests that still run get an error. Blocks until the thread has ended."""
         with self._changed:
