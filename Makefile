@@ -7,7 +7,7 @@ QUICKSTART := examples/quickstart/model-compose.yml
 .PHONY: quickstart up test lint train measure clean
 
 quickstart: .venv/installed  ## Install, fetch the weights, print a blended answer
-	$(BIN)/model-compose run -f $(QUICKSTART) --input '{"prompt": "How do I make a cup of tea?"}'
+	$(BIN)/model-compose run -f $(QUICKSTART) --input '{"prompt": "Why do people read books?"}'
 
 up: .venv/installed  ## Serve the quickstart: API on 8080, page on 8081
 	$(BIN)/model-compose up -f $(QUICKSTART)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(HERE))
 from pirate import pirate_words_per_100  # noqa: E402  # a script's neighbour
 
 MAX_TOKENS = 96
+SHOWN = 1  # the held-out prompt whose answers the table shows
 SWEEP = (0.5, 1, 1.5)
 BLENDS: list[dict[str, float]] = [
     {},
@@ -29,6 +30,11 @@ BLENDS: list[dict[str, float]] = [
 ]
 
 
+def shorten(text: str, width: int = 90) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else f"{line[:width].rsplit(' ', 1)[0]} …"
+
+
 async def measure(compose: Compose, blend: dict[str, float], prompts: list[str]) -> str:
     """One row of the table."""
     runs = await asyncio.gather(*(compose.answer({"prompt": prompt}, blend=blend) for prompt in prompts))
@@ -37,16 +43,14 @@ async def measure(compose: Compose, blend: dict[str, float], prompts: list[str])
     stopped = sum(count < MAX_TOKENS for count in tokens) / len(runs)
     weights = " | ".join(f"{blend.get(name, 0):g}" for name in ("alpaca", "pirate"))
     pirate = mean(pirate_words_per_100(text) for text in texts)
-    return (
-        f"| {weights} | {pirate:.0f} | {stopped:.0%} | {mean(tokens):.0f} | {texts[0].strip().splitlines()[0][:70]} |"
-    )
+    return f"| {weights} | {pirate:.0f} | {stopped:.0%} | {mean(tokens):.0f} | {shorten(texts[SHOWN])} |"
 
 
 async def main() -> None:
     lines = (HERE / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()  # before serving
     prompts = [json.loads(line)["instruction"] for line in lines]
     async with Compose.open(HERE / "model-compose.yml") as compose:
-        print(f"| alpaca | pirate | pirate words per 100 | stops by itself | tokens | “{prompts[0]}” |")
+        print(f"| alpaca | pirate | pirate words per 100 | stops by itself | tokens | “{prompts[SHOWN]}” |")
         print("|---|---|---|---|---|---|")
         for blend in BLENDS:
             print(await measure(compose, blend, prompts), flush=True)
