@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import random
 import subprocess
 import sys
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -277,3 +279,34 @@ def test_detokenizer_keeps_spaces_and_whole_characters() -> None:
     pieces = [detokenizer.push(token) for token in tokenizer(answer)["input_ids"]]
     assert "".join(pieces) == answer
     assert "👍" in pieces
+
+
+async def test_requests_that_come_and_go_keep_their_text(project: Path) -> None:
+    """Rows are joined, moved and left in every order, some in the middle of a prompt; no text changes."""
+    engine = await opened(project.parent, options={"max_batch_size": 3})
+    rng = random.Random(0)
+    plans = [
+        (f"{'x' * rng.randrange(1, 200)} {n}", Blend({"alpaca": rng.choice([0, 0.5, 2]), "pirate": rng.choice([0, 1])}))
+        for n in range(12)
+    ]
+
+    async def one(prompt: str, blend: Blend, length: int) -> str:
+        return await text(engine, prompt, blend, Sampling(length, length, do_sample=False))
+
+    lengths = [rng.randrange(1, 30) for _ in plans]
+    alone = [await one(*plan, length) for plan, length in zip(plans, lengths, strict=True)]
+
+    async def late(index: int) -> str:
+        await asyncio.sleep(0.01 * rng.random())
+        return await one(*plans[index], lengths[index])
+
+    async def leave_early(index: int) -> None:
+        async with aclosing(engine.generate(Request(plans[index][0], plans[index][1], GREEDY))) as chunks:
+            if index % 2:
+                await anext(chunks)
+
+    together = await asyncio.gather(
+        *(late(index) for index in range(len(plans))), *(leave_early(index) for index in range(len(plans)))
+    )
+    assert together[: len(plans)] == alone
+    await engine.close()

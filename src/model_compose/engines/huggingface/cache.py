@@ -1,7 +1,7 @@
-"""The KV cache of a batch: one row a sequence, all layers preallocated, rows of different lengths side by side.
+"""The KV cache of a batch: one row a sequence, rows of different lengths side by side.
 
 Rows 0..n-1 are the sequences in use, always without a gap, so a decode step reads views and copies nothing. A row that
-leaves is replaced by the last one. Memory grows with the longest row, by doubling, one layer at a time.
+leaves is replaced by the last one. Memory follows the number of rows and the longest of them, one layer at a time.
 """
 
 from typing import Any
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-START_TOKENS = 128
+STEP_TOKENS = 64
+"""Capacity is a multiple of this."""
 
 
 class RowLayer(CacheLayerMixin):
-    """Keys and values of one layer: (rows, heads, capacity, dim). `update` writes where the cache's `span` says."""
+    """Keys and values of one layer: (rows, heads, capacity, dim). `update` writes where the cache's `place` says."""
 
     is_sliding = False
     keys: Tensor
@@ -24,11 +25,10 @@ class RowLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
 
-    # Zeros, not uninitialised memory: a masked position counts 0 times its value, and 0 times NaN is NaN.
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rows = self._cache.rows
-        self.keys = key_states.new_zeros(rows, key_states.shape[1], START_TOKENS, key_states.shape[3])
-        self.values = value_states.new_zeros(rows, value_states.shape[1], START_TOKENS, value_states.shape[3])
+        self.keys, self.values = (
+            states.new_zeros(0, states.shape[1], 0, states.shape[3]) for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ class RowLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         cache = self._cache
         first, count, longest = cache.first, key_states.shape[0], cache.longest
-        self._grow(longest)
+        self._reserve(first + count, longest)
         rows = slice(first, first + count)
         views = []
         for kept, new in ((self.keys, key_states), (self.values, value_states)):
@@ -49,18 +49,25 @@ class RowLayer(CacheLayerMixin):
             views.append(kept[rows, :, :longest])
         return views[0], views[1]
 
-    def _grow(self, tokens: int) -> None:
-        capacity = self.keys.shape[2]
-        if tokens <= capacity:
+    def _reserve(self, rows: int, tokens: int) -> None:
+        """Makes room for so many rows and tokens, with some to spare so that growing is seldom."""
+        have_rows, _, have_tokens, _ = self.keys.shape
+        if rows <= have_rows and tokens <= have_tokens:
             return
-        while capacity < tokens:
-            capacity *= 2
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_zeros(old.shape[0], old.shape[1], capacity, old.shape[3])
-            used = self._cache.used
-            new[:used, :, : old.shape[2]] = old[:used]
-            setattr(self, name, new)
+        if rows > have_rows:
+            rows = min(max(rows, 2 * have_rows), self._cache.max_rows)
+        if tokens > have_tokens:
+            tokens = -(-max(tokens, have_tokens * 5 // 4) // STEP_TOKENS) * STEP_TOKENS
+        self.keys, self.values = (
+            self._grown(old, max(rows, have_rows), max(tokens, have_tokens)) for old in (self.keys, self.values)
+        )
+
+    @staticmethod
+    def _grown(old: Tensor, rows: int, tokens: int) -> Tensor:
+        # Zeros, not uninitialised memory: a masked position counts 0 times its value, and 0 times NaN is NaN.
+        new = old.new_zeros(rows, old.shape[1], tokens, old.shape[3])
+        new[: old.shape[0], :, : old.shape[2]] = old
+        return new
 
     def move(self, source: int, target: int, tokens: int) -> None:
         if self.is_initialized:
@@ -80,9 +87,9 @@ class RowLayer(CacheLayerMixin):
 class RowCache(Cache):
     """`place` says which rows the next forward pass is about, and where each of them stands."""
 
-    def __init__(self, layers: int, rows: int) -> None:
-        self.rows = rows
-        self.first = self.used = 0
+    def __init__(self, layers: int, max_rows: int) -> None:
+        self.max_rows = max_rows
+        self.first = 0
         self.starts: list[int] = []
         self.longest = 0
         self.row_index = self.start_index = torch.empty(0, dtype=torch.long)
@@ -92,19 +99,18 @@ class RowCache(Cache):
     def place(self, first: int, starts: list[int], tokens: int, device: torch.device) -> None:
         """Rows first.. with `starts[i]` tokens cached each; `tokens` new ones follow."""
         self.first, self.starts = first, starts
-        self.used = max(first + len(starts), self.used)
         self.longest = max(starts) + tokens
         self.row_index = torch.arange(first, first + len(starts), device=device)
         self.start_index = torch.tensor(starts, device=device)
 
     def clear(self) -> None:
         """Gives all memory back; no row is in use."""
-        self.used = 0
         for layer in self._rows:
             layer.keys = layer.values = torch.empty(0)
             layer.is_initialized = False
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copies a row's first `tokens` tokens onto another row."""
-        for layer in self._rows:
-            layer.move(source, target, tokens)
+        if tokens:  # a row without any may not exist yet
+            for layer in self._rows:
+                layer.move(source, target, tokens)
