@@ -123,7 +123,7 @@ WRONG_VALUES = [
     (JOB, "  job: {type: delay}\n", "5: workflow.job.type: expected 'component', not 'delay'"),
     (JOB, "  jobs: [{depends_on: a}]\n", "5: workflow.jobs.0.depends_on: expected a list, not 'a'"),
     ("    text: ${input.prompt as text}\n", "",
-     "20: component.action: an action of a text-generation model needs one of 'prompt' and 'text'"),
+     "20: component.action: an action of a text-generation model needs exactly one of 'prompt' and 'text'"),
 ]  # fmt: skip
 
 

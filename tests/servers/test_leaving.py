@@ -6,9 +6,8 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
-from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.engines.huggingface.text import StopStrings
 from tests.servers.conftest import Live
 from tests.servers.test_http import post
 
@@ -47,12 +46,8 @@ async def test_a_client_that_leaves_while_it_waits_stops_the_computation(
 async def test_a_client_that_leaves_before_the_first_text_stops_the_computation(
     live: Live, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As one does that is tired of waiting for a long prompt to be read."""
-
-    def read_on(sequence: Sequence, logits: torch.Tensor) -> None:
-        sequence.tokens.append(5)
-
-    monkeypatch.setattr(Sequence, "take", read_on)
+    """As one does that is tired of waiting: here every token is held back, as the start of a stop string would be."""
+    monkeypatch.setattr(StopStrings, "push", lambda _, text: ("", False))
     waiting = asyncio.create_task(live.client.post(live.url + path, json={**body, "stream": True}))
     await live.running()
     waiting.cancel()
