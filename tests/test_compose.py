@@ -468,3 +468,13 @@ def test_a_constant_blend_of_an_action_is_checked_at_load(project: Path) -> None
     path.write_text(project.read_text().replace("blend: ${input.blend}", "blend: {alpacca: 1}"))
     with pytest.raises(ConfigError, match=r"constant\.yml:\d+: .*unknown adapter 'alpacca'; did you mean 'alpaca'"):
         load([path])
+
+
+async def test_an_empty_list_of_prompts_is_refused(project: Path) -> None:
+    path = project.parent / "list.yml"
+    yaml = project.read_text().replace("${input.prompt as text}", "${input.prompt}")  # noqa: ASYNC240  # nothing else runs
+    path.write_text(yaml)
+    async with Compose.open(path) as compose:
+        with pytest.raises(InputError, match="at least 1 item"):
+            await compose.answer({"prompt": []})
+        assert len((await compose.answer({"prompt": ["a", "b"]})).output["generated"]) == 2

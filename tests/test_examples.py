@@ -36,7 +36,7 @@ def test_yaml_in_documents_is_valid(path: Path, tmp_path: Path) -> None:
     for block in blocks:
         file = tmp_path / "model-compose.yml"
         file.write_text(block, encoding="utf-8")
-        load([excerpt_of, file] if "# …" in block else [file], env={})
+        load([excerpt_of, file] if "# …" in block else [file], env={"KEY": "secret"})
 
 
 async def test_the_first_example_runs_on_local_folders_of_the_same_formats(tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def _report_health(url: str, report: "Report") -> None:
     with suppress(httpx.HTTPError, ValueError):
         progress = httpx.get(url, trust_env=False).json().get("progress")
         if progress:
-            report(Progress(**progress, unit=""))  # health does not say of what
+            report(Progress(**progress))
 
 
 def _missing(error: InputError) -> list[str]:

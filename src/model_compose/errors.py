@@ -23,18 +23,6 @@ class ComposeError(Exception):
 # Before anything runs: the file, the sources, the adapters.
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where in the user's files something stands. Lines and columns count from 1."""
-
-    file: str
-    line: int
-    column: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
 class ConfigError(ComposeError):
     """The YAML is wrong. Each problem is one line that starts with file:line."""
 

@@ -10,8 +10,8 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Names -> "module:attribute". Looking a name up imports its module, so a table costs nothing to keep."""
 
-    def __init__(self, what: str, entries: Mapping[str, str]) -> None:
-        self.what, self._entries = what, dict(entries)
+    def __init__(self, entries: Mapping[str, str]) -> None:
+        self._entries = dict(entries)
 
     def __getitem__(self, name: str) -> T:
         module, _, attribute = self._entries[name].partition(":")

@@ -1,8 +1,10 @@
 """The embedded engine: the same text as transformers' generate, its own options, and what goes wrong while loading."""
 
 import asyncio
+import json
 import logging
 import random
+import shutil
 import subprocess
 import sys
 from contextlib import aclosing
@@ -310,3 +312,40 @@ async def test_requests_that_come_and_go_keep_their_text(project: Path) -> None:
     )
     assert together[: len(plans)] == alone
     await engine.close()
+
+
+async def test_what_a_failed_request_leaves_behind_harms_no_later_one(project: Path) -> None:
+    """Its row of the KV cache may hold NaN, and 0 times NaN is NaN, where a mask hides it as well."""
+    engine = await opened(project.parent)
+    expected = await text(engine, "ccc")
+    endless = engine.generate(Request("A long one", Blend({"alpaca": 0.5}), Sampling(min_output_length=10_000)))
+    async with aclosing(endless):
+        await anext(endless)  # holds row 0, so that the cache is not cleared
+        with pytest.raises(InputError, match="scores are not finite"):
+            await text(engine, "b" * 60, Blend({"alpaca": 1e30, "pirate": 1e30}))
+        assert await text(engine, "ccc") == expected
+    await engine.close()
+
+
+def test_a_prompt_that_ends_in_half_a_character_is_not_repeated() -> None:
+    tokenizer = tiny.tokenizer()
+    for prompt in (tokenizer("hello \ufffd")["input_ids"], tokenizer("hello é")["input_ids"][:-1]):
+        detokenizer = Detokenizer(tokenizer, prompt)
+        assert "".join(detokenizer.push(token) for token in tokenizer("ok then")["input_ids"]) == "ok then"
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "warned"),
+    [("org/base", False), ("/home/me/base", False), ("org/base-instruct", True), ("./model", True), (None, False)],
+)
+async def test_only_the_very_name_of_the_base_counts(
+    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, trained_on: str | None, warned: bool
+) -> None:
+    for name in ("base", "pirate"):
+        (tmp_path / name).symlink_to(project.parent / name)
+    shutil.copytree(project.parent / "alpaca", tmp_path / "alpaca")
+    path = tmp_path / "alpaca" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": trained_on}))
+    with caplog.at_level(logging.WARNING):
+        await (await opened(tmp_path)).close()
+    assert ("adapter 'alpaca' was trained on" in caplog.text) == warned

@@ -169,3 +169,13 @@ def test_what_does_not_fit_is_refused_by_name(
         LoraModel(base("llama"), [adapter])
     assert "adapter 'odd'" in str(caught.value)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_modules_that_see_rows_and_tokens_flattened() -> None:
+    """As the shared expert of Qwen2-MoE does: (rows * tokens, in), still with the blend of each row."""
+    model = base("llama")
+    adapter = random_adapter("a", model, ["lm_head"], [3], [1.5], seed=4)
+    lora, rows = LoraModel(model, [adapter]), [Blend({"a": 0.5}), Blend({"a": -2.0})]
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode(), lora.use(rows):
+        assert torch.allclose(model.lm_head(x.flatten(0, 1)), model.lm_head(x).flatten(0, 1), atol=1e-6)

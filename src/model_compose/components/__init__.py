@@ -108,9 +108,7 @@ class Component(Protocol):
     async def close(self) -> None: ...
 
 
-COMPONENTS: Registry[type[Component]] = Registry(
-    "component type", {"model": "model_compose.components.model:ModelComponent"}
-)
+COMPONENTS: Registry[type[Component]] = Registry({"model": "model_compose.components.model:ModelComponent"})
 
 
 class Picked(Protocol):

@@ -1,6 +1,7 @@
 """`type: model`: generates text with a base model and its blended adapters, on any engine."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -55,11 +56,14 @@ class Generation(Options):
         )
 
 
+Prompts = Annotated[tuple[str, ...], Field(min_length=1)]
+
+
 class TextGeneration(Generation):
     """`task: text-generation`: a raw prompt. `text` is the same as `prompt`."""
 
-    prompt: str | tuple[str, ...] | None = None
-    text: str | tuple[str, ...] | None = None
+    prompt: str | Prompts | None = None
+    text: str | Prompts | None = None
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -70,7 +74,7 @@ class TextGeneration(Generation):
     @property
     def takes_many(self) -> bool:
         """Whether the prompt is a list, so that the result is one too."""
-        return isinstance(self.prompt or self.text, tuple)
+        return isinstance(self.prompt if self.prompt is not None else self.text, tuple)
 
     def prompts(self) -> tuple[str, ...]:
         prompt = self.prompt if self.prompt is not None else self.text
@@ -200,7 +204,7 @@ class ModelComponent:
         places = output.places("result", ()) if chosen.output is not None else [()]
 
         texts = [""] * (len(requests) * sampling.num_return_sequences)
-        usage = Usage()
+        usage, start = Usage(), time.perf_counter()
         async with aclosing(_merge(self.engine, requests, inputs.batch_size)) as chunks:
             async for chunk in chunks:
                 texts[chunk.index] += chunk.text
@@ -208,6 +212,7 @@ class ModelComponent:
                 if chunk.text:
                     for place in places:
                         yield Delta((*place, chunk.index) if as_list else place, chunk.text)
+        usage = replace(usage, seconds=time.perf_counter() - start)
         value: Any = texts if as_list else texts[0]
         if chosen.output is not None:
             value = output.evaluate({**context, "result": value})
@@ -267,11 +272,8 @@ async def _reraise(task: asyncio.Task[None]) -> None:
 
 
 def _add(one: Usage, other: Usage) -> Usage:
-    return Usage(
-        one.prompt_tokens + other.prompt_tokens,
-        one.completion_tokens + other.completion_tokens,
-        max(one.seconds, other.seconds),
-    )
+    """The tokens of both. Seconds do not add up where requests run at the same time."""
+    return Usage(one.prompt_tokens + other.prompt_tokens, one.completion_tokens + other.completion_tokens)
 
 
 def _drop_nulls(value: Any) -> Any:

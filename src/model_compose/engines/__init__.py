@@ -47,9 +47,7 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
-ENGINES: Registry[type[Engine]] = Registry(
-    "driver", {"huggingface": "model_compose.engines.huggingface:HuggingfaceEngine"}
-)
+ENGINES: Registry[type[Engine]] = Registry({"huggingface": "model_compose.engines.huggingface:HuggingfaceEngine"})
 
 
 class AdapterOptions(Options):
@@ -86,11 +84,11 @@ class ModelOptions(Options):
     model: ModelSource
     precision: Precision = "auto"
     device: str = "auto"
-    device_mode: Literal["auto", "single"] = "auto"
+    device_mode: Literal["auto", "single"] = Field(default="auto", description="Either way the model is on one device")
     quantization: Any = None
     max_seq_length: int | None = Field(default=None, ge=1, description="Upper limit of the context, in tokens")
     fast_tokenizer: bool = True
-    low_cpu_mem_usage: bool = False
+    low_cpu_mem_usage: bool = Field(default=False, description="Weights are always mapped and moved one by one")
     preload: bool = True
     on_demand: Any = False
     runtime_spec: Any = None

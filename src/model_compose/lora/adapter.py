@@ -144,8 +144,15 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         )
     if (bias := config.get("bias", "none")) != "none":
         raise AdapterError(f"adapter '{name}': bias is {bias!r}; only 'none' is a weighted low-rank sum")
-    if not isinstance(config.get("lora_alpha", 8), int | float):
-        raise AdapterError(f"adapter '{name}': lora_alpha is {config['lora_alpha']!r}, not a number")
+    patterns = config.get("alpha_pattern") or {}
+    for key, alpha in {"lora_alpha": config.get("lora_alpha", 8), **patterns}.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise AdapterError(f"adapter '{name}': the alpha of {key} is {alpha!r}, not a number")
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise AdapterError(f"adapter '{name}': alpha_pattern '{key}' is no pattern ({error})") from None
     for key, value in config.items():
         if key in HARMLESS or key in ("init_lora_weights", "bias") or value in (None, False, [], {}, ""):
             continue
@@ -246,7 +253,7 @@ def _group(
 
 def scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
     """s = alpha / r, or alpha / √r for rsLoRA (arXiv 2312.03732); alpha per module where alpha_pattern names it."""
-    alpha = float(_pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8)))
+    alpha = _pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 

@@ -86,6 +86,8 @@ class Branch:
                 z = F.embedding(x.to(self.a.device), self.a[:, span])
             else:
                 z = F.linear(x.to(self.a.device, self.a.dtype), self.a[span])
+            if z.ndim == 2:  # some modules (experts) see (rows * tokens, in)
+                v = v[:, 0].repeat_interleave(len(z) // len(v), dim=0)
             part = (z * v).to(z.dtype) @ self.b[span]
             total = part if total is None else total + part
         return total if total is None or self.scale == 1.0 else total * self.scale

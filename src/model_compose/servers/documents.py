@@ -53,6 +53,7 @@ class LoadProgress(BaseModel):
     what: str
     done: float
     total: float | None = None
+    unit: str
 
 
 class Health(BaseModel):

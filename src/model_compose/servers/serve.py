@@ -121,6 +121,8 @@ async def listening(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None
     running = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not running.done():
         await asyncio.sleep(POLL_SECONDS / 10)
+    if running.done():
+        await running
     try:
         yield
     finally:

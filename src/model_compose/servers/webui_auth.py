@@ -8,7 +8,6 @@ import secrets
 import time
 from collections.abc import Sequence
 from html import escape
-from http.cookies import SimpleCookie
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -49,8 +48,7 @@ class Door:
         return await self._app(scope, receive, send)
 
     def _may_enter(self, request: Request) -> bool:
-        cookies = SimpleCookie(request.headers.get("cookie", ""))
-        token = cookies[self._cookie].value if self._cookie in cookies else ""
+        token = request.cookies.get(self._cookie, "")
         now = time.monotonic()
         self._sessions = {token: ends for token, ends in self._sessions.items() if ends > now}
         return token in self._sessions or has_key(request.headers.get("authorization"), self._keys)

@@ -122,7 +122,7 @@ class Guard:
         self._origins, self._max_body = options.origins, options.max_body_size
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         request = Request(scope)
         if refusal := self._refusal(request):

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -75,17 +75,18 @@ class HuggingfaceEngine:
         from model_compose.engines.huggingface.loop import Mailbox
         from model_compose.engines.huggingface.sequence import Sequence
 
-        if self._loaded is None or self._loop is None:
+        loaded, loop = self._loaded, self._loop  # both are None once closed, which may happen while this runs
+        if loaded is None or loop is None:
             raise NotReady("the model is not loaded")
         self._check_blend(request.blend)
         start = time.perf_counter()
-        prompt = await asyncio.to_thread(self._tokenize, request)
-        mailbox, loaded = Mailbox(), self._loaded
+        prompt = await asyncio.to_thread(_tokenize, loaded, request)
+        mailbox = Mailbox()
         sequences = [
             Sequence(request, index, prompt, loaded.context, loaded.eos, loaded.tokenizer, mailbox.put)
             for index in range(request.sampling.num_return_sequences)
         ]
-        self._loop.add(sequences)
+        loop.add(sequences)
         try:
             unfinished = len(sequences)
             while unfinished:
@@ -119,40 +120,39 @@ class HuggingfaceEngine:
                 field="blend",
             )
 
-    def _tokenize(self, request: Request) -> list[int]:
-        """The prompt's token ids. Raises InputError for one that does not fit, or has no chat template to go through."""
-        assert self._loaded is not None
-        tokenizer = self._loaded.tokenizer
-        is_text = isinstance(request.prompt, str)
-        text = request.prompt if isinstance(request.prompt, str) else self._render_chat(request)
-        if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError("the prompt holds half of a surrogate pair, which is no character", field="prompt")
-        ids: list[int] = tokenizer(text, add_special_tokens=is_text)["input_ids"]
-        if request.max_input_length is not None and len(ids) > request.max_input_length:
-            left = tokenizer.truncation_side == "left"
-            ids = ids[-request.max_input_length :] if left else ids[: request.max_input_length]
-        if not ids:
-            raise InputError("the prompt is empty, and this model has no token that starts a text", field="prompt")
-        if len(ids) >= self._loaded.context:
-            raise InputError(
-                f"the prompt has {len(ids)} tokens, and this model's context holds {self._loaded.context} with the answer; "
-                "shorten it, or set max_input_length to truncate it",
-                field="prompt",
-            )
-        return ids
 
-    def _render_chat(self, request: Request) -> str:
-        import jinja2
+def _tokenize(loaded: "Loaded", request: Request) -> list[int]:
+    """The prompt's token ids. Raises InputError for one that does not fit, or has no chat template to go through."""
+    tokenizer = loaded.tokenizer
+    is_text = isinstance(request.prompt, str)
+    text = request.prompt if isinstance(request.prompt, str) else _render_chat(tokenizer, request)
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError("the prompt holds half of a surrogate pair, which is no character", field="prompt")
+    ids: list[int] = tokenizer(text, add_special_tokens=is_text)["input_ids"]
+    if request.max_input_length is not None and len(ids) > request.max_input_length:
+        left = tokenizer.truncation_side == "left"
+        ids = ids[-request.max_input_length :] if left else ids[: request.max_input_length]
+    if not ids:
+        raise InputError("the prompt is empty, and this model has no token that starts a text", field="prompt")
+    if len(ids) >= loaded.context:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens, and this model's context holds {loaded.context} with the answer; "
+            "shorten it, or set max_input_length to truncate it",
+            field="prompt",
+        )
+    return ids
 
-        assert self._loaded is not None
-        tokenizer = self._loaded.tokenizer
-        if not tokenizer.chat_template:
-            raise InputError(
-                "the base model has no chat template; use /v1/completions or task: text-generation", field="messages"
-            )
-        messages = [{"role": m.role, "content": m.content} for m in request.prompt if not isinstance(m, str)]
-        try:
-            text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except jinja2.TemplateError as error:
-            raise InputError(f"the base's chat template refuses these messages: {error}", field="messages") from error
-        return text
+
+def _render_chat(tokenizer: Any, request: Request) -> str:
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the base model has no chat template; use /v1/completions or task: text-generation", field="messages"
+        )
+    messages = [{"role": m.role, "content": m.content} for m in request.prompt if not isinstance(m, str)]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise InputError(f"the base's chat template refuses these messages: {error}", field="messages") from error
+    return text

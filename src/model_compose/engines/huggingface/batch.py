@@ -1,5 +1,6 @@
 """The running sequences and one forward pass for all of them, each row under its own blend."""
 
+import logging
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Rows
@@ -11,6 +12,8 @@ from torch import Tensor
 from model_compose.engines.huggingface.cache import RowCache
 from model_compose.engines.huggingface.model import Loaded
 from model_compose.engines.huggingface.sequence import Sequence
+
+log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 512
 """Prompt tokens a step: a long prompt stalls the others no longer than this takes, and outlives its client no longer."""
@@ -42,9 +45,8 @@ class Batch:
         """Gives the next sequence that waits a row, where there is one."""
         self._drop_done()
         if self._prefilling is None and self._waiting and len(self._ready) < self._max_rows:
-            if not self._ready:
-                self._cache.clear()
             self._prefilling = self._waiting.popleft()
+            self._cache.wipe(len(self._ready))
 
     def _drop_done(self) -> None:
         """Gives back the rows of sequences that have ended, or that nobody reads any more."""
@@ -54,6 +56,8 @@ class Batch:
         for row in reversed(range(len(self._ready))):
             if self._ready[row].done:
                 self._leave(row)
+        if not self._ready and self._prefilling is None:
+            self._cache.clear()
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -67,6 +71,7 @@ class Batch:
         self._drop_done()
         if self._ready:
             self._run(0, self._ready, 1)
+        self._drop_done()
 
     def _run(self, first: int, sequences: Rows[Sequence], tokens: int) -> None:
         """One forward pass, and a draw for each sequence whose tokens are all cached then.
@@ -74,11 +79,14 @@ class Batch:
         Where the pass fails, each row is tried alone, so that only the sequences that cause it end.
         """
         try:
-            logits = self._forward(first, sequences, tokens)
+            logits: Tensor | None = self._forward(first, sequences, tokens)
         except Exception as error:
             if len(sequences) == 1:
                 sequences[0].fail(error)
                 return
+            log.warning("a step of %d rows failed (%s); trying each row alone", len(sequences), error)
+            logits = None
+        if logits is None:  # after the except block, which holds on to the failed pass's memory
             for row, sequence in enumerate(sequences):
                 self._run(first + row, [sequence], tokens)
             return
@@ -97,6 +105,7 @@ class Batch:
             self._ready[row] = self._ready[last]
         self._ready.pop()
         if self._prefilling is not None:
+            self._cache.wipe(last)
             self._cache.move(last + 1, last, self._prefilling.cached)
 
     def _forward(self, first: int, sequences: Rows[Sequence], tokens: int) -> Tensor:

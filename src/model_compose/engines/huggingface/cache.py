@@ -70,9 +70,13 @@ class RowLayer(CacheLayerMixin):
         return new
 
     def move(self, source: int, target: int, tokens: int) -> None:
-        if self.is_initialized:
-            self.keys[target, :, :tokens] = self.keys[source, :, :tokens]
-            self.values[target, :, :tokens] = self.values[source, :, :tokens]
+        for kept in (self.keys, self.values) if self.is_initialized else ():
+            kept[target, :, :tokens] = kept[source, :, :tokens]
+            kept[target, :, tokens:] = 0
+
+    def wipe(self, row: int) -> None:
+        for kept in (self.keys, self.values) if self.is_initialized else ():
+            kept[row : row + 1] = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._cache.longest, 0
@@ -109,8 +113,13 @@ class RowCache(Cache):
             layer.keys = layer.values = torch.empty(0)
             layer.is_initialized = False
 
+    def wipe(self, row: int) -> None:
+        """Forgets a row. What a failed sequence left there may be NaN, and 0 times NaN is NaN where a mask hides it."""
+        for layer in self._rows:
+            layer.wipe(row)
+
     def move(self, source: int, target: int, tokens: int) -> None:
-        """Copies a row's first `tokens` tokens onto another row."""
+        """Copies a row's first `tokens` tokens onto another row, and wipes the rest of that."""
         if tokens:  # a row without any may not exist yet
             for layer in self._rows:
                 layer.move(source, target, tokens)

@@ -35,6 +35,8 @@ class Loop:
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
         self._joining: list[Sequence] = []
+        self.running: tuple[Sequence, ...] = ()
+        """What is being computed or waits for it, as of the last step."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -47,12 +49,6 @@ class Loop:
                 raise _shutting_down()
             self._joining.extend(sequences)
             self._changed.notify()
-
-    @property
-    def running(self) -> list[Sequence]:
-        """What is being computed or waits for it."""
-        with self._changed:
-            return [*self._batch.sequences, *(sequence for sequence in self._joining if not sequence.done)]
 
     def close(self) -> None:
         """Stops within one step; requests that still run get an error. Blocks until the thread has ended."""
@@ -75,9 +71,11 @@ class Loop:
         """Takes in what has been added; waits while there is nothing to do. False once closed."""
         with self._changed:
             while not self._joining and not self._batch.sequences and not self._closed:
+                self.running = ()
                 self._changed.wait()
             self._batch.add(self._joining)
             self._joining = []
+            self.running = tuple(self._batch.sequences)
             return not self._closed
 
 

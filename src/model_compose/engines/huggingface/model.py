@@ -1,6 +1,7 @@
 """Loading: from model references to a base model with its adapters attached, checked before the large download ends."""
 
 import functools
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,9 +53,10 @@ def load(options: ModelOptions, base_dir: Path, report: Report, *, trust_remote_
         if adapter.device is not None
     }
     adapters = _fetch_adapters(options, base_dir, report)
-    _preflight(options, base_dir, adapters, trust_remote_code=trust_remote_code)
+    checked = _preflight(options, base_dir, adapters, trust_remote_code=trust_remote_code)
     base = fetch(options.model, base_dir=base_dir, report=report)
-    _warn_of_other_base(adapters, options, base)
+    if not checked:
+        _warn_of_other_base(adapters, options, base)
     transformers_logging.set_verbosity_error()
     with _tqdm_reports(report), _load_errors(describe(options.model), device):
         tokenizer = _load_tokenizer(base, trust_remote_code)
@@ -113,35 +115,42 @@ def _fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> li
     return adapters
 
 
-def _preflight(options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter], *, trust_remote_code: bool) -> None:
-    """Checks the adapters against the base's config alone, on the meta device, before its weights are fetched."""
+def _preflight(options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter], *, trust_remote_code: bool) -> bool:
+    """Checks the adapters against the base's config alone, on the meta device, before its weights are fetched. False where
+    that would gain nothing."""
     if not isinstance(options.model, HuggingfaceSource) or options.model.filename is not None:
-        return  # everything is on disk already, or the config is inside the GGUF file: checked when attached
+        return False  # everything is on disk already, or the config is inside the GGUF file: checked when attached
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = fetch(options.model, base_dir=base_dir, only=CONFIG_FILES).folder
+    configs = fetch(options.model, base_dir=base_dir, only=CONFIG_FILES)
+    _warn_of_other_base(adapters, options, configs)
     with _load_errors(describe(options.model), torch.device("meta")), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(configs.folder, trust_remote_code=trust_remote_code, local_files_only=True)
         shapes = module_shapes(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     for adapter in adapters:
         check(adapter, shapes)
+    return True
 
 
 def _warn_of_other_base(adapters: list[LoraAdapter], options: ModelOptions, base: Fetched) -> None:
     """A base with the same shapes under another name may be meant (a re-upload, a GGUF), so this is no error."""
     name = describe(options.model)
-    known = f"{name} {base.folder} {base.file or ''} {_name_in_config(base.folder)}".lower()
+    path = base.folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = {_last(name), base.folder.name.lower(), _last(config.get("_name_or_path") or "")}
     for adapter in adapters:
-        if adapter.base and Path(adapter.base).name.lower() not in known:
+        trained_on = _last(adapter.base or "")
+        # A GGUF file is called like its model, with the quantisation behind a dot.
+        if trained_on and trained_on not in known and not (base.file or "").lower().startswith(f"{trained_on}."):
             log.warning(
                 "adapter '%s' was trained on %s, but the base model is %s; the shapes fit, the text may still suffer",
                 adapter.name, adapter.base, name,
             )  # fmt: skip
 
 
-def _name_in_config(folder: Path) -> str:
-    path = folder / "config.json"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+def _last(reference: str) -> str:
+    """The last part of a Hub name or a path, in lower case."""
+    return Path(reference).name.lower()
 
 
 def _load_tokenizer(base: Fetched, trust_remote_code: bool) -> Any:

@@ -11,7 +11,9 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+        # A prompt that ends in half a character is no prefix of what follows; the decoder would repeat it.
+        whole = not tokenizer.decode(prompt).endswith("\ufffd")
+        self._stream = DecodeStream(ids=list(prompt) if whole else [], skip_special_tokens=True)
 
     def push(self, token: int) -> str:
         """The text that this token completes, "" while a character is still incomplete."""
