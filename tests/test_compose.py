@@ -1,14 +1,14 @@
 """Workflow runs through the Python API: graphs of jobs, deltas, blends, inputs, and ends."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from model_compose.components import Delta
+from model_compose.components import Delta, Result
 from model_compose.compose import Compose
 from model_compose.errors import (
     AdapterError,
@@ -21,6 +21,8 @@ from model_compose.errors import (
     SourceError,
 )
 from model_compose.loading import load
+from model_compose.workflow import runner
+from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.runner import Done
 from tests import tiny
 
@@ -478,3 +480,20 @@ async def test_an_empty_list_of_prompts_is_refused(project: Path) -> None:
         with pytest.raises(InputError, match="at least 1 item"):
             await compose.answer({"prompt": []})
         assert len((await compose.answer({"prompt": ["a", "b"]})).output["generated"]) == 2
+
+
+async def test_a_component_that_ends_without_a_result_fails_the_run() -> None:
+    async def nothing(component: str, action: str, context: Mapping[str, Any], /) -> AsyncGenerator[Delta | Result]:
+        return
+        yield
+
+    with pytest.raises(RunError, match="job '__job__': the component ended without a result"):
+        async for _ in runner.run(WorkflowOptions(), {}, {}, nothing):
+            pass
+
+
+def test_default_names_the_adapters_own_weights_alone(project: Path) -> None:
+    path = project.parent / "named-default.yml"
+    path.write_text(project.read_text().replace("  plain: {}", "  default: {}"))
+    with pytest.raises(ConfigError, match="the name 'default' is taken by the blend of the adapters' own weights"):
+        load([path])

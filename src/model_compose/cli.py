@@ -106,9 +106,10 @@ def up(
             "adapter: {type: http-server}"
         )
     if detach:
-        options = [("--file", loaded.files), ("--env-file", env_files or ()), ("--env", env or ())]
+        options = [("--file", loaded.files), ("--env-file", env_files or ())]
         arguments = [str(part) for name, values in options for value in values for part in (name, value)]
-        _detach(loaded, [*arguments, *(["--verbose"] if verbose else [])])
+        pairs = dict(pair.split("=", 1) for pair in env or ())
+        _detach(loaded, [*arguments, *(["--verbose"] if verbose else [])], pairs)
     else:
         _log_to_stderr(verbose)
         _serve(loaded)
@@ -267,8 +268,11 @@ def _serve(loaded: "Loaded") -> None:
         asyncio.run(serve(compose, report, announce, ready))
 
 
-def _detach(loaded: "Loaded", arguments: list[str]) -> None:
-    """Starts `up` with these arguments in the background, and reports its address once it is healthy."""
+def _detach(loaded: "Loaded", arguments: list[str], pairs: dict[str, str]) -> None:
+    """Starts `up` with these arguments in the background, and reports its address once it is healthy.
+
+    pairs: what -e gave; it goes into the child's environment, since everybody may read a process's arguments.
+    """
     from model_compose.running import already_up, find, log_file
     from model_compose.terminal import bars
 
@@ -278,7 +282,7 @@ def _detach(loaded: "Loaded", arguments: list[str]) -> None:
     with log.open("wb") as sink:
         child = subprocess.Popen(
             [sys.executable, "-P", "-m", "model_compose", "up", *arguments],  # -P: a torch.py here is not torch
-            stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True, env={**os.environ, **pairs},
         )  # fmt: skip
     try:
         with bars() as report:

@@ -121,6 +121,10 @@ class ModelOptions(Options):
                     "the name '{key}' is used twice; adapters and blends of a component share one namespace",
                     {"key": name},
                 )
+            if name == "default":
+                raise PydanticCustomError(
+                    "name", "the name '{key}' is taken by the blend of the adapters' own weights", {"key": name}
+                )
             if ":" in name:
                 raise PydanticCustomError("name", "a blend's name holds no ':'; got '{key}'", {"key": name})
             seen.add(name)

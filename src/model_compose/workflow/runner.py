@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from model_compose.components import Answer, Delta, Result
+from model_compose.errors import RunError
 from model_compose.expressions import Path, parse
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
@@ -41,16 +42,20 @@ async def run(
     queue: asyncio.Queue[Delta | tuple[str, Result] | Exception] = asyncio.Queue()
 
     async def work(job: JobOptions) -> None:
+        result: Result | None = None
         try:
             inputs = {"input": job.input_template.evaluate(sources), "context": sources["context"]}
             async with aclosing(run_component(job.component, job.action, inputs)) as items:
                 async for item in items:
                     if isinstance(item, Result):
-                        output = job.output_template.evaluate({**sources, "output": item.value})
-                        queue.put_nowait((job.id, Result(output, item.answer)))
+                        result = item
                     else:
                         for place in _places(workflow, job, item.path):
                             queue.put_nowait(Delta(place, item.text))
+            if result is None:
+                raise RunError(f"job '{job.id}': the component ended without a result")
+            output = job.output_template.evaluate({**sources, "output": result.value})
+            queue.put_nowait((job.id, Result(output, result.answer)))
         except Exception as error:
             queue.put_nowait(error)
 
