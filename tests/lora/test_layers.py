@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, Mistral
 from model_compose.errors import AdapterError
 from model_compose.lora.adapter import Factors, LoraAdapter
 from model_compose.lora.blend import Blend, stack
-from model_compose.lora.layers import LoraModel, Mix, Placement, module_shapes
+from model_compose.lora.layers import IDLE_USES, LoraModel, Placement, module_shapes
 from tests import tiny
 from tests.lora.oracle import TOLERANCE, dense, error, random_adapter
 
@@ -109,32 +109,108 @@ def test_folding_an_embedding_leaves_the_tied_head_alone() -> None:
     assert not torch.equal(model.model.embed_tokens.weight, head)
 
 
-def test_changing_weights_rebuilds_nothing() -> None:
+def two_adapters() -> tuple[LoraModel, str]:
     model = base("llama")
-    adapters = [random_adapter(name, model, ["model.layers.0.self_attn.q_proj"], [4], [2.0], seed=5) for name in "ab"]
-    lora = LoraModel(model, adapters)
-    ids = torch.arange(5)[None]
+    path = "model.layers.0.self_attn.q_proj"
+    return LoraModel(model, [random_adapter(name, model, [path], [4], [2.0], seed=5) for name in "ab"]), path
 
-    def run(blend: Blend) -> set[int]:
-        """The memory of every tensor with storage that lives after a forward pass under the blend."""
+
+def test_changing_weights_rebuilds_nothing() -> None:
+    lora, path = two_adapters()
+
+    def run(*rows: Blend) -> list[int]:
+        """The memory of the stacked factors after a pass under these blends."""
+        with torch.inference_mode(), lora.use(rows):
+            lora.model(torch.arange(5)[None].repeat(len(rows), 1))
+        stacks = lora._sites[path].branch.stacks
+        return [tensor.data_ptr() for stack in stacks for tensor in (stack.a, stack.b)]
+
+    first = run(Blend({"a": 0.3, "b": 1.0}))
+    assert first == run(Blend({"a": 1.5, "b": -1})) == run(Blend({"b": 2}), Blend({"a": 1})) == run(Blend({"a": 0.1}))
+
+
+def test_adapters_without_a_request_leave_the_stack() -> None:
+    """No product is formed with an adapter that nobody has asked for during a while."""
+    lora, path = two_adapters()
+    branch = lora._sites[path].branch
+
+    def run(blend: Blend) -> set[str]:
         with torch.inference_mode(), lora.use([blend]):
+            lora.model(torch.arange(5)[None])
+        return {name for stack in branch.stacks for name in stack.layout.adapters}
+
+    assert run(Blend({"a": 0.0, "b": 1.0})) == {"b"}
+    assert run(Blend({"a": 1.0})) == {"a", "b"}
+    for _ in range(IDLE_USES):
+        run(Blend({"a": 1.0}))
+    assert run(Blend({"a": 1.0})) == {"a"}
+
+
+def test_only_so_many_adapters_stay_on_the_device() -> None:
+    model = base("llama")
+    path = "model.layers.0.self_attn.q_proj"
+    adapters = [random_adapter(name, model, [path], [4], [2.0], seed=5) for name in "abcd"]
+    lora = LoraModel(model, adapters, max_on_device=2)
+    ids = torch.arange(5)[None]
+    for name in "abcdab":
+        with torch.inference_mode(), lora.use([Blend({name: 1.0})]):
             model(ids)
-        hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-        branches = [branch for hook in hooks for branch in hook.__closure__[0].cell_contents]
-        return {tensor.data_ptr() for branch in branches for tensor in (branch.a, branch.b)}
+        assert len(lora._sites[path].branch._resident) <= 2
+    with torch.inference_mode(), lora.use([Blend(dict.fromkeys("abc", 1.0))]):  # one request may need more
+        ours = model(ids).logits
+    assert error(ours, dense(base("llama"), adapters, dict.fromkeys("abc", 1.0))(ids).logits) <= TOLERANCE
 
-    assert run(Blend({"a": 0.3})) == run(Blend({"a": 1.5, "b": -1})) == run(Blend())
+
+@pytest.mark.parametrize("family", ["llama", "qwen"])
+def test_fused_linears_are_one_product_with_the_same_result(family: str) -> None:
+    model = base(family)
+    paths = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
+    adapters = [
+        random_adapter("a", model, paths, [4, 2, 3], [2.0, 1.0, 0.5], seed=5),
+        random_adapter("b", model, paths[2:], [5], [2.0], seed=6),
+    ]
+    blends = [Blend({"a": 0.5}), Blend(), Blend({"a": -1.0, "b": 2.0})]
+    counts = [2, 1, 3]
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    parts = []
+    with torch.inference_mode():
+        for blend, piece in zip(blends, x.split(counts), strict=True):
+            reference = dense(model, adapters, blend.weights)
+            parts.append(torch.cat([reference.get_submodule(path)(piece.double()) for path in paths], dim=-1))
+        lora = LoraModel(model, adapters)
+        projection = lora.fuse(paths)
+        with lora.use(blends, counts) as mix:
+            assert error(projection(x, mix), torch.cat(parts)) <= TOLERANCE
+        lora.fold(blends[2])
+        with lora.use([blends[2]], [3]) as mix:
+            assert mix is None
+            assert error(projection(x[3:], mix), parts[2]) <= TOLERANCE
+        lora.unfold(keep=True)
+        with lora.use(blends, counts) as mix:
+            assert error(projection(x, mix), torch.cat(parts)) <= TOLERANCE
+        lora.fold(blends[2])  # the kept weights
+        assert error(projection(x[3:], None), parts[2]) <= TOLERANCE
 
 
-def test_zero_weight_costs_nothing() -> None:
-    """No product is formed with an adapter whose weight is 0, in however many rows."""
-    mix = Mix([Blend({"a": 0.0, "b": 1.0}), Blend({"c": 2.0})], ("a", "b", "c"))
-    from model_compose.lora.layers import Layout
-
-    layout = Layout((0, 0, 1, 2, 2), (1.0,) * 5)
-    spans = mix.spans(layout, torch.device("cpu"))
-    assert [span for span, _ in spans] == [slice(2, 5)]
-    assert spans[0][1].tolist() == [[[1.0, 0.0, 0.0]], [[0.0, 2.0, 2.0]]]
+def test_adapters_come_and_go() -> None:
+    model = base("llama")
+    path = "model.layers.0.self_attn.q_proj"
+    one, two = (random_adapter(name, model, [path], [4], [2.0], seed=ord(name)) for name in "ab")
+    lora = LoraModel(model, [one])
+    ids = torch.arange(5)[None]
+    with torch.inference_mode(), lora.use([Blend({"a": 1.0})]):
+        alone = model(ids).logits
+    lora.load(two)
+    with torch.inference_mode(), lora.use([Blend({"a": 0.5, "b": 1.0})]):
+        both = model(ids).logits
+    assert error(both, dense(base("llama"), [one, two], {"a": 0.5, "b": 1.0})(ids).logits) <= TOLERANCE
+    lora.unload("b")
+    assert lora.names == ("a",)
+    with torch.inference_mode(), lora.use([Blend({"a": 1.0})]):
+        assert torch.equal(model(ids).logits, alone)
+    with pytest.raises(AdapterError, match="adapter 'odd'"):
+        lora.load(LoraAdapter("odd", {path: Factors(torch.zeros(4, 64), torch.zeros(32, 4), 1.0)}, "d"))
+    assert lora.names == ("a",)
 
 
 def test_an_adapter_computes_in_its_own_precision() -> None:

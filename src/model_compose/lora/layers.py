@@ -1,7 +1,6 @@
 """The live and the folded way of running a blend on a torch model.
 
-Live: a forward hook on each adapted module adds ((x Aᵀ) ⊙ v) Bᵀ, where A and B stack the module's adapters once at load
-and v holds w_i·s_i repeated r_i times for each row of the batch. Changing weights touches no factor.
+Live: each adapted module adds what its branch computes (live.py), by a hook or, where modules are fused, in a Projection.
 
 Folded: W + Σ w s B A, summed in float32 and rounded once to W's dtype. The originals stay referenced (mapped, where the
 checkpoint is mapped) and are put back on unfold; nothing is ever subtracted.
@@ -10,24 +9,28 @@ checkpoint is mapped) and are put back on unfold; nothing is ever subtracted.
 import ctypes
 import mmap
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from model_compose.errors import AdapterError
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
 from model_compose.lora.blend import Blend
+from model_compose.lora.live import Branch, Mix, Placed
 
 MADV_PAGEOUT = 21
 """<asm-generic/mman-common.h>; Linux 5.4 and newer."""
 
 FOLD_ROWS_BYTES = 64 << 20
 """A fold works on row blocks whose float32 sum is at most this large, so that memory stays flat."""
+
+IDLE_USES = 64
+"""An adapter leaves the stack after so many passes without a request for it: the next one often comes soon."""
 
 
 @dataclass(frozen=True)
@@ -39,174 +42,263 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """For each of a branch's R rank positions: which adapter it belongs to (its index) and that adapter's scaling.
+class Site:
+    """A weight that adapters act on. members: the paths whose modules it serves, each with its rows of the weight."""
 
-    Modules with equal layouts share the rows of v, which are then computed once a step.
-    """
-
-    adapters: tuple[int, ...]
-    scalings: tuple[float, ...]
-
-
-class Mix:
-    """The weights of every row of a batch: a (rows, adapters) matrix. Rows may differ; a zero costs nothing where the
-    whole column is zero."""
-
-    def __init__(self, rows: Sequence[Blend], names: Sequence[str]) -> None:
-        self.weights = torch.tensor([[blend.weights.get(name, 0.0) for name in names] for blend in rows])
-        self.active = frozenset(torch.nonzero(self.weights.any(dim=0)).flatten().tolist())
-        self._spans: dict[tuple[Layout, torch.device], list[tuple[slice, Tensor]]] = {}
-
-    def spans(self, layout: Layout, device: torch.device) -> list[tuple[slice, Tensor]]:
-        """The runs of rank positions whose adapter is in use, each with its v of shape (rows, 1, positions), float32."""
-        key = (layout, device)
-        if key not in self._spans:
-            v = self.weights[:, list(layout.adapters)] * torch.tensor(layout.scalings)
-            self._spans[key] = [
-                (span, v[:, None, span].to(device)) for span in _runs([i in self.active for i in layout.adapters])
-            ]
-        return self._spans[key]
+    module: nn.Module
+    members: Mapping[str, slice]
+    branch: Branch
+    handle: RemovableHandle | None = None
 
 
-class Branch:
-    """The adapters of one module that compute on one device in one dtype, stacked.
+@dataclass(frozen=True)
+class Projection:
+    """A Linear, or several that read the same input fused into one product, with what the adapters add to it."""
 
-    a: (R, in), for an embedding (vocabulary, R). b: (R, out). R = Σ r_i.
-    """
+    module: nn.Module
+    branch: Branch
 
-    def __init__(self, a: Tensor, b: Tensor, layout: Layout, scale: float = 1.0, *, embedding: bool = False) -> None:
-        self.a, self.b, self.layout, self.scale, self.embedding = a, b, layout, scale, embedding
-
-    def delta(self, x: Tensor, mix: Mix) -> Tensor | None:
-        """((x Aᵀ) ⊙ v) Bᵀ for x of (rows, tokens, in), or of token ids (rows, tokens); None where no adapter is in use."""
-        total: Tensor | None = None
-        for span, v in mix.spans(self.layout, self.a.device):
-            if self.embedding:
-                z = F.embedding(x.to(self.a.device), self.a[:, span])
-            else:
-                z = F.linear(x.to(self.a.device, self.a.dtype), self.a[span])
-            if z.ndim == 2:  # some modules (experts) see (rows * tokens, in)
-                v = v[:, 0].repeat_interleave(len(z) // len(v), dim=0)
-            part = (z * v).to(z.dtype) @ self.b[span]
-            total = part if total is None else total + part
-        return total if total is None or self.scale == 1.0 else total * self.scale
+    def __call__(self, x: Tensor, mix: Mix | None) -> Tensor:
+        """x: (tokens, in) -> (tokens, out); the fused modules' outputs stand side by side."""
+        y: Tensor = self.module(x)
+        return y if mix is None else self.branch.add(x, y, mix)
 
 
 class LoraModel:
     """A base model with its adapters attached: live by default, or with one blend folded into the weights.
 
-    The base's module tree, names and parameters stay as they were; only forward hooks are added. One thread at a time.
-    Raises AdapterError where an adapter does not fit.
+    The base's module tree, names and parameters stay as they were; only forward hooks are added, and `fuse` takes some of
+    them away again. One thread at a time. Raises AdapterError where an adapter does not fit.
+
+    max_on_device: how many adapters' factors stay on their device, if those in use are not more; None keeps all.
     """
 
     def __init__(
-        self, model: nn.Module, adapters: Sequence[LoraAdapter], placements: Mapping[str, Placement] | None = None
-    ) -> None:
-        self.model, self.adapters = model, {adapter.name: adapter for adapter in adapters}
-        self.names = tuple(self.adapters)
+        self, model: nn.Module, adapters: Iterable[LoraAdapter] = (), placements: Mapping[str, Placement] | None = None,
+        *, max_on_device: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model = model
         self.folded: Blend | None = None
-        self._mix: Mix | None = None
+        self.mix: Mix | None = None
+        """The weights of the pass that is running; None where no adapter is in use, or a blend is folded in."""
+        self._placed: dict[str, Placed] = {}
+        self._max_on_device = max_on_device
+        self._on_device: dict[str, None] = {}
+        self._stack: frozenset[str] = frozenset()
+        self._idle_uses = 0
+        self._sites: dict[str, Site] = {}
         self._originals: dict[str, Tensor] = {}
-        shapes = module_shapes(model)
+        self._rested: tuple[Blend, dict[str, Tensor]] | None = None
+        self._shapes = module_shapes(model)
+        self._dtype = _compute_dtype(model)
         for adapter in adapters:
-            check(adapter, shapes)
-            _check_copies(adapter, model)
-        for path in sorted({path for adapter in adapters for path in adapter.modules}):
-            self._attach(path, placements or {})
+            self.load(adapter, (placements or {}).get(adapter.name, Placement()))
+
+    @property
+    def adapters(self) -> Mapping[str, LoraAdapter]:
+        return {name: placed.adapter for name, placed in self._placed.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._placed)
+
+    def load(self, adapter: LoraAdapter, placement: Placement = Placement()) -> None:
+        """Attaches one more adapter, live. Raises AdapterError where it does not fit; nothing has changed then."""
+        check(adapter, self._shapes)
+        _check_copies(adapter, self.model)
+        device = self.model.get_submodule(next(iter(adapter.modules))).weight.device if adapter.modules else None
+        assert device is None or isinstance(device, torch.device)
+        place = (placement.device or device or torch.device("cpu"), placement.dtype or self._dtype)
+        self._placed[adapter.name] = Placed(adapter, place)
+        for path in adapter.modules:
+            if path not in self._sites:
+                self._attach(path)
+
+    def unload(self, name: str) -> None:
+        """Takes an adapter away. No request may use it any more."""
+        del self._placed[name]
+        self._on_device.pop(name, None)
+        self._stack -= {name}
+        for site in self._sites.values():
+            site.branch.drop(name)
+        for blend in (self.folded, self._rested[0] if self._rested else None):
+            if blend is not None and name in blend.active:
+                self.unfold()
 
     @contextmanager
-    def use(self, rows: Sequence[Blend]) -> Iterator[None]:
-        """Within the block, row i of every forward pass gets rows[i]: live, or by the weights if that blend is folded."""
+    def use(self, rows: Sequence[Blend], counts: Sequence[int] | None = None) -> Iterator[Mix | None]:
+        """Within the block, row i of every forward pass gets rows[i]: live, or by the weights if that blend is folded.
+
+        counts: where all tokens stand in one line, how many belong to each row.
+        """
         if self.folded is None:
-            mix = Mix(rows, self.names)
-            self._mix = mix if mix.active else None
+            mix = Mix(rows, counts)
+            self._choose_stack(mix)
+            self.mix = mix if mix.active else None
         else:
             assert all(row.active == self.folded.active for row in rows), "another blend is folded in"
         try:
-            yield
+            yield self.mix
         finally:
-            self._mix = None
+            self.mix = None
+
+    def fuse(self, paths: Sequence[str], make: Callable[[nn.Linear], nn.Module] = lambda linear: linear) -> Projection:
+        """Linears that read the same input, as one product; its adapters act in the projection from now on, no longer in
+        the modules. The modules' weights become views of the fused one.
+
+        make: what becomes of the fused Linear (a quantised one, say).
+        """
+        modules = [module for path in paths if isinstance(module := self.model.get_submodule(path), nn.Linear)]
+        assert len(modules) == len(paths)
+        linear = modules[0] if len(modules) == 1 else _fused(modules)
+        rows = _slices(module.out_features for module in modules)
+        members = dict(zip(paths, rows, strict=True))
+        branch = Branch(members, linear.out_features, self._placed)
+        site = Site(make(linear), members, branch)
+        for path in paths:
+            before = self._sites.get(path)
+            if before is not None and before.handle is not None:
+                before.handle.remove()
+            self._sites[path] = site
+        return Projection(site.module, branch)
+
+    def embedding(self, path: str) -> Projection:
+        """An embedding, its adapters acting in what is returned, no longer in the module."""
+        if path not in self._sites:
+            self._attach(path)
+        site = self._sites[path]
+        if site.handle is not None:
+            site.handle.remove()
+        return Projection(site.module, site.branch)
 
     def fold(self, blend: Blend) -> None:
         """Adds the blend into the weights; the live way then rests until `unfold`."""
+        if self._rested is not None and self._rested[0].active == blend.active:
+            self._originals = {path: _swap(self._sites[path].module, new) for path, new in self._rested[1].items()}
+            self.folded, self._rested = blend, None
+            return
         self.unfold()
-        for path in sorted({path for name in blend.active for path in self.adapters[name].modules}):
-            module = self.model.get_submodule(path)
-            _untie(self.model, path)
-            weight = module.weight
+        for path in sorted({path for name in blend.active for path in self._placed[name].adapter.modules}):
+            site = self._sites[path]
+            first = next(iter(site.members))
+            if first in self._originals:  # a fused weight is folded once for all its members
+                continue
+            _untie(self.model, site.module)
+            weight = site.module.weight
             assert isinstance(weight, nn.Parameter)
-            self._originals[path] = weight.data
-            weight.data = self._folded(weight.data, path, blend, transposed=_kind(module) != "linear")
-            _page_out(self._originals[path])
+            self._originals[first] = _swap(site.module, self._folded(weight.data, site, blend))
+            _page_out(self._originals[first])
         self.folded = blend
 
-    def unfold(self) -> None:
-        """Puts the original weights back."""
-        for path, original in self._originals.items():
-            weight = self.model.get_submodule(path).weight
-            assert isinstance(weight, nn.Parameter)
-            weight.data = original
-        self._originals.clear()
+    def unfold(self, *, keep: bool = False) -> None:
+        """Puts the original weights back.
+
+        keep: hold on to the folded ones, so that folding the same blend again, or unfolding, is but a swap.
+        """
+        swapped = {path: _swap(self._sites[path].module, original) for path, original in self._originals.items()}
+        if self.folded is not None:
+            self._rested = (self.folded, swapped)
+        if not keep:
+            self._rested = None
+        self._originals = {}
         self.folded = None
 
-    def _folded(self, weight: Tensor, path: str, blend: Blend, *, transposed: bool) -> Tensor:
+    def _folded(self, weight: Tensor, site: Site, blend: Blend) -> Tensor:
         """A new tensor W + Σ w s B A (its transpose for Conv1D and embeddings, whose weights are (in, out))."""
-        parts = [
-            (self.adapters[name].modules[path], w)
-            for name, w in blend.active.items()
-            if path in self.adapters[name].modules
-        ]
-        a = torch.cat([factors.a.to(weight.device, torch.float32) for factors, _ in parts])
-        b = torch.cat(
-            [factors.b.to(weight.device, torch.float32) * (w * factors.scaling) for factors, w in parts], dim=1
-        )
-        left, right = (a.T, b.T) if transposed else (b, a)
         result = torch.empty_like(weight)
-        step = max(1, FOLD_ROWS_BYTES // (4 * weight.shape[1]))
-        for start in range(0, weight.shape[0], step):
-            rows = slice(start, start + step)
-            result[rows] = torch.addmm(weight[rows].float(), left[rows], right)
+        for path, rows in site.members.items():
+            parts = [
+                (self._placed[name].adapter.modules[path], w)
+                for name, w in blend.active.items()
+                if path in self._placed[name].adapter.modules
+            ]
+            if not parts:
+                result[rows] = weight[rows]
+                continue
+            a = torch.cat([factors.a.to(weight.device, torch.float32) for factors, _ in parts])
+            b = torch.cat(
+                [factors.b.to(weight.device, torch.float32) * (w * factors.scaling) for factors, w in parts], dim=1
+            )
+            left, right = (a.T, b.T) if self._shapes[path].kind != "linear" else (b, a)
+            _add_in_blocks(weight[rows], left, right, result[rows])
         return result
 
-    def _attach(self, path: str, placements: Mapping[str, Placement]) -> None:
+    def _choose_stack(self, mix: Mix) -> None:
+        """Keeps the last stack while it serves: stacking costs more than some idle columns for a while."""
+        self._idle_uses = self._idle_uses + 1 if mix.active < self._stack else 0
+        if not mix.active <= self._stack:
+            wanted = self._stack | mix.active
+            within = self._max_on_device is None or len(wanted) <= self._max_on_device
+            self._stack, self._idle_uses = (wanted if within else mix.active), 0
+        elif self._idle_uses > IDLE_USES:
+            self._stack, self._idle_uses = mix.active, 0
+        mix.stack = self._stack
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Drops the least recently used adapters beyond the limit from their device."""
+        for name in self._stack:
+            self._on_device.pop(name, None)
+            self._on_device[name] = None
+        if self._max_on_device is None:
+            return
+        for name in list(self._on_device)[: max(0, len(self._on_device) - max(self._max_on_device, len(self._stack)))]:
+            del self._on_device[name]
+            for site in self._sites.values():
+                site.branch.drop(name)
+
+    def _attach(self, path: str) -> None:
         module = self.model.get_submodule(path)
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        compute = weight.dtype if weight.dtype.is_floating_point else torch.float32
-        groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for index, name in enumerate(self.names):
-            if path in self.adapters[name].modules:
-                placement = placements.get(name, Placement())
-                groups.setdefault((placement.device or weight.device, placement.dtype or compute), []).append(index)
-        branches = [self._branch(module, path, members, *where) for where, members in groups.items()]
-
-        def add(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if self._mix is None:
-                return None
-            for branch in branches:
-                delta = branch.delta(inputs[0], self._mix)
-                if delta is not None:
-                    output = (output + delta.to(output.device)).to(output.dtype)
-            return output
-
-        module.register_forward_hook(add)
-
-    def _branch(
-        self, module: nn.Module, path: str, members: list[int], device: torch.device, dtype: torch.dtype
-    ) -> Branch:
-        factors = [self.adapters[self.names[index]].modules[path] for index in members]
-        layout = Layout(
-            tuple(index for index, f in zip(members, factors, strict=True) for _ in range(f.rank)),
-            tuple(f.scaling for f in factors for _ in range(f.rank)),
-        )
-        a = torch.cat([f.a.to(device, dtype) for f in factors])
-        b = torch.cat([f.b.T.to(device, dtype) for f in factors])
-        if not factors[0].embedding:
-            return Branch(a, b, layout)
+        shape = self._shapes[path]
         # A scaled embedding (Gemma) multiplies its whole output, so the adapter's part as well.
         scale = float(getattr(module, "embed_scale", 1.0))
-        return Branch(a.T.contiguous(), b, layout, scale, embedding=True)
+        members = {path: slice(0, shape.inputs if shape.kind != "linear" else shape.outputs)}
+        whole = {path: slice(0, shape.outputs)}
+        branch = Branch(whole, shape.outputs, self._placed, embedding=shape.kind == "embedding", scale=scale)
+
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            return None if self.mix is None else branch.add(inputs[0], output, self.mix)
+
+        self._sites[path] = Site(module, members, branch, module.register_forward_hook(add))
+
+
+def _swap(module: nn.Module, new: Tensor) -> Tensor:
+    """Gives the module another weight; returns the one it had."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    old, weight.data = weight.data, new
+    return old
+
+
+def _add_in_blocks(weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> None:
+    """result = weight + left right, summed in float32, some rows at a time."""
+    step = max(1, FOLD_ROWS_BYTES // (4 * weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        result[rows] = torch.addmm(weight[rows].float(), left[rows], right)
+
+
+def _slices(sizes: Iterable[int]) -> list[slice]:
+    """Slices of these sizes, one behind the other."""
+    ends = list(accumulate(sizes))
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _fused(modules: Sequence[nn.Linear]) -> nn.Linear:
+    """One Linear with the rows of all; the modules' own weights become views of its weight."""
+    rows = _slices(module.out_features for module in modules)
+    fused = nn.Linear(1, 1, bias=False)
+    fused.in_features, fused.out_features = modules[0].in_features, rows[-1].stop
+    fused.weight = nn.Parameter(torch.cat([module.weight.data for module in modules]), requires_grad=False)
+    if any(module.bias is not None for module in modules):
+        biases = [
+            module.weight.new_zeros(module.out_features) if module.bias is None else module.bias.data for module in modules
+        ]
+        fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    for module, part in zip(modules, rows, strict=True):
+        _page_out(module.weight.data)
+        module.weight.data = fused.weight.data[part]
+    return fused
 
 
 def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
@@ -215,10 +307,8 @@ def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
     for path, module in model.named_modules():
         kind = _kind(module)
         if kind is not None:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            rows, columns = weight.shape[0], weight.shape[1]
-            shapes[path] = ModuleShape(kind, columns, rows) if kind == "linear" else ModuleShape(kind, rows, columns)
+            inputs, outputs = _sizes(module)
+            shapes[path] = ModuleShape(kind, inputs, outputs)
     return shapes
 
 
@@ -232,9 +322,23 @@ def _kind(module: nn.Module) -> str | None:
     return "embedding" if isinstance(module, nn.Embedding) else None
 
 
-def _untie(model: nn.Module, path: str) -> None:
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs. A quantised Linear's weight may have another shape."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0]), int(weight.shape[1])
+
+
+def _compute_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which the model's activations are: that of what is not quantised, most often the embedding."""
+    found = (parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point)
+    return next(found, torch.float32)
+
+
+def _untie(model: nn.Module, module: nn.Module) -> None:
     """Gives the module a parameter of its own where another module shares it: a fold of one must not touch the other."""
-    module = model.get_submodule(path)
     shared = [
         other for other in model.modules() if other is not module and other._parameters.get("weight") is module.weight
     ]
@@ -269,15 +373,3 @@ def _check_copies(adapter: LoraAdapter, model: nn.Module) -> None:
                 f"adapter '{adapter.name}': it brings its own '{name}', which differs from the base model's (a resized or "
                 "trained embedding). Replaced weights cannot be weighted; such an adapter is refused."
             )
-
-
-def _runs(flags: Sequence[bool]) -> list[slice]:
-    """The maximal runs of true flags, as slices."""
-    runs: list[slice] = []
-    start = 0
-    for position in range(len(flags) + 1):
-        if position == len(flags) or not flags[position]:
-            if start < position:
-                runs.append(slice(start, position))
-            start = position + 1
-    return runs
