@@ -197,6 +197,35 @@ def validate(files: Files = None, env_files: EnvFiles = None, env: EnvPairs = No
 
 
 @app.command()
+def plan(
+    files: Files = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option("--memory", "-m", metavar="[DEVICE=]SIZE", help="Pretend 16GB, or cuda:0=16GB; repeatable"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, sizes in bytes")] = False,
+    env_files: EnvFiles = None,
+    env: EnvPairs = None,
+    verbose: Verbose = False,
+) -> None:
+    """Say what the models need and whether it fits, before any weights are fetched."""
+    from model_compose import plan as planning
+    from model_compose.terminal import bars, render
+
+    pretended = planning.parse_memory(memory or ())
+    loaded = _load(files, env_files, env)
+    _log_to_stderr(verbose, level=logging.WARNING)
+    with bars() as report:
+        made = planning.plan(loaded, pretended, report)
+    if as_json:
+        print(render(planning.as_json(made)))
+    else:
+        planning.show(made)
+    if made.problems:
+        raise LoadError("\n".join(made.problems))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of the YAML, for editors."""
     from model_compose.config import Config

@@ -110,6 +110,13 @@ class PayloadTooLarge(ComposeError):
     title = "Payload too large"
 
 
+class Overloaded(ComposeError):
+    """Too many requests wait already: try again later."""
+
+    status = 429
+    title = "Too many requests"
+
+
 class NotReady(ComposeError):
     """The models are still loading, or the service is shutting down: try again later."""
 

@@ -19,10 +19,24 @@ class Message:
 
 
 @dataclass(frozen=True)
+class ResponseFormat:
+    """What the whole text must be: any JSON object, JSON of a schema, or a match of a regular expression.
+
+    text: the schema as JSON with its keys in their order, which is the order in which they are written; the regex; or "".
+    """
+
+    kind: Literal["json_object", "json_schema", "regex"]
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. Lengths count new tokens only; max_output_length None is until EOS or the end of the context.
 
-    logprobs: how many alternatives to report for each token (0 reports the chosen one alone), None for no report.
+    min_p: tokens less probable than this share of the best one's probability are out. presence_penalty is subtracted from
+    the score of a token that the new text has already, frequency_penalty for each time that it has it. logit_bias: token
+    ids, each with what is added to its score. logprobs: how many alternatives to report for each token (0 reports the
+    chosen one alone), None for no report.
     """
 
     max_output_length: int | None = None
@@ -31,10 +45,15 @@ class Sampling:
     temperature: float = 0.7
     top_p: float = 0.9
     top_k: int = 50
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     num_return_sequences: int = 1
     stop_sequences: tuple[str, ...] = ()
+    response_format: ResponseFormat | None = None
     logprobs: int | None = None
 
 

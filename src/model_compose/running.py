@@ -40,7 +40,7 @@ def state_dir() -> Path:
 
 def fingerprint(config: Config) -> str:
     """A digest of all that a file and its environment say, secrets apart: equal ones give equal answers."""
-    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+    return hashlib.sha256(config.model_dump_json(warnings=False).encode()).hexdigest()[:16]
 
 
 def _state(files: Sequence[Path], kind: str) -> Path:

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_schema
 
 from model_compose.expressions import SyntaxProblem, parse
 
@@ -39,19 +39,35 @@ class Options(BaseModel):
     def _refuse_unknown_keys(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        valid = {field.alias or name for name, field in cls.model_fields.items()}
         for key, value in data.items():
             if key in cls.later and value is not None and value != cls.later[key]:
                 raise PydanticCustomError(
                     "unsupported_key", "'{key}' is not supported in this version; leave it out", {"key": key}
                 )
-            if key not in cls.model_fields and key not in cls.later:
-                raise unknown_key(str(key), sorted(cls.model_fields))
+            if key not in valid and key not in cls.later:
+                raise unknown_key(str(key), sorted(valid))
         return {key: value for key, value in data.items() if key not in cls.later}
 
 
 def unknown_key(key: str, valid: list[str]) -> PydanticCustomError:
     """The error for a key that is not in `valid`; ctx["key"] lets the loader find its line."""
     return PydanticCustomError("unknown_key", "unknown key '{key}'; {hint}", {"key": key, "hint": nearest(key, valid)})
+
+
+def field_of(item: ErrorDetails, data: Any) -> str:
+    """The field of `data` that pydantic speaks of, as the caller wrote it: without the names of a union's members."""
+    path = []
+    for part in item["loc"]:
+        inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
+        if inside:
+            path.append(str(part))
+            data = data[part]
+    if item["type"] == "missing":
+        path.append(str(item["loc"][-1]))
+    if key := item.get("ctx", {}).get("key"):
+        path.append(key)
+    return ".".join(path)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -151,11 +151,11 @@ async def test_a_failing_request_harms_no_other(project: Path, caplog: pytest.Lo
     assert engine._loaded is not None
     poison = tiny.tokenizer()("☠")["input_ids"][0]
 
-    def fail(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        if poison in inputs["input_ids"]:
+    def fail(_: Any, inputs: tuple[Any, ...]) -> None:
+        if poison in inputs[0]:
             raise ZeroDivisionError("a kernel that fails on this input")
 
-    engine._loaded.model.register_forward_pre_hook(fail, with_kwargs=True)
+    engine._loaded.model.get_submodule("model.embed_tokens").register_forward_pre_hook(fail)
     good, bad = await asyncio.gather(text(engine, "Hello"), text(engine, "☠"), return_exceptions=True)
     assert good == expected
     assert isinstance(bad, RunError)

@@ -106,12 +106,25 @@ TYPED = st.fixed_dictionaries(
     optional={name: NUMBERS | ODD | st.sampled_from(["1", "nan", "inf", "-1e999", "calm", "9" * 5000])
               for name in ("tone", "heat", "seed", "blend")},
 )  # fmt: skip
+FORMATS: list[Any] = [
+    {"type": "text"},
+    {"type": "json_object"},
+    {"type": "regex", "regex": "[a-z]+"},
+    {"type": "regex", "regex": "("},
+    {"type": "json_schema", "json_schema": {"schema": {"type": ["integer", "null"]}}},
+    {"type": "json_schema", "json_schema": {"schema": {"type": "poem", "$ref": "#/nowhere"}}},
+]
 SAMPLING: dict[str, st.SearchStrategy[Any]] = {
     "model": st.just("default") | st.sampled_from(["default:strong", "default:alpaca"]),
     "max_tokens": st.integers(1, 3),
     "temperature": st.floats(0, 2),
     "top_p": st.floats(0, 1, exclude_min=True),
     "top_k": st.integers(0, 2**70),
+    "min_p": st.floats(0, 1),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "logit_bias": st.dictionaries(st.integers(0, 300).map(str), st.floats(-100, 100), max_size=3),
+    "response_format": st.sampled_from(FORMATS),
     "repetition_penalty": st.floats(0, exclude_min=True, allow_infinity=False),
     "n": st.integers(1, 3),
     "seed": st.integers(0, 2**63 - 1),

@@ -10,7 +10,12 @@ import pytest
 import torch
 from openai import OpenAI
 
+from model_compose.components.model import Params
 from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.errors import InputError
+from model_compose.generation import ResponseFormat, Sampling
+from model_compose.servers.openai import ChatBody
+from model_compose.servers.wire import parse_body
 from tests import tiny
 from tests.conftest import serving
 
@@ -171,6 +176,88 @@ def test_streamed_logprobs_equal_collected_ones(client: OpenAI) -> None:
         assert [value for part in parts if part for value in getattr(part, name)] == getattr(whole, name)
 
 
+# Sampling.
+
+
+def parsed(**fields: Any) -> ChatBody:
+    return parse_body(ChatBody, {"model": "default", "messages": MESSAGES, **fields})
+
+
+def test_sampling_is_the_bodys_and_else_the_actions() -> None:
+    action = Sampling(min_p=0.2, presence_penalty=0.5, frequency_penalty=-0.5, logit_bias=((7, 1.0),))
+    assert parsed().sampling(action) == action
+    said = parsed(min_p=0, presence_penalty=-2, frequency_penalty=2, logit_bias={"50": -100, "6": 2.5})
+    assert said.sampling(action) == Sampling(
+        min_p=0.0, presence_penalty=-2.0, frequency_penalty=2.0, logit_bias=((6, 2.5), (50, -100.0))
+    )
+    assert parsed(logit_bias={}).sampling(action).logit_bias == ()
+    nulls = parsed(min_p=None, presence_penalty=None, frequency_penalty=None, logit_bias=None, response_format=None)
+    assert nulls.sampling(action) == action
+
+
+def test_the_response_format_is_the_bodys_alone() -> None:
+    def read(format: Any) -> ResponseFormat | None:
+        return parsed(response_format=format).sampling(Sampling()).response_format
+
+    assert read(None) is read({"type": "text"}) is None
+    assert read({"type": "json_object"}) == ResponseFormat("json_object")
+    assert read({"type": "regex", "regex": "a+"}) == ResponseFormat("regex", "a+")
+    # The order of a schema's properties is the order in which they are written.
+    schema = {"type": "object", "properties": {"ö": {"type": "null"}, "a": {"const": None}}}
+    wrapped = {"name": "a", "description": "b", "strict": True, "schema": schema}
+    text = '{"type":"object","properties":{"ö":{"type":"null"},"a":{"const":null}}}'
+    assert read({"type": "json_schema", "json_schema": wrapped}) == ResponseFormat("json_schema", text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "reason"),
+    [
+        ({"min_p": -0.1}, "min_p", "greater than or equal to 0"),
+        ({"min_p": 1.1}, "min_p", "less than or equal to 1"),
+        ({"presence_penalty": -2.1}, "presence_penalty", "greater than or equal to -2"),
+        ({"presence_penalty": "much"}, "presence_penalty", "number"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty", "less than or equal to 2"),
+        ({"logit_bias": [5]}, "logit_bias", "dictionary"),
+        ({"logit_bias": {"hello": 1}}, "logit_bias.hello", "integer"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias.-1", "greater than or equal to 0"),
+        ({"logit_bias": {"5": 100.5}}, "logit_bias.5", "less than or equal to 100"),
+        ({"logit_bias": {"5": None}}, "logit_bias.5", "number"),
+        ({"response_format": "json_object"}, "response_format", "dictionary"),
+        ({"response_format": {"type": "xml"}}, "response_format", "'text', 'json_object', 'json_schema', 'regex'"),
+        ({"response_format": {}}, "response_format", "'type'"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema", "unknown key 'schema'"),
+        ({"response_format": {"type": "regex"}}, "response_format.regex", "required"),
+        ({"response_format": {"type": "regex", "regex": ""}}, "response_format.regex", "at least 1"),
+        ({"response_format": {"type": "regex", "regex": "a" * 5000}}, "response_format.regex", "at most 4096"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            "response_format.json_schema.schema",
+            "required",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"shema": {}}}},
+            "response_format.json_schema.shema",
+            "did you mean 'schema'?",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": [1]}}},
+            "response_format.json_schema.schema",
+            "dictionary",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place_and_what_is_allowed(fields: Any, name: str, reason: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parsed(**fields)
+    assert name in [field.field for field in caught.value.fields]
+    assert reason in str(caught.value)
+
+
+def test_a_body_may_say_whatever_an_action_may() -> None:
+    assert set(Params.model_fields) - {"do_sample"} <= set(ChatBody.model_fields)
+
+
 # Blends.
 
 
@@ -212,10 +299,11 @@ def test_an_unknown_model_is_a_404_that_lists_the_known_ones(client: OpenAI) -> 
     [
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"tool_choice": "auto"},
-        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}}},
-        {"logit_bias": {"5": 10}},
-        {"presence_penalty": 0.5},
-        {"frequency_penalty": 0.5},
+        {"response_format": {"type": "xml"}},
+        {"logit_bias": {"5": 101}},
+        {"presence_penalty": 2.5},
+        {"frequency_penalty": "often"},
+        {"extra_body": {"min_p": 1.5}},
         {"reasoning_effort": "low"},
         {"temperature": 3},
         {"temperature": "warm"},

@@ -11,23 +11,30 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
+from model_compose.components.response_format import AnyFormat
 from model_compose.engines import ENGINES, Engine, ModelOptions
 from model_compose.errors import FieldError, InputError, NotFound
 from model_compose.expressions import parse
 from model_compose.generation import Chunk, Message, Request, Sampling, Usage
 from model_compose.progress import Report
-from model_compose.schema import Options, has_expression, templated
+from model_compose.schema import Options, field_of, has_expression, templated
+
+LogitBias = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]]
 
 
 class Params(Options):
-    """How tokens are drawn; the dialect's defaults."""
+    """How tokens are drawn; the dialect's defaults, and our own keys after OpenAI's."""
 
     later: ClassVar[Mapping[str, Any]] = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": True}
     do_sample: bool = True
     temperature: float = Field(default=0.7, ge=0, description="0 is greedy")
     top_p: float = Field(default=0.9, gt=0, le=1)
     top_k: int = Field(default=50, ge=0, description="0 is off")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="0 is off")
     repetition_penalty: float = Field(default=1.0, gt=0)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="0 is off")
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="0 is off")
+    logit_bias: LogitBias = Field(default={}, description="{token id: what is added to its score, -100 to 100}")
     seed: int | None = Field(default=None, ge=0, lt=2**63)
 
 
@@ -42,17 +49,23 @@ class Generation(Options):
     stop_sequences: str | tuple[str, ...] | None = None
     batch_size: int = Field(default=1, ge=1, description="Prompts of a list that run at the same time")
     streaming: bool = Field(default=False, description="With output_only, answer as the dialect's event stream")
+    response_format: AnyFormat | None = Field(
+        default=None, description="What the whole text must be: JSON, or a pattern"
+    )
     params: Params = Params()
 
     @property
     def sampling(self) -> Sampling:
+        params = self.params.model_dump()
         stops = (self.stop_sequences,) if isinstance(self.stop_sequences, str) else self.stop_sequences or ()
         return Sampling(
             max_output_length=self.max_output_length,
             min_output_length=self.min_output_length,
             num_return_sequences=self.num_return_sequences,
             stop_sequences=tuple(stop for stop in stops if stop),
-            **self.params.model_dump(),
+            response_format=self.response_format.format if self.response_format else None,
+            logit_bias=tuple(sorted(params.pop("logit_bias").items())),
+            **params,
         )
 
 
@@ -224,7 +237,7 @@ class ModelComponent:
         try:
             return self._inputs.model_validate({name: value for name, value in values.items() if value is not None})
         except ValidationError as error:
-            fields = [FieldError(".".join(map(str, e["loc"])) or "input", e["msg"]) for e in error.errors()]
+            fields = [FieldError(field_of(e, values) or "input", e["msg"]) for e in error.errors()]
             summary = "; ".join(f"{field.field}: {field.message}" for field in fields)
             raise InputError(f"the action '{action.id}' cannot take this input: {summary}", fields) from None
 

@@ -173,7 +173,7 @@ class LoraModel:
 
     def fold(self, blend: Blend) -> None:
         """Adds the blend into the weights; the live way then rests until `unfold`."""
-        if self._rested is not None and self._rested[0].active == blend.active:
+        if self._rested is not None and self.keeps(blend):
             self._originals = {path: _swap(self._sites[path].module, new) for path, new in self._rested[1].items()}
             self.folded, self._rested = blend, None
             return
@@ -189,6 +189,10 @@ class LoraModel:
             self._originals[first] = _swap(site.module, self._folded(weight.data, site, blend))
             _page_out(self._originals[first])
         self.folded = blend
+
+    def keeps(self, blend: Blend) -> bool:
+        """Whether folding this blend is but a swap."""
+        return self._rested is not None and self._rested[0].active == blend.active
 
     def unfold(self, *, keep: bool = False) -> None:
         """Puts the original weights back.
@@ -292,7 +296,8 @@ def _fused(modules: Sequence[nn.Linear]) -> nn.Linear:
     fused.weight = nn.Parameter(torch.cat([module.weight.data for module in modules]), requires_grad=False)
     if any(module.bias is not None for module in modules):
         biases = [
-            module.weight.new_zeros(module.out_features) if module.bias is None else module.bias.data for module in modules
+            module.weight.new_zeros(module.out_features) if module.bias is None else module.bias.data
+            for module in modules
         ]
         fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
     for module, part in zip(modules, rows, strict=True):

@@ -44,15 +44,22 @@ class Mix:
             [[blend.weights.get(name, 0.0) for name in self._columns] + [0.0] for blend in rows]
         )
         self._counts = None if counts is None else torch.tensor(counts)
-        self._scales: dict[tuple[Layout, torch.device], Tensor] = {}
+        self._scales: dict[tuple[Layout, torch.device, bool], Tensor] = {}
 
-    def scales(self, layout: Layout, device: torch.device) -> Tensor:
-        """v in float32: (rows, 1, R), or (tokens, R) for a flat batch."""
-        key = (layout, device)
+    def scales(self, layout: Layout, device: torch.device, tokens: int) -> Tensor:
+        """v in float32: (rows, 1, R), or (tokens, R) for a flat batch.
+
+        tokens: how many a flat batch has here; one for each row where a model goes on with the last ones alone.
+        """
+        each = self._counts is not None and tokens != len(self._weights)
+        key = (layout, device, each)
         if key not in self._scales:
             columns = [self._columns.get(name, -1) for name in layout.adapters]
             v = self._weights[:, columns] * torch.tensor(layout.scalings)
-            v = v[:, None] if self._counts is None else v.repeat_interleave(self._counts, dim=0)
+            if self._counts is None:
+                v = v[:, None]
+            elif each:
+                v = v.repeat_interleave(self._counts, dim=0)
             self._scales[key] = v.to(device)
         return self._scales[key]
 
@@ -93,7 +100,7 @@ class Branch:
                 z = F.embedding(x.to(stack.a.device), stack.a)
             else:
                 z = F.linear(x.to(stack.a.device, stack.a.dtype), stack.a)
-            v = mix.scales(stack.layout, stack.a.device)
+            v = mix.scales(stack.layout, stack.a.device, z.shape[-2])
             if z.ndim == 2 and v.ndim == 3:  # some modules (a shared expert) see rows * tokens in one line
                 v = v[:, 0].repeat_interleave(len(z) // len(v), dim=0)
             z = (z * v).to(z.dtype)

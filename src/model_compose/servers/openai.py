@@ -16,7 +16,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BeforeValidator, Field, model_validator
 
-from model_compose.components.model import ModelComponent
+from model_compose.components.model import LogitBias, ModelComponent
+from model_compose.components.response_format import AnyFormat
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError, NotFound
 from model_compose.generation import Chunk, Completion, Message, Sampling, Text, TokenLogprob, Usage, collect
@@ -55,16 +56,24 @@ class Body(Options):
     """What completions and chat share. Fields without effect here are accepted; unknown ones are refused by name."""
 
     later: ClassVar[Mapping[str, Any]] = {
-        "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "suffix": None, "echo": False, "best_of": 1,
-        "tools": [], "tool_choice": "none", "functions": [], "function_call": "none", "modalities": ["text"],
-        "response_format": {"type": "text"},
+        "suffix": None, "echo": False, "best_of": 1, "tools": [], "tool_choice": "none", "functions": [],
+        "function_call": "none", "modalities": ["text"],
     }  # fmt: skip
     model: str
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy")
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: LogitBias | None = Field(
+        default=None, description="{token id: -100 to 100}, added to the token's score"
+    )
+    response_format: AnyFormat | None = Field(
+        default=None, description="text, json_object, json_schema, or {type: regex, regex: …}"
+    )
     n: int | None = Field(default=None, ge=1, le=64)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     stop: str | list[str] | None = None
@@ -87,7 +96,7 @@ class Body(Options):
         return self
 
     def sampling(self, default: Sampling) -> Sampling:
-        """The request's sampling; what it leaves out comes from the component's action."""
+        """The request's sampling; what it leaves out comes from the component's action, the response_format apart."""
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
         given: dict[str, Any] = {
             "max_output_length": self.max_tokens,
@@ -95,7 +104,12 @@ class Body(Options):
             "do_sample": None if self.temperature is None else self.temperature > 0,
             "top_p": self.top_p,
             "top_k": self.top_k,
+            "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": None if self.logit_bias is None else tuple(sorted(self.logit_bias.items())),
+            "response_format": self.response_format.format if self.response_format else None,
             "num_return_sequences": self.n or 1,
             "seed": self.seed,
             "stop_sequences": None if stops is None else tuple(stop for stop in stops if stop),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from model_compose.components import Answer, pick
+from model_compose.components.response_format import on_the_wire
 from model_compose.compose import Compose
 from model_compose.generation import Message, Sampling
 from model_compose.servers.openai import public_id
@@ -97,13 +98,21 @@ def _sampling(used: Sampling, default: Sampling) -> tuple[dict[str, Any], dict[s
         "top_p": used.top_p if used.top_p != default.top_p else None,
         "seed": used.seed if used.seed != default.seed else None,
         "stop": list(used.stop_sequences) if used.stop_sequences != default.stop_sequences else None,
+        "presence_penalty": used.presence_penalty if used.presence_penalty != default.presence_penalty else None,
+        "frequency_penalty": used.frequency_penalty if used.frequency_penalty != default.frequency_penalty else None,
+        "logit_bias": {str(token): bias for token, bias in used.logit_bias}
+        if used.logit_bias != default.logit_bias
+        else None,
         "n": used.num_return_sequences if used.num_return_sequences > 1 else None,
     }
     extra = {
         "top_k": used.top_k if used.top_k != default.top_k else None,
+        "min_p": used.min_p if used.min_p != default.min_p else None,
         "repetition_penalty": used.repetition_penalty
         if used.repetition_penalty != default.repetition_penalty
         else None,
+        # The client's completions know no response_format of their own, only its chats do.
+        "response_format": None if used.response_format is None else on_the_wire(used.response_format),
     }
     return _given(plain), _given(extra)
 

@@ -14,7 +14,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,10 +24,12 @@ from model_compose.errors import (
     Forbidden,
     InputError,
     NotReady,
+    Overloaded,
     PayloadTooLarge,
     Unauthorized,
 )
 from model_compose.expressions import strict_json
+from model_compose.schema import field_of
 from model_compose.servers import HttpServerOptions
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,12 @@ def problem(error: ComposeError, task_id: str | None = None) -> dict[str, Any]:
 
 def openai_error(error: ComposeError) -> dict[str, Any]:
     """The error object of OpenAI's API."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
+    kinds = {
+        401: "authentication_error",
+        404: "not_found_error",
+        429: "rate_limit_error",
+        503: "service_unavailable_error",
+    }
     kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     param = error.fields[0].field if isinstance(error, InputError) and error.fields else None
     return {"error": {"message": str(error), "type": kind, "param": param, "code": error.code}}
@@ -70,7 +76,7 @@ def openai_error(error: ComposeError) -> dict[str, Any]:
 def error_response(request: Request, error: ComposeError, task_id: str | None = None) -> JSONResponse:
     """The error in the form of the face that was called."""
     headers = {}
-    if isinstance(error, NotReady):
+    if isinstance(error, NotReady | Overloaded):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
@@ -196,7 +202,7 @@ def parse_body(model: type[M], data: Any) -> M:
     except ValidationError as error:
         messages: dict[str, list[str]] = {}
         for item in error.errors(include_url=False):
-            messages.setdefault(_field(item, data), []).append(item["msg"].removeprefix("Value error, "))
+            messages.setdefault(field_of(item, data) or "body", []).append(item["msg"].removeprefix("Value error, "))
         raise _wrong(
             [FieldError(name, ", or: ".join(dict.fromkeys(said))) for name, said in messages.items()]
         ) from None
@@ -204,21 +210,6 @@ def parse_body(model: type[M], data: Any) -> M:
 
 def _wrong(fields: Sequence[FieldError]) -> InputError:
     return InputError("; ".join(f"{field.field}: {field.message}" for field in fields), fields)
-
-
-def _field(item: ErrorDetails, data: Any) -> str:
-    """The field that pydantic speaks of, as the caller wrote it: without the names of a union's members."""
-    path = []
-    for part in item["loc"]:
-        inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
-        if inside:
-            path.append(str(part))
-            data = data[part]
-    if item["type"] == "missing":
-        path.append(str(item["loc"][-1]))
-    if key := item.get("ctx", {}).get("key"):
-        path.append(key)
-    return ".".join(path) or "body"
 
 
 # Streams and leaving clients.

@@ -9,7 +9,7 @@ import glob
 import json
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 
 from model_compose.errors import SourceError
-from model_compose.progress import Progress, Report
+from model_compose.progress import Progress, Report, silent
 from model_compose.schema import Options
 from model_compose.sources import local
 from model_compose.sources.choice import choose, has_weights
@@ -118,6 +118,28 @@ def fetch(source: HuggingfaceSource, *, base_dir: Path, only: Sequence[str] | No
         raise SourceError(_failure(call).explain(error)) from error
 
 
+def sizes(source: HuggingfaceSource, *, base_dir: Path) -> tuple[dict[str, int], int]:
+    """The bytes of each file that a fetch would bring, and the bytes that are not in the cache yet. Raises SourceError.
+
+    Fetches nothing. Without network the listing in the cache serves.
+    """
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    cache = local.absolute(source.cache_dir, base_dir) if source.cache_dir else None
+    call = _Call(source, base_dir, cache, _token(source), None)
+    if source.local_files_only:
+        fetched = fetch(source, base_dir=base_dir, only=None, report=silent)  # from the cache, or SourceError
+        return _sizes_on_disk(fetched.folder), 0
+    try:
+        listing = _listing(call)
+    except hub_errors() as error:
+        if isinstance(error, RevisionNotFoundError) or (known := _listing_in_cache(call)) is None:
+            raise SourceError(_failure(call).explain(error)) from error
+        listing = known
+    missing = sum(size for name, size in listing.sizes.items() if name not in listing.there)
+    return dict(listing.sizes), missing
+
+
 def _token(source: HuggingfaceSource) -> str | None:
     token = source.token.get_secret_value() if source.token else ""
     if not re.fullmatch(r"[!-~]*", token):  # the HTTP library would quote it in its complaint
@@ -130,21 +152,45 @@ def _token(source: HuggingfaceSource) -> str | None:
 # Online.
 
 
-def _download(call: _Call, report: Report) -> Fetched:
-    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+@dataclass(frozen=True)
+class _Listing:
+    """The files that a call wants: their bytes, and which of them are in the cache."""
+
+    sizes: Mapping[str, int]
+    there: frozenset[str]
+
+
+def _listing(call: _Call) -> _Listing:
+    from huggingface_hub import HfApi
 
     source = call.source
     info = HfApi(token=call.token).model_info(
         source.repository, revision=source.revision, timeout=20, files_metadata=True
     )
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    return _chosen(call, {file.rfilename: file.size or 0 for file in info.siblings or []}, info.sha)
+
+
+def _chosen(call: _Call, sizes: Mapping[str, int], revision: str | None) -> _Listing:
+    from huggingface_hub import try_to_load_from_cache
+
+    source = call.source
     names = call.choose(set(sizes))
     if not names:
         raise SourceError(f"{source} has none of the files {', '.join(call.only or ['that a model is made of'])}.")
     there = [
-        name for name in names if isinstance(try_to_load_from_cache(source.repository, name, call.cache, info.sha), str)
+        name for name in names if isinstance(try_to_load_from_cache(source.repository, name, call.cache, revision), str)
     ]
-    total, start = sum(sizes[name] for name in names), sum(sizes[name] for name in there)
+    return _Listing({name: sizes[name] for name in names}, frozenset(there))
+
+
+def _download(call: _Call, report: Report) -> Fetched:
+    from huggingface_hub import snapshot_download
+
+    source = call.source
+    listing = _listing(call)
+    names = list(listing.sizes)
+    total = sum(listing.sizes.values())
+    start = sum(size for name, size in listing.sizes.items() if name in listing.there)
 
     def tell(done: int) -> None:
         report(Progress(f"Downloading {source}", min(done, total), total))
@@ -218,6 +264,23 @@ def _cached(call: _Call) -> Fetched | None:
     whole = all((folder / name).is_file() for name in chosen)
     weights = listed or call.only is not None or has_weights(chosen)
     return call.fetched(folder, chosen) if chosen and whole and weights else None
+
+
+def _listing_in_cache(call: _Call) -> _Listing | None:
+    """The listing that an earlier fetch, of configs perhaps, left behind."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    repository, revision = call.source.repository, call.source.revision
+    try:
+        tree = get_cached_repo_tree(repository, revision=revision, cache_dir=call.cache)
+    except CachedRepoTreeNotFoundError:
+        return None
+    return _chosen(call, {file.path: file.size for file in tree}, revision)
+
+
+def _sizes_on_disk(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
 
 
 def _names_on_disk(folder: Path) -> set[str]:

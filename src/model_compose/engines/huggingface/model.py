@@ -1,5 +1,6 @@
 """Loading: from model references to a base model with its adapters attached, checked before the large download ends."""
 
+import copy
 import functools
 import json
 import logging
@@ -7,21 +8,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from model_compose.engines import ModelOptions
+from model_compose.engines.huggingface import memory, sizes
+from model_compose.engines.huggingface.cache import SMALLEST, KVCache
+from model_compose.engines.huggingface.decoder import LlamaForward, takes
+from model_compose.engines.huggingface.forward import NAME as ATTENTION
+from model_compose.engines.huggingface.forward import Forward, TransformersForward
+from model_compose.engines.huggingface.free import free_memory
 from model_compose.errors import AdapterError, LoadError, SourceError
 from model_compose.lora.adapter import LoraAdapter, check, read_adapter, read_config
 from model_compose.lora.layers import LoraModel, Placement, module_shapes
 from model_compose.progress import Progress, Report
 from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
+from model_compose.sources.survey import on_disk
+
+if TYPE_CHECKING:
+    from model_compose.engines.huggingface import HuggingfaceOptions
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILES = ("*.json",)
+UNKNOWN_MEMORY = 8 << 30
+"""Free memory where the system does not tell: what a common machine has."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -30,6 +43,7 @@ class Loaded:
     """Everything that generation needs. context: the longest prompt plus text, in tokens; eos: ids that end a text."""
 
     lora: LoraModel
+    forward: Forward
     tokenizer: Any
     device: torch.device
     context: int
@@ -40,8 +54,16 @@ class Loaded:
     def model(self) -> nn.Module:
         return self.lora.model
 
+    @property
+    def vocabulary(self) -> int:
+        """The width of the logits."""
+        config: Any = self.model.config
+        return int(config.get_text_config().vocab_size)
 
-def load(options: ModelOptions, base_dir: Path, report: Report, *, trust_remote_code: bool) -> Loaded:
+
+def load(
+    options: ModelOptions, base_dir: Path, report: Report, *, trust_remote_code: bool, max_adapters: int | None = None
+) -> Loaded:
     """Fetches and loads base and adapters. Blocking. Raises SourceError, AdapterError, LoadError."""
     from transformers.utils import logging as transformers_logging
 
@@ -53,23 +75,56 @@ def load(options: ModelOptions, base_dir: Path, report: Report, *, trust_remote_
         if adapter.device is not None
     }
     adapters = _fetch_adapters(options, base_dir, report)
-    checked = _preflight(options, base_dir, adapters, trust_remote_code=trust_remote_code)
+    checked = _preflight(options, base_dir, adapters, device, trust_remote_code=trust_remote_code)
     base = fetch(options.model, base_dir=base_dir, report=report)
     if not checked:
         _warn_of_other_base(adapters, options, base)
     transformers_logging.set_verbosity_error()
-    with _tqdm_reports(report), _load_errors(describe(options.model), device):
+    with _tqdm_reports(report), load_errors(describe(options.model), device):
         tokenizer = _load_tokenizer(base, trust_remote_code)
-        model = _load_model(base, options, device, trust_remote_code)
+        config = base_config(base, trust_remote_code)
+        if not checked:
+            checkpoint = sizes.checkpoint_of(on_disk(base), base.file)
+            _check_on_meta(options, config, checkpoint, adapters, device, trust_remote_code)
+        model = _load_model(base, config, options, device, trust_remote_code)
         _check_layers(model, describe(options.model))
         report(Progress("attaching adapters", 0, len(adapters), "adapters"))
         placements = {
             name: Placement(devices.get(name), DTYPES.get(adapter.precision))
             for name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True)
         }
-        lora = LoraModel(model, adapters, placements)
+        lora = LoraModel(model, adapters, placements, max_on_device=max_adapters)
         report(Progress("attaching adapters", len(adapters), len(adapters), "adapters"))
-    return Loaded(lora, tokenizer, device, _context(model, options), _eos(model, tokenizer), base.identity)
+        forward = LlamaForward(lora) if takes(model) else TransformersForward(model, device, describe(options.model))
+    context = sizes.context_length(model.config, options.max_seq_length)
+    return Loaded(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
+
+
+def open_cache(loaded: Loaded, options: "HuggingfaceOptions") -> tuple[KVCache, int]:
+    """The KV cache, and the longest context in tokens: no longer than what one sequence alone may fill of it.
+
+    Raises LoadError where kv_cache is too small for max_context, or for any sequence.
+    """
+    per_token = sum(shape.token_bytes for shape in loaded.forward.layers)
+    context = min(loaded.context, options.max_context or loaded.context)
+    row = -(-context // SMALLEST) * SMALLEST
+    free = free_memory(loaded.device)
+    budget = memory.kv_budget(options, loaded.device, UNKNOWN_MEMORY if free is None else free, per_token, row)
+    holds = budget // per_token // SMALLEST * SMALLEST
+    wanted = SMALLEST if options.max_context is None else row
+    if holds < wanted:
+        raise LoadError(
+            f"a KV cache of {memory.size_text(budget)} holds {holds} tokens of this model, which takes "
+            f"{memory.size_text(per_token)} for each, and one sequence needs {wanted}; set a larger kv_cache, or a smaller "
+            "max_context"
+        )
+    if holds < context:
+        log.warning(
+            "the KV cache of %s holds %d tokens, so prompt and answer together are limited to these instead of %d",
+            memory.size_text(budget), holds, context,
+        )  # fmt: skip
+        context = holds
+    return KVCache(loaded.forward.layers, budget, context), context
 
 
 def pick_device(name: str) -> torch.device:
@@ -115,21 +170,60 @@ def _fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> li
     return adapters
 
 
-def _preflight(options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter], *, trust_remote_code: bool) -> bool:
-    """Checks the adapters against the base's config alone, on the meta device, before its weights are fetched. False where
-    that would gain nothing."""
+def _preflight(
+    options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter], device: torch.device, *, trust_remote_code: bool
+) -> bool:
+    """Checks adapters and memory by the base's config alone, before its weights are fetched. False where that would gain
+    nothing."""
     if not isinstance(options.model, HuggingfaceSource) or options.model.filename is not None:
         return False  # everything is on disk already, or the config is inside the GGUF file: checked when attached
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     configs = fetch(options.model, base_dir=base_dir, only=CONFIG_FILES)
     _warn_of_other_base(adapters, options, configs)
-    with _load_errors(describe(options.model), torch.device("meta")), torch.device("meta"):
-        config = AutoConfig.from_pretrained(configs.folder, trust_remote_code=trust_remote_code, local_files_only=True)
-        shapes = module_shapes(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    with load_errors(describe(options.model), torch.device("meta")):
+        config = base_config(configs, trust_remote_code)
+        _check_on_meta(options, config, sizes.Checkpoint(), adapters, device, trust_remote_code)
+    return True
+
+
+def _check_on_meta(
+    options: ModelOptions,
+    config: Any,
+    checkpoint: sizes.Checkpoint,
+    adapters: list[LoraAdapter],
+    device: torch.device,
+    trust_remote_code: bool,
+) -> None:
+    """That the adapters' shapes fit the base, and all of it into memory. Raises AdapterError, LoadError."""
+    model = on_meta(config, trust_remote_code)
+    shapes = module_shapes(model)
     for adapter in adapters:
         check(adapter, shapes)
-    return True
+    loaded = {adapter.name: sizes.loaded_size(adapter) for adapter in adapters}
+    needed = memory.needs(
+        options, model, loaded, checkpoint, name=describe(options.model), device=device,
+        dtype=pick_dtype(options.precision, device), place=pick_device, free=free_memory,
+    )  # fmt: skip
+    for needs in needed:
+        memory.check_fits(needs)
+
+
+def base_config(base: Fetched, trust_remote_code: bool) -> Any:
+    """The base's transformers config, from its folder or from inside a GGUF file."""
+    from transformers import AutoConfig
+
+    if base.file and not base.file.endswith(".gguf"):
+        raise LoadError(f"{base.file} is not a GGUF file; leave 'filename' out to load a checkpoint folder")
+    gguf = {"gguf_file": base.file} if base.file else {}
+    return AutoConfig.from_pretrained(base.folder, trust_remote_code=trust_remote_code, local_files_only=True, **gguf)
+
+
+def on_meta(config: Any, trust_remote_code: bool) -> nn.Module:
+    """The model of a config without any weights: shapes alone. Leaves the config as it is."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    return model
 
 
 def _warn_of_other_base(adapters: list[LoraAdapter], options: ModelOptions, base: Fetched) -> None:
@@ -168,18 +262,20 @@ def _load_tokenizer(base: Fetched, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _load_model(base: Fetched, options: ModelOptions, device: torch.device, trust_remote_code: bool) -> nn.Module:
+def _load_model(
+    base: Fetched, config: Any, options: ModelOptions, device: torch.device, trust_remote_code: bool
+) -> nn.Module:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     extra: dict[str, Any] = {}
-    if base.file and base.file.endswith(".gguf"):
+    if base.file:
         extra = {"gguf_file": base.file, "quantization_config": GgufConfig(dequantize=True)}
-    elif base.file:
-        raise LoadError(f"{base.file} is not a GGUF file; leave 'filename' out to load a checkpoint folder")
     if device.type != "cpu":
         extra["device_map"] = {"": device}
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         base.folder,
+        attn_implementation=ATTENTION,
+        config=config,  # a GGUF file takes seconds to read one from
         dtype=pick_dtype(options.precision, device),
         trust_remote_code=trust_remote_code,
         local_files_only=True,
@@ -198,12 +294,6 @@ def _check_layers(model: nn.Module, name: str) -> None:
         )
 
 
-def _context(model: nn.Module, options: ModelOptions) -> int:
-    config: Any = model.config
-    own = getattr(config.get_text_config(), "max_position_embeddings", None) or options.max_seq_length or 2048
-    return min(int(own), options.max_seq_length or int(own))
-
-
 def _eos(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
     config: Any = model.generation_config
     listed = config.eos_token_id
@@ -212,7 +302,7 @@ def _eos(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
 
 
 @contextmanager
-def _load_errors(name: str, device: torch.device) -> Iterator[None]:
+def load_errors(name: str, device: torch.device) -> Iterator[None]:
     """Turns what torch and transformers raise while loading into one sentence with a remedy."""
     try:
         yield

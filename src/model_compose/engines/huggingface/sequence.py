@@ -1,65 +1,93 @@
-"""One text in the making: its tokens, its sampler and its way back to text. Knows nothing of the model or the batch."""
+"""One text in the making: its tokens, how it draws, and its way back to text. Knows nothing of the model or the batch."""
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model_compose.engines.huggingface.sampling import Sampler
+from model_compose.engines.huggingface.cache import Row
+from model_compose.engines.huggingface.grammar import Constraint
+from model_compose.engines.huggingface.sampling import Chooser, logprobs
 from model_compose.engines.huggingface.text import Detokenizer, StopStrings
 from model_compose.errors import ComposeError, RunError
-from model_compose.generation import Chunk, Finish, Request
+from model_compose.generation import Chunk, Finish, Sampling
+from model_compose.lora.blend import Blend
 
 log = logging.getLogger(__name__)
 
 
-class Sequence:
-    """Sequence `index` of a request. tokens: prompt and drawn ones; the first `cached` of them are in the KV cache.
+@dataclass(frozen=True)
+class Prompt:
+    """What the sequences of one request have in common. blend: of the adapters as the engine knows them; identity: the
+    blend's digest; limit: the longest that prompt and text may become together."""
 
-    limit: the longest that prompt and text may become together. emit: takes each Chunk, or the error that ends the
-    sequence; called from the engine's thread.
+    tokens: list[int]
+    blend: Blend
+    identity: str
+    sampling: Sampling
+    limit: int
+
+
+class Sequence:
+    """Sequence `index` of a request. tokens: prompt and drawn ones; the first `cached` of them are in the KV cache, in
+    `row`. reused: how many prompt tokens came out of the prefix cache.
+
+    emit: takes each Chunk, or the error that ends the sequence; called from the engine's thread.
     """
 
     def __init__(
-        self, request: Request, index: int, prompt: list[int], limit: int, eos: tuple[int, ...], tokenizer: Any,
+        self, prompt: Prompt, index: int, eos: tuple[int, ...], tokenizer: Any, constraint: Constraint | None,
         emit: Callable[[Chunk | ComposeError], None],
     ) -> None:  # fmt: skip
-        self.blend, self.index = request.blend, index
-        self.tokens, self.cached = list(prompt), 0
+        self.blend, self.identity, self.index = prompt.blend, prompt.identity, index
+        self.tokens, self.cached, self.reused = list(prompt.tokens), 0, 0
+        self.row: Row | None = None
         self.done = False
-        self._prompt_length = len(prompt)
+        self.failed = False
+        self.chooser = Chooser(prompt.sampling, index, prompt.tokens, eos, constraint)
+        self._prompt_length = len(prompt.tokens)
         self._eos, self._tokenizer, self._emit = eos, tokenizer, emit
-        self._sampler = Sampler(request.sampling, index, torch.tensor(prompt), eos)
-        self._text = Detokenizer(tokenizer, prompt)
-        self._stops = StopStrings(request.sampling.stop_sequences)
-        room = limit - len(prompt)
-        self._budget = min(request.sampling.max_output_length or room, room)
+        self._text = Detokenizer(tokenizer, prompt.tokens)
+        self._stops = StopStrings(prompt.sampling.stop_sequences)
+        self._logprobs = prompt.sampling.logprobs
+        room = prompt.limit - len(prompt.tokens)
+        self._budget = min(prompt.sampling.max_output_length or room, room)
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - self._prompt_length
 
-    def take(self, logits: Tensor) -> None:
-        """Draws the next token from logits of (1, vocabulary), and sends the text that it completes."""
-        token = self._sampler.draw(logits)
+    @property
+    def pending(self) -> int:
+        """Tokens that the next passes have to compute: 1 while it decodes."""
+        return len(self.tokens) - self.cached
+
+    @property
+    def most_tokens(self) -> int:
+        """How long prompt and text can become."""
+        return self._prompt_length + self._budget
+
+    def take(self, token: int, logits: Tensor) -> None:
+        """The drawn token: sends the text that it completes. logits: the row's, (vocabulary,)."""
         self.tokens.append(token)
         if token in self._eos:
             return self._end("stop", self._stops.flush())
         text, stopped = self._stops.push(self._text.push(token))
-        logprobs = self._sampler.logprobs(logits, token, self._tokenizer)
+        told = () if self._logprobs is None else logprobs(logits, token, self._logprobs, self._tokenizer)
         if stopped:
-            return self._end("stop", text, logprobs)
+            return self._end("stop", text, told)
         if self.generated >= self._budget:
-            return self._end("length", text + self._stops.flush(), logprobs)
-        if text or logprobs:
-            self._emit(Chunk(self.index, text, logprobs=logprobs))
+            return self._end("length", text + self._stops.flush(), told)
+        if text or told:
+            self._emit(Chunk(self.index, text, logprobs=told))
         return None
 
     def fail(self, error: Exception) -> None:
         """Ends the sequence with an error. What is not one of ours goes to the log, and its name alone to the caller."""
-        self.done = True
+        self.done = self.failed = True
         if not isinstance(error, ComposeError):
             log.error("a sequence failed", exc_info=error)
         self._emit(_run_error(error))

@@ -1,0 +1,239 @@
+"""Claim: over HTTP, blends cost little, and neither many of them at once nor many loaded adapters cost more than one.
+
+    python -m benchmarks.serving                                                    # ours, base against blends
+    python -m benchmarks.serving --systems ours vllm llamacpp peft transformers static \\
+        --vllm-python ~/vllm/bin/python --llamacpp-python ~/llamacpp/bin/python --baseline vllm:own
+    python -m benchmarks.serving --systems ours ours+int8 ours+live --blends one     # variants of ours
+    python -m benchmarks.serving --ttft-under-load                                   # a short prompt among 15 others
+    python -m benchmarks.serving --adapters-loaded 1 8 32                            # traffic uses two of them
+
+Each system is a server on this machine, asked by streaming requests that arrive at the same time: prompts of 48 tokens
+without a common beginning, 128 greedy tokens, EOS ignored. SmolLM2-135M-Instruct, four random adapters of rank 8 on q, k,
+v and o. Blends: `base` has no adapter; `one` blends two for all requests; with `own` each request has its own weights over
+all four (vllm, which cannot blend: one of the four in turn, so a quarter of the rank). llamacpp has the Q4_1 file of the
+same weights, no blends, and like peft answers one request at a time. Variants: NAME+OPTION, of float32, bfloat16,
+int8, int4, fold, live, and a number of loaded adapters (vllm+0 is vLLM without LoRA).
+
+All servers are started at the beginning and idle while another is measured, in turns; every other round goes backwards.
+Printed for each: tokens per second in all (median, and its 95 % interval), the ratio to the baseline in the same round
+(median, lowest, highest), and the time to the first token and per further token over all requests.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmarks.peers.load import Prompts, Query, Wave, ask_under_load, create_client, send_wave
+from benchmarks.peers.report import Series, milliseconds, plot, rows, spread
+from benchmarks.peers.systems import BLENDS, Setting, System, SystemFailed, make_system, running
+from benchmarks.peers.weights import Weights, prepare
+
+WEIGHTS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "model-compose" / "benchmarks"
+SHORT_PROMPT = 16
+LOADED = 16
+"""Requests at once in --ttft-under-load, the late one among them."""
+
+Cell = tuple[System, str]
+Measure = Callable[[Cell], Awaitable[Wave]]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--systems", nargs="+", default=["ours"], metavar="NAME[+OPTION…]", help="what to compare")
+    add("--blends", nargs="+", choices=BLENDS, default=["base", "one", "own"], help="what the requests ask for")
+    add("--concurrency", nargs="+", type=int, default=[1, 4, 16, 64], help="requests at once")
+    add("--serial-up-to", type=int, default=4, help="most requests at once for systems that answer one at a time")
+    add("--pairs", type=int, default=10, help="rounds")
+    add("--baseline", metavar="SYSTEM:BLEND", help="what ratios are to; the first of both if left out")
+    add("--prompt-tokens", type=int, default=48)
+    add("--tokens", type=int, default=128, help="of an answer")
+    add("--shared-prefix", type=int, default=0, metavar="TOKENS", help="a beginning that all prompts share")
+    add("--ttft-under-load", action="store_true", help="the time to a late request's first token, alone and under load")
+    add("--adapters-loaded", nargs="+", type=int, metavar="N", help="each system with N adapters; traffic uses two")
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of every system but llamacpp")
+    add("--quantization", choices=["int8", "int4"], help="of ours")
+    add("--fold", choices=["auto", "never", "always"], help="of ours; its own default if left out")
+    add("--max-batch-size", type=int, help="of every system that batches; the highest concurrency if left out")
+    add("--vllm-python", metavar="PATH")
+    add("--vllm-arguments", default="", metavar="'--OPTION …'", help="more options of vLLM's server")
+    add("--llamacpp-python", metavar="PATH")
+    add("--weights", type=Path, default=WEIGHTS, help="folder of base and adapters; written where they are missing")
+    add("--start-timeout", type=float, default=300, metavar="SECONDS")
+    add("--json", type=Path, metavar="FILE", help="write every sample")
+    add("--plot", type=Path, metavar="FILE.png", help="throughput over concurrency; needs matplotlib")
+    return parser.parse_args()
+
+
+def make_systems(arguments: argparse.Namespace, weights: Weights, eos: int, folder: Path) -> list[System]:
+    at_once = LOADED if arguments.ttft_under_load else max(arguments.concurrency)
+    setting = Setting(
+        weights, eos, arguments.max_batch_size or at_once, precision=arguments.precision,
+        quantization=arguments.quantization, fold=arguments.fold, vllm_python=arguments.vllm_python,
+        vllm_arguments=arguments.vllm_arguments, llamacpp_python=arguments.llamacpp_python,
+    )  # fmt: skip
+    specs = arguments.systems
+    if arguments.adapters_loaded:
+        specs = [f"{spec}+{count}" for spec in specs for count in arguments.adapters_loaded]
+    return [make_system(spec, setting, folder) for spec in specs]
+
+
+def most_adapters(arguments: argparse.Namespace) -> int:
+    written: list[int] = [int(part) for spec in arguments.systems for part in spec.split("+") if part.isdecimal()]
+    loaded: list[int] = arguments.adapters_loaded or []
+    return max([4, *loaded, *written])
+
+
+def choose_cells(systems: Sequence[System], blends: Sequence[str], at_once: int, serial_up_to: int) -> list[Cell]:
+    """What can be measured; says on stderr what cannot."""
+    cells = []
+    for system in systems:
+        if system.serial and at_once > serial_up_to:
+            print(f"{system.label} answers one at a time: no {at_once} at once (--serial-up-to)", file=sys.stderr)
+            continue
+        for blend in blends:
+            if blend in system.blends:
+                cells.append((system, blend))
+            else:
+                print(f"{system.label} has no '{blend}': {BLENDS[blend]}", file=sys.stderr)
+    return cells
+
+
+async def in_turns(cells: Sequence[Cell], pairs: int, concurrency: int, measure: Measure) -> list[list[Wave]]:
+    """Waves by cell, then by round. The first round is a warm-up and does not count."""
+    waves: list[list[Wave]] = [[] for _ in cells]
+    for number in range(pairs + 1):
+        order = range(len(cells)) if number % 2 else reversed(range(len(cells)))
+        for index in order:
+            wave = await measure(cells[index])
+            if number:
+                waves[index].append(wave)
+        print(f"{concurrency} at once: round {number} of {pairs}", file=sys.stderr, flush=True)
+    return waves
+
+
+@dataclasses.dataclass
+class Load:
+    """Makes the queries of waves, none of them twice."""
+
+    prompts: Prompts
+    prompt_tokens: int
+    tokens: int
+    shared: str = ""
+    rows: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+
+    def queries(self, count: int) -> list[Query]:
+        return [
+            Query(next(self.rows), self.shared + self.prompts.take(self.prompt_tokens), self.tokens)
+            for _ in range(count)
+        ]
+
+    def short(self) -> Query:
+        return Query(next(self.rows), self.prompts.take(SHORT_PROMPT), tokens=2)
+
+
+async def throughput(arguments: argparse.Namespace, systems: Sequence[System], load: Load) -> list[Series]:
+    blends = ["two"] if arguments.adapters_loaded else arguments.blends
+    baseline = arguments.baseline or f"{systems[0].label}:{blends[0]}"
+    measured: list[Series] = []
+    async with create_client() as client:
+        for at_once in arguments.concurrency:
+            cells = choose_cells(systems, blends, at_once, arguments.serial_up_to)
+
+            async def measure(cell: Cell, at_once: int = at_once) -> Wave:
+                return await send_wave(client, *cell, load.queries(at_once))
+
+            waves = await in_turns(cells, arguments.pairs, at_once, measure)
+            block = [
+                Series(system.label, blend, at_once, [w.tokens_per_second for w in rounds], [w.answers for w in rounds])
+                for (system, blend), rounds in zip(cells, waves, strict=True)
+            ]
+            print(f"\n{at_once} at once", *rows(block, baseline), sep="\n", flush=True)
+            measured += block
+    return measured
+
+
+async def ttft_under_load(arguments: argparse.Namespace, systems: Sequence[System], load: Load) -> list[Series]:
+    """A request of SHORT_PROMPT tokens: alone, and while LOADED - 1 others decode. Series of seconds."""
+    cells = choose_cells(systems, arguments.blends, LOADED, serial_up_to=1)
+    async with create_client() as client:
+
+        async def measure(cell: Cell) -> Wave:
+            alone = await send_wave(client, *cell, [load.short()])
+            late = await ask_under_load(client, *cell, load.queries(LOADED - 1), load.short())
+            return Wave(alone.seconds, (*alone.answers, late))
+
+        waves = await in_turns(cells, arguments.pairs, LOADED, measure)
+    print(f"\nfirst token of a prompt of {SHORT_PROMPT}, ms: alone; while {LOADED - 1} others decode; ratio")
+    measured: list[Series] = []
+    for (system, blend), rounds in zip(cells, waves, strict=True):
+        alone, late = (
+            Series(system.label, blend, n, [w.answers[i].first for w in rounds], [(w.answers[i],) for w in rounds])
+            for i, n in enumerate((1, LOADED))
+        )
+        print(f"{alone.cell:24} {milliseconds(alone)}  {milliseconds(late)}  {spread(late, alone)}", flush=True)
+        measured += [alone, late]
+    return measured
+
+
+def describe_machine() -> dict[str, object]:
+    packages = ("torch", "transformers", "peft")
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    return {"cpu": model, "cores": os.cpu_count(), "packages": {name: version(name) for name in packages}}
+
+
+def write_json(arguments: argparse.Namespace, measured: Sequence[Series], started: float) -> None:
+    document = {
+        "machine": describe_machine(),
+        "seconds": time.time() - started,
+        "arguments": {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
+        },
+        "series": [dataclasses.asdict(series) for series in measured],
+    }
+    arguments.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
+
+
+def main() -> None:
+    arguments, started = parse(), time.time()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
+    weights = prepare(arguments.weights, most_adapters(arguments))
+    prompts = Prompts(weights.base("float32"))
+    shared = prompts.take(arguments.shared_prefix) if arguments.shared_prefix else ""
+    load = Load(prompts, arguments.prompt_tokens, arguments.tokens, shared)
+    compare = ttft_under_load if arguments.ttft_under_load else throughput
+    with tempfile.TemporaryDirectory(prefix="serving-") as folder:
+        try:
+            systems = make_systems(arguments, weights, prompts.eos, Path(folder))
+            with running(systems, arguments.start_timeout):
+                measured = asyncio.run(compare(arguments, systems, load))
+        except SystemFailed as failed:
+            raise SystemExit(str(failed)) from None
+    if arguments.json:
+        write_json(arguments, measured, started)
+    if arguments.plot and not arguments.ttft_under_load:
+        plot(measured, f"{arguments.prompt_tokens} tokens in, {arguments.tokens} out", arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

