@@ -97,19 +97,29 @@ def most_adapters(arguments: argparse.Namespace) -> int:
     return max([4, *loaded, *written])
 
 
-def choose_cells(systems: Sequence[System], blends: Sequence[str], at_once: int, serial_up_to: int) -> list[Cell]:
+def choose_cells(systems: Sequence[System], blends: Sequence[str]) -> list[Cell]:
     """What can be measured; says on stderr what cannot."""
-    cells = []
     for system in systems:
-        if system.serial and at_once > serial_up_to:
-            print(f"{system.label} answers one at a time: no {at_once} at once (--serial-up-to)", file=sys.stderr)
-            continue
-        for blend in blends:
-            if blend in system.blends:
-                cells.append((system, blend))
-            else:
-                print(f"{system.label} has no '{blend}': {BLENDS[blend]}", file=sys.stderr)
-    return cells
+        if lacking := [blend for blend in blends if blend not in system.blends]:
+            print(f"{system.label} has no {', '.join(lacking)}: not measured", file=sys.stderr)
+    return [(system, blend) for system in systems for blend in blends if blend in system.blends]
+
+
+def without_serial(cells: Sequence[Cell], at_once: int, most: int) -> list[Cell]:
+    """The cells for so many requests at once; says on stderr which answer one at a time and are left out."""
+    if at_once <= most:
+        return list(cells)
+    for label in dict.fromkeys(system.label for system, _ in cells if system.serial):
+        print(f"{label} answers one at a time: not measured with {at_once} at once", file=sys.stderr)
+    return [(system, blend) for system, blend in cells if not system.serial]
+
+
+def choose_baseline(wanted: str | None, cells: Sequence[Cell]) -> str:
+    """Raises SystemFailed for one that is not measured."""
+    known = [f"{system.label}:{blend}" for system, blend in cells]
+    if not known or (wanted and wanted not in known):
+        raise SystemFailed(f"--baseline: '{wanted}' is not measured; there are {', '.join(known) or 'none'}")
+    return wanted or known[0]
 
 
 async def in_turns(cells: Sequence[Cell], pairs: int, concurrency: int, measure: Measure) -> list[list[Wave]]:
@@ -145,13 +155,12 @@ class Load:
         return Query(next(self.rows), self.prompts.take(SHORT_PROMPT), tokens=2)
 
 
-async def throughput(arguments: argparse.Namespace, systems: Sequence[System], load: Load) -> list[Series]:
-    blends = ["two"] if arguments.adapters_loaded else arguments.blends
-    baseline = arguments.baseline or f"{systems[0].label}:{blends[0]}"
+async def throughput(arguments: argparse.Namespace, possible: Sequence[Cell], load: Load) -> list[Series]:
+    baseline = choose_baseline(arguments.baseline, possible)
     measured: list[Series] = []
     async with create_client() as client:
         for at_once in arguments.concurrency:
-            cells = choose_cells(systems, blends, at_once, arguments.serial_up_to)
+            cells = without_serial(possible, at_once, arguments.serial_up_to)
 
             async def measure(cell: Cell, at_once: int = at_once) -> Wave:
                 return await send_wave(client, *cell, load.queries(at_once))
@@ -166,9 +175,9 @@ async def throughput(arguments: argparse.Namespace, systems: Sequence[System], l
     return measured
 
 
-async def ttft_under_load(arguments: argparse.Namespace, systems: Sequence[System], load: Load) -> list[Series]:
+async def ttft_under_load(arguments: argparse.Namespace, possible: Sequence[Cell], load: Load) -> list[Series]:
     """A request of SHORT_PROMPT tokens: alone, and while LOADED - 1 others decode. Series of seconds."""
-    cells = choose_cells(systems, arguments.blends, LOADED, serial_up_to=1)
+    cells = without_serial(possible, LOADED, most=1)
     async with create_client() as client:
 
         async def measure(cell: Cell) -> Wave:
@@ -225,8 +234,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         try:
             systems = make_systems(arguments, weights, prompts.eos, Path(folder))
-            with running(systems, arguments.start_timeout):
-                measured = asyncio.run(compare(arguments, systems, load))
+            cells = choose_cells(systems, ["two"] if arguments.adapters_loaded else arguments.blends)
+            choose_baseline(arguments.baseline, cells)  # a mistake shows before anything is started
+            with running(list(dict.fromkeys(system for system, _ in cells)), arguments.start_timeout):
+                measured = asyncio.run(compare(arguments, cells, load))
         except SystemFailed as failed:
             raise SystemExit(str(failed)) from None
     if arguments.json:

@@ -3,37 +3,25 @@
 import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import gguf
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DynamicCache, GemmaConfig, GPT2Config, PreTrainedConfig
+from transformers import GemmaConfig
 
 from model_compose.engines import ModelOptions
-from model_compose.engines.huggingface import HuggingfaceOptions, model
-from model_compose.engines.huggingface.free import main_memory
-from model_compose.engines.huggingface.memory import Needs, check_fits, kv_budget
-from model_compose.engines.huggingface.sizes import (
-    Checkpoint,
-    adapter_size,
-    base_bytes,
-    checkpoint_dtype,
-    kv_bytes_per_token,
-    parameters,
-)
+from model_compose.engines.huggingface import model
+from model_compose.engines.huggingface.sizes import base_bytes
 from model_compose.errors import AdapterError, InputError, LoadError, SourceError
 from model_compose.loading import load
-from model_compose.lora.adapter import read_adapter, read_config
-from model_compose.lora.layers import module_shapes
 from model_compose.plan import CUDA_CONTEXT, ModelPlan, Plan, as_json, parse_memory, plan, show
 from model_compose.progress import silent
+from model_compose.sources import fetch
 from tests import tiny
 from tests.engines.test_from_hub import YAML as HUB_YAML
 from tests.engines.test_from_hub import fetched_weights, files, publish
@@ -52,6 +40,11 @@ ALPACA = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }  # fmt: skip
 GUANACO = {**ALPACA, "r": 8, "target_modules": ["q_proj", "v_proj"]}
+
+GEMMA = GemmaConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
+    vocab_size=tiny.VOCABULARY,
+)  # fmt: skip
 
 BASE = 6_738_415_616 * 2
 ADAPTERS = {"alpaca": 32 * 4 * 16 * (4096 + 4096) * 2, "assistant": 32 * 2 * 8 * (4096 + 4096) * 2}
@@ -84,6 +77,12 @@ def planned(path: Path, *memory: str, env: dict[str, str] | None = None) -> Plan
 def only_model(made: Plan) -> ModelPlan:
     (component,) = made.models
     return component
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent / "src"))
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 def cli(*arguments: str, cwd: Path) -> tuple[int, str, str]:
@@ -125,21 +124,19 @@ def test_a_size_alone_is_the_memory_of_whichever_device_the_model_goes_to(tmp_pa
 
 
 def test_it_does_not_fit_12_gb_and_the_sentence_says_what_and_by_how_much(tmp_path: Path) -> None:
-    yaml = write_llama(tmp_path)
+    write_llama(tmp_path)
     code, out, err = cli("--memory", "cuda:0=12GB", cwd=tmp_path)
     missing = BASE + sum(ADAPTERS.values()) + 256 * PER_TOKEN - (12_000_000_000 - CUDA_CONTEXT)
     assert code == 1
     assert "too few" in out
     assert err == (
         "❌ ./base does not fit on cuda:0: the base 13.48 GB + adapters 41.9 MB + a KV cache of 256 tokens 134.2 MB are "
-        f"13.65 GB, and 11.46 GB are free, {missing / 1e9:.2f} GB too few; set another device, or use a smaller model\n"
+        f"13.65 GB, and 11.46 GB are free, {missing / 1e9:.2f} GB too few; set quantization: int8 (the base: 7.01 GB) or "
+        "quantization: nf4 (the base: 4.17 GB) or another device, or use a smaller model\n"
     )
-    assert planned(yaml, "cuda:0=16GB").problems == []
-    code, out, err = cli("--memory", "cuda:0=16GB", "--json", cwd=tmp_path)
-    assert (code, err) == (0, "")
-    answer = json.loads(out)
-    assert answer["fits"] is True
-    assert answer["components"][0]["devices"][0]["kv_tokens"] == 3_337
+    code, out, err = cli("--memory", "cuda:0=12GB", "--json", cwd=tmp_path)
+    assert (code, json.loads(out)["fits"]) == (1, False)
+    assert json.loads(out)["components"][0]["problem"] == err.removeprefix("❌ ").strip()
 
 
 def test_the_remedy_is_a_precision_that_would_do(tmp_path: Path) -> None:
@@ -175,9 +172,8 @@ def test_adapters_take_turns_and_have_devices_of_their_own(tmp_path: Path) -> No
 
 def test_what_one_component_takes_is_gone_for_the_next(tmp_path: Path) -> None:
     yaml = write_llama(tmp_path)
-    body = yaml.read_text().removeprefix("component:\n").replace("  type", "  - id: ID\n    type", 1)
-    body = body.replace("\n  ", "\n    ")
-    yaml.write_text("components:\n" + body.replace("ID", "one") + body.replace("ID", "two"))
+    body = textwrap.indent(yaml.read_text().removeprefix("component:\n"), "  ")
+    yaml.write_text(f"components:\n  - id: one\n    default: true\n{body}  - id: two\n{body}")
     made = planned(yaml, "cuda:0=40GB")
     first, second = (component.needs[0] for component in made.models)
     assert [component.component for component in made.models] == ["one", "two"]
@@ -185,139 +181,59 @@ def test_what_one_component_takes_is_gone_for_the_next(tmp_path: Path) -> None:
     assert second.free == first.free - first.weights - first.kv_cache
     (problem,) = made.problems
     assert problem.endswith("their kv_cache may be set)")
-    (tmp_path / "model-compose.yml").write_text(
-        yaml.read_text().replace("precision: bfloat16", "precision: bfloat16\n    options: {kv_cache: 1GB}")
-    )
+    yaml.write_text(yaml.read_text().replace("precision: bfloat16", "options: {kv_cache: 1GB}"))
     assert planned(yaml, "cuda:0=40GB").problems == []
 
 
-# The arithmetic against real tensors.
-
-FAMILIES: dict[str, PreTrainedConfig] = {
-    "llama": tiny.llama_config(),
-    "tied": tiny.llama_config(tie_word_embeddings=True),
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=tiny.VOCABULARY, n_positions=64),
-    "gemma": GemmaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
-        head_dim=16, vocab_size=tiny.VOCABULARY,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_base_and_cache_are_as_large_as_the_real_ones(family: str, dtype: torch.dtype) -> None:
-    config = FAMILIES[family]
-    real = AutoModelForCausalLM.from_config(config).to(dtype)
-    assert base_bytes(model.on_meta(config, False), dtype) == sum(parameter.nbytes for parameter in real.parameters())
-    cache = DynamicCache(config=config)
-    with torch.no_grad():
-        real(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == 5 * kv_bytes_per_token(config, dtype)
-
-
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("llama", {}),
-        ("llama", {"r": 3, "target_modules": "all-linear"}),
-        ("llama", {"target_modules": r".*\.(q|o)_proj", "rank_pattern": {"layers.0.self_attn.q_proj": 7}}),
-        ("llama", {"target_modules": ["down_proj"], "layers_to_transform": [1]}),
-        ("llama", {"target_modules": ["embed_tokens", "lm_head", "v_proj"], "exclude_modules": ["layers.1.self_attn.v_proj"]}),
-        ("llama", {"target_modules": None}),
-        ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
-        ("gemma", {"target_modules": ["q_proj", "k_proj"]}),
-    ],
-)  # fmt: skip
-def test_an_adapter_is_as_large_as_its_config_says(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
-    base = tiny.save_base(tmp_path / "base", FAMILIES[family])
-    folder = tiny.save_adapter(tmp_path / "adapter", base, **options)
-    meta = model.on_meta(FAMILIES[family], False)
-    size = adapter_size(read_config(folder, "x"), meta, "x")
-    real = read_adapter(folder, "x").modules
-    assert size.ranks == {path: factors.rank for path, factors in real.items()}
-    held = sum(factors.a.nbytes + factors.b.nbytes for factors in real.values())
-    assert size.stored == 4 * parameters(size.ranks, module_shapes(meta)) == held
-
-
-def test_configs_that_peft_has_not_resolved_mean_what_peft_means_by_them() -> None:
-    meta = model.on_meta(tiny.llama_config(), False)
-    linear = adapter_size({"r": 2, "target_modules": "all-linear"}, meta, "x").ranks
-    assert {path.rpartition(".")[2] for path in linear} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    }  # fmt: skip
-    assert {path.rpartition(".")[2] for path in adapter_size({"r": 2}, meta, "x").ranks} == {"q_proj", "v_proj"}
-    with pytest.raises(AdapterError, match=r"adapter 'x': the base model has none of its target_modules \(\['c_attn'\]\)"):
-        adapter_size({"r": 2, "target_modules": ["c_attn"]}, meta, "x")
-
-
-def test_quantised_linear_weights_are_packed_and_all_else_is_not() -> None:
-    config = tiny.llama_config()
-    meta = model.on_meta(config, False)
-    square, narrow, wide = 32 * 32, 32 * 16, 32 * 48
-    linear = 2 * (2 * square + 2 * narrow + 3 * wide)
-    rows = 2 * (32 + 32 + 16 + 16 + 48 + 48 + 32)
-    other = sum(parameter.numel() for parameter in meta.parameters()) - linear
-    assert base_bytes(meta, torch.bfloat16, "int8") == 2 * other + linear + 4 * rows
-    assert base_bytes(meta, torch.bfloat16, "nf4") == 2 * other + linear // 2 + 4 * rows  # rows are shorter than a group
-
-
-def test_the_dtype_of_a_checkpoint_that_does_not_say_it_is_told_by_its_size() -> None:
-    config = tiny.llama_config()
-    config.dtype = None
-    meta = model.on_meta(config, False)
-    numbers = sum(parameter.numel() for parameter in meta.parameters())
-    assert checkpoint_dtype(meta, Checkpoint("safetensors", 4 * numbers + 900)) == torch.float32
-    assert checkpoint_dtype(meta, Checkpoint("safetensors", 2 * numbers + 900)) == torch.float16
-    assert checkpoint_dtype(meta, Checkpoint("gguf", numbers * 9 // 16)) == torch.float32
-    assert checkpoint_dtype(meta, Checkpoint("gguf", 2 * numbers)) == torch.float16
-    assert checkpoint_dtype(meta, Checkpoint()) == torch.float16
-    config.dtype = torch.bfloat16
-    assert checkpoint_dtype(model.on_meta(config, False), Checkpoint()) == torch.bfloat16
-
-
-SIZES = st.integers(0, 1 << 40)
-
-
-@given(SIZES, st.integers(1, 1 << 21), st.integers(1, 1 << 20), st.integers(1, 64), st.sampled_from(["cpu", "cuda:0"]))
-def test_the_cache_leaves_room_and_is_never_larger_than_its_use(
-    free: int, per_token: int, context: int, rows: int, name: str
-) -> None:
-    device = torch.device(name)
-    budget = kv_budget(HuggingfaceOptions(max_batch_size=rows), device, free, per_token, context)
-    share = 0.25 if name == "cpu" else 0.9
-    assert 0 <= budget <= min(free * share, rows * context * per_token)
-    assert budget >= min(free * share, rows * context * per_token) - 1
-    given_one = HuggingfaceOptions(max_batch_size=rows, kv_cache=12345)  # type: ignore[arg-type]  # pydantic converts
-    assert kv_budget(given_one, device, free, per_token, context) == 12345
-
-
-@given(SIZES, SIZES, SIZES, SIZES)
-def test_refused_is_exactly_what_is_larger_than_what_is_free(free: int, base: int, adapter: int, least: int) -> None:
-    needs = Needs("m", "cpu", free, base=base, adapters={"a": adapter}, kv_least=least, context=2048)
-    if base + adapter + least <= free:
-        check_fits(needs)
-    else:
-        with pytest.raises(LoadError, match="m does not fit on cpu"):
-            check_fits(needs)
-    check_fits(Needs("m", "cpu", None, base=base))  # nobody knows what is free
+def test_a_fold_copies_what_it_touches(tmp_path: Path) -> None:
+    yaml = write_llama(tmp_path, "device: cpu\n  precision: float32\n  options: {fold: always}")
+    (needs,) = only_model(planned(yaml, "40GB")).needs
+    assert (needs.fold, needs.folded) == ("always", 32 * 4 * 4096 * 4096 * 4)
+    assert needs.weights == needs.base + needs.adapters_held + needs.kept + needs.folded
+    (problem,) = planned(yaml, "30GB").problems
+    assert "folded weights 8.59 GB" in problem
+    assert problem.endswith("set fold: never")
+    automatic = write_llama(tmp_path, "device: cpu\n  precision: float32")
+    assert only_model(planned(automatic, "40GB")).needs[0].weights == needs.weights
+    assert planned(automatic, "30GB").problems == []  # what need not be folded is no reason to refuse
+    for never in ("precision: float32\n  options: {fold: never}", "precision: bfloat16"):
+        assert only_model(planned(write_llama(tmp_path, f"device: cpu\n  {never}"), "40GB")).needs[0].folded == 0
+    without = write_llama(tmp_path, "device: cpu\n  precision: float32")
+    without.write_text(without.read_text().replace("weight: 0.7", "weight: 0"))
+    assert only_model(planned(without, "80GB")).needs[0].folded == 32 * 2 * 4096 * 4096 * 4
 
 
 def test_weights_that_are_mapped_are_counted_and_named(tmp_path: Path) -> None:
-    extra = "device: cpu\n  precision: float32\n  options: {fold: always}"
-    yaml = write_llama(tmp_path, extra)
-    (copied,) = only_model(planned(yaml, "40GB")).needs
-    assert (copied.mapped, copied.fold) == (False, "always")
-    assert copied.folded == 32 * 4 * 4096 * 4096 * 4
-    assert copied.weights == copied.base + copied.adapters_held + copied.kept + copied.folded
-    config = tmp_path / "base" / "config.json"
-    config.write_text(json.dumps({**LLAMA_2_7B, "torch_dtype": "float32"}))
-    made = planned(yaml, "12GB")
-    (mapped,) = only_model(made).needs
-    assert (mapped.mapped, mapped.folded) == (True, 0)  # what the fold replaces is paged out
-    assert "the base 26.95 GB" in made.problems[0]
-    assert "(the base is mapped from its files, and would be read from disk for every token)" in made.problems[0]
+    tiny.save_base(tmp_path / "base", GEMMA)
+    tiny.save_adapter(tmp_path / "alpaca", tmp_path / "base")
+    tiny.save_adapter(tmp_path / "pirate", tmp_path / "base", target_modules=["down_proj"])
+    yaml = tmp_path / "model-compose.yml"
+    yaml.write_text(tiny.YAML)
+    (needs,) = only_model(planned(yaml)).needs
+    assert (needs.mapped, needs.fold, needs.folded) == (True, "auto", 0)  # what a fold replaces is paged out
+    (problem,) = planned(yaml, "100kB").problems
+    assert f"the base {needs.base / 1e3:.1f} kB" in problem
+    assert "(the base is mapped from its files, and would be read from disk for every token)" in problem
+    yaml.write_text(tiny.YAML.replace("float32", "bfloat16"))
+    (copied,) = only_model(planned(yaml)).needs
+    assert (copied.mapped, copied.base) == (False, needs.base // 2)
+
+
+def test_quantising_shrinks_the_base_but_may_convert_all_of_it_first(tmp_path: Path) -> None:
+    linear, rows = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008), 32 * (5 * 4096 + 2 * 11008)
+    plain = 6_738_415_616 - linear
+    yaml = write_llama(tmp_path, "quantization: int8")
+    (card, _) = only_model(planned(yaml, "cuda:0=12GB")).needs
+    assert (card.base, card.loading) == (2 * plain + linear + 4 * rows, 0)
+    on_cpu = "quantization: int8\n  device: cpu\n  precision: "
+    (mapped,) = only_model(planned(write_llama(tmp_path, f"{on_cpu}float16"), "8GB")).needs
+    head = 32000 * 4096
+    assert (mapped.base, mapped.loading) == (2 * (plain - head) + linear + head + 2 * (rows + 32000), 0)
+    (problem,) = planned(write_llama(tmp_path, f"{on_cpu}bfloat16"), "8GB").problems
+    assert "the base before it is quantised 13.48 GB" in problem
+    assert "set precision: float16" in problem
+    with pytest.raises(LoadError, match="quantization: nf4 is not available on cpu; it has int8, int4"):
+        planned(write_llama(tmp_path, "quantization: nf4\n  device: cpu"))
 
 
 def test_a_checkpoint_that_is_quantised_itself_counts_as_its_files(tmp_path: Path) -> None:
@@ -426,7 +342,7 @@ def test_a_gguf_file_tells_once_it_is_here(hub: Hub, tmp_path: Path, capsys: pyt
     start = 'component:\n  type: model\n  task: text-generation\n  precision: float32\n  action: {text: "x"}\n  model: '
     yaml.write_text(start + "./tiny.Q4_0.gguf\n")
     local = only_model(planned(yaml, "1GB"))
-    expected = base_bytes(model.on_meta(tiny.llama_config(max_position_embeddings=128), False), torch.float32)
+    expected = base_bytes(model.on_meta(tiny.llama_config(tie_word_embeddings=True), False), torch.float32)
     assert (local.needs[0].base, local.needs[0].context, local.downloads[0].missing) == (expected, 128, 0)
     yaml.write_text(start + "{repository: acme/tiny-gguf, filename: tiny.Q4_0.gguf}\n")
     before = only_model(planned(yaml, "1GB"))
@@ -436,7 +352,7 @@ def test_a_gguf_file_tells_once_it_is_here(hub: Hub, tmp_path: Path, capsys: pyt
     assert not any("resolve" in request.path for request in hub.requests)
     options = load([yaml], {}).config.all_components[0]
     assert isinstance(options, ModelOptions)
-    model.fetch(options.model, base_dir=tmp_path)
+    fetch(options.model, base_dir=tmp_path)
     after = only_model(planned(yaml, "1GB"))
     assert (after.needs[0].base, after.downloads[0].missing) == (expected, 0)
 
@@ -518,56 +434,6 @@ def test_the_tiny_project_needs_what_its_files_hold(project: Path) -> None:
     (needs,) = made.needs
     stored = sum(len(files(project.parent / name)["adapter_model.safetensors"]) for name in ("alpaca", "pirate"))
     assert (needs.kept, made.problem, made.downloads[0].missing) == (stored, None, 0)
-    assert needs.mapped
-
-
-# What is free.
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({"proc/self/cgroup": "0::/\n"}, 9_000 * 1024),
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}, 9_000 * 1024),
-        (
-            {
-                "proc/self/cgroup": "0::/user/job\n", "sys/fs/cgroup/user/memory.max": "5000\n",
-                "sys/fs/cgroup/user/memory.current": "3000\n", "sys/fs/cgroup/user/memory.stat": "anon 1\ninactive_file 400\n",
-                "sys/fs/cgroup/user/job/memory.max": "7000\n", "sys/fs/cgroup/user/job/memory.current": "2000\n",
-            },
-            2400,
-        ),
-        (
-            {
-                "proc/self/cgroup": "3:cpu:/a\n4:hugetlb,memory:/docker/x\n0::/\n",
-                "sys/fs/cgroup/memory/memory.limit_in_bytes": "6000\n",
-                "sys/fs/cgroup/memory/memory.usage_in_bytes": "5500\n",
-                "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 100\n",
-            },
-            600,
-        ),
-        (
-            {
-                "proc/self/cgroup": "4:memory:/\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
-                "sys/fs/cgroup/memory/memory.usage_in_bytes": "5500\n",
-            },
-            9_000 * 1024,
-        ),
-    ],
-    ids=["no limits", "v2 without a limit", "v2, the one above is tighter", "v1 in a container", "v1 without a limit"],
-)  # fmt: skip
-def test_a_container_s_limit_counts(tmp_path: Path, files: dict[str, str], expected: int) -> None:
-    meminfo = "MemTotal:  10000 kB\nMemAvailable:   9000 kB\n"
-    for name, text in {"proc/meminfo": meminfo, **files}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert main_memory(tmp_path) == expected
-
-
-def test_this_machine_says_what_is_free() -> None:
-    free = main_memory()
-    assert free is not None
-    assert free > 1 << 20
 
 
 # The command.
@@ -595,7 +461,9 @@ def test_the_table_keeps_to_the_terminal_and_is_plain_when_piped(
 
 def test_the_table_has_a_number_for_each_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(planned(write_llama(tmp_path, "precision: float32"), "cuda:0=16GB"))
-    words = [line.split("  ")[0].strip() or line.strip().split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    words = [
+        line.split("  ")[0].strip() or line.strip().split("  ")[0] for line in capsys.readouterr().out.splitlines()
+    ]
     assert [word for word in words if word in ("base", "adapter alpaca", "KV cache", "working memory", "too few")] == [
         "base", "adapter alpaca", "working memory", "too few",
     ]  # fmt: skip
@@ -619,5 +487,3 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
     assert cli("--help", cwd=tmp_path)[0] == 0
-
-

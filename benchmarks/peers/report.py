@@ -10,6 +10,8 @@ from pathlib import Path
 from benchmarks.peers.load import Answer
 
 CONFIDENCE = 0.95
+LEAST_FOR_INTERVAL = 6
+"""Values that a distribution-free interval of this confidence needs."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Series:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Bounds of the median with at least 95 % confidence, whatever the distribution; all of the range below 6 values.
+    """Bounds of the median with at least 95 % confidence, whatever the distribution; the range of fewer than 6 values.
 
     Order statistics: P(median < k-th smallest) = P(Binomial(n, 1/2) < k).
     """
@@ -59,7 +61,9 @@ def percentile(values: Iterable[float], share: float) -> float:
 def rows(measured: Sequence[Series], baseline: str) -> list[str]:
     """The table of one concurrency: throughput, ratio to the baseline's, latency."""
     base = next((series for series in measured if series.cell == baseline), None)
-    made = [f"{'':24} {'tok/s':>7}  {'95 % of median':<17} {'x ' + baseline:<22} {'first token, ms':<17} ms per token"]
+    enough = all(len(series.figures) >= LEAST_FOR_INTERVAL for series in measured)
+    interval = "95 % of median" if enough else "low to high"
+    made = [f"{'':24} {'tok/s':>7}  {interval:<17} {'x ' + baseline:<22} {'first token, ms':<17} ms per token"]
     for series in measured:
         low, high = median_interval(series.figures)
         answers = [answer for wave in series.answers for answer in wave]

@@ -208,7 +208,7 @@ def plan(
     env: EnvPairs = None,
     verbose: Verbose = False,
 ) -> None:
-    """Say what the models need and whether it fits, before any weights are fetched."""
+    """Say what the models need, before fetching any weights."""
     from model_compose import plan as planning
     from model_compose.terminal import bars, render
 

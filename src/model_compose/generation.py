@@ -81,11 +81,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request, over all its sequences, and the seconds from its start to its last token."""
+    """Tokens of one request, over all its sequences, and the seconds from its start to its last token.
+
+    cached_tokens: those of the prompt that were not computed again, as a text before started alike.
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
+    cached_tokens: int = 0
 
     @property
     def tokens_per_second(self) -> float:

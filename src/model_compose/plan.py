@@ -138,8 +138,14 @@ def _models(config: Config) -> list[tuple[str, ModelOptions]]:
 def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory, report: Report) -> ModelPlan:
     from model_compose.engines.huggingface.memory import check_fits, size_text
     from model_compose.engines.huggingface.model import CONFIG_FILES
+    from model_compose.engines.huggingface.sizes import KINDS
 
     device = memory.device(options.device)  # looked at before anything is fetched, as `up` does
+    if options.quantization not in (None, *KINDS.get(device.type, ())):
+        raise LoadError(
+            f"quantization: {options.quantization} is not available on {device.type}; it has "
+            f"{', '.join(KINDS.get(device.type, ())) or 'none'}"
+        )
     base = survey(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report)
     adapters = _survey_adapters(options, base_dir, report)
     named = {describe(options.model): base, **{f"adapter {name}": survey for name, survey in adapters.items()}}
@@ -184,7 +190,7 @@ def _measure(
 
     from model_compose.engines.huggingface import model as engine
     from model_compose.engines.huggingface.memory import needs
-    from model_compose.engines.huggingface.sizes import checkpoint_dtype, checkpoint_of, quantization, stored_bits
+    from model_compose.engines.huggingface.sizes import checkpoint_dtype, checkpoint_of, stored_bits
 
     assert base.fetched is not None
     assert isinstance(options.options, HuggingfaceOptions)
@@ -200,7 +206,7 @@ def _measure(
     return replace(
         made,
         precision=str(compute).removeprefix("torch."),
-        quantization=quantization(options) or (f"{bits} bits, as stored" if (bits := stored_bits(model.config)) else None),
+        quantization=options.quantization or (f"{bits} bits, as stored" if (bits := stored_bits(model.config)) else None),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         needs=needs(
             options, model, sizes, checkpoint,
@@ -239,9 +245,10 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def _device_json(needs: "Needs") -> dict[str, Any]:
     """All in bytes, but for context and kv_tokens."""
-    hidden = ("model", "adapters_at_once", "kv_least", "kv_given", "smaller")
-    return {**{key: value for key, value in vars(needs).items() if key not in hidden}, "weights": needs.weights,
-            "kv_tokens": needs.tokens, "missing": needs.missing}  # fmt: skip
+    inner = ("model", "adapters_at_once", "kv_least", "kv_given", "smaller")
+    told = {key: value for key, value in vars(needs).items() if key not in inner}
+    derived = {"weights": needs.weights, "least": needs.least, "kv_tokens": needs.tokens, "missing": needs.missing}
+    return told | derived
 
 
 def show(plan: Plan) -> None:
@@ -294,17 +301,20 @@ def _rows(model: ModelPlan) -> list[tuple[str, str, str]]:
 
 def _parts(model: ModelPlan, needs: "Needs") -> list[tuple[str, int, str]]:
     """What, how many bytes, how they come about."""
+    from model_compose.engines.huggingface.memory import size_text
+
     packed = f", Linear weights in {model.quantization}" if model.quantization else ""
     mapped = ", mapped from the files" if needs.mapped else ""
-    fold = {"always": "copy of the weights that the fold touches", "auto": "more while a blend is folded (fold: auto)"}
     per_token = f"{needs.tokens:,} tokens of {needs.kv_per_token:,} B"
-    spare = f"; less than one context of {needs.context:,}" if needs.tokens < needs.context else ""
+    limited = needs.tokens < needs.context
+    context = f"which limits the context of {needs.context:,}" if limited else f"context {needs.context:,}"
     return [
         ("base", needs.base, f"{model.parameters or 0:,} parameters in {model.precision}{packed}{mapped}"),
         *((f"adapter {name}", size, "") for name, size in needs.adapters.items()),
         ("adapters as stored", needs.kept, "stay in main memory, for folding"),
-        ("folded", needs.folded, fold.get(needs.fold, "")),
-        ("KV cache", needs.kv_cache, per_token + (spare or f", context {needs.context:,}")),
+        ("folded", needs.folded, f"the weights that the default blend touches, once more (fold: {needs.fold})"),
+        ("while loading", needs.loading, "the base is converted whole before it is quantised"),
+        ("KV cache", needs.kv_cache, f"{per_token}, {context}"),
         ("working memory", needs.working, "besides, while it computes (an estimate)"),
-        ("too few", needs.missing, "bytes, with the least KV cache"),
+        ("too few", needs.missing, f"for a KV cache of {size_text(needs.kv_least)} besides"),
     ]

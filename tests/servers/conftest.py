@@ -7,10 +7,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from model_compose.compose import Compose
 from model_compose.engines.huggingface.sequence import Sequence
@@ -158,9 +158,9 @@ async def live(
     steps: list[float] = []
     take = Sequence.take
 
-    def counted(sequence: Sequence, logits: torch.Tensor) -> None:
+    def counted(sequence: Sequence, *drawn: Any) -> None:
         steps.append(time.monotonic())
-        take(sequence, logits)
+        take(sequence, *drawn)
 
     monkeypatch.setattr(Sequence, "take", counted)
     try:

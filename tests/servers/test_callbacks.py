@@ -13,7 +13,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from model_compose.engines.huggingface.sequence import Sequence
 from model_compose.errors import InputError
@@ -101,9 +100,9 @@ def test_a_failed_run_is_told_too(wide: str, receiver: Receiver) -> None:
 def test_a_cancelled_run_is_told_too(wide: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     take = Sequence.take
 
-    def slow(sequence: Sequence, logits: torch.Tensor) -> None:
+    def slow(sequence: Sequence, *drawn: Any) -> None:
         time.sleep(0.2)
-        take(sequence, logits)
+        take(sequence, *drawn)
 
     monkeypatch.setattr(Sequence, "take", slow)
     started = start(wide, receiver)

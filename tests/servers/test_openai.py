@@ -7,7 +7,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import torch
 from openai import OpenAI
 
 from model_compose.components.model import Params
@@ -388,10 +387,10 @@ def test_errors_outside_the_routes_have_openais_shape_too(server: str) -> None:
 def test_an_error_in_mid_stream_reaches_the_client(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take = Sequence.take
 
-    def fail_later(sequence: Sequence, logits: torch.Tensor) -> None:
+    def fail_later(sequence: Sequence, *drawn: Any) -> None:
         if sequence.generated == 6:
             raise ZeroDivisionError("the secret is 42")
-        take(sequence, logits)
+        take(sequence, *drawn)
 
     monkeypatch.setattr(Sequence, "take", fail_later)
     with serving(project) as url, client_of(url) as client:

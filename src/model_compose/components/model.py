@@ -12,11 +12,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
 from model_compose.components.response_format import AnyFormat
-from model_compose.engines import ENGINES, Engine, ModelOptions
-from model_compose.errors import FieldError, InputError, NotFound
+from model_compose.engines import ENGINES, AdapterOptions, Engine, ModelOptions
+from model_compose.errors import Conflict, FieldError, InputError, NotFound
 from model_compose.expressions import parse
 from model_compose.generation import Chunk, Message, Request, Sampling, Usage
-from model_compose.progress import Report
+from model_compose.progress import Report, silent
 from model_compose.schema import Options, field_of, has_expression, templated
 
 LogitBias = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]]
@@ -205,6 +205,27 @@ class ModelComponent:
         }
         return Generation(params=Params(**params), **constant).sampling
 
+    async def load_adapter(self, options: AdapterOptions, report: Report = silent) -> None:
+        """One more adapter while requests run, or another one of the same name; its weight is 0 unless a request names it.
+
+        Raises InputError for a name that a blend has, SourceError, AdapterError, Conflict.
+        """
+        if not options.name or options.name in (*self.blends.named, "default"):
+            raise InputError(f"an adapter cannot be called '{options.name}' here: that is a blend's name", field="name")
+        await self.engine.load_adapter(options, report)
+        if options.name not in self.blends.adapters:
+            self.blends = replace(self.blends, adapters=(*self.blends.adapters, options.name))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Takes an adapter away; running requests finish with it. Raises NotFound, Conflict where a blend needs it."""
+        if name not in self.blends.adapters:
+            raise NotFound(f"there is no adapter '{name}'; known: {', '.join(self.blends.adapters) or 'none'}")
+        for blend in (self.blends.default, *self.blends.named.values()):
+            if name in blend.active:
+                raise Conflict(f"the blend '{blend.name}' of the file uses the adapter '{name}'")
+        self.blends = replace(self.blends, adapters=tuple(each for each in self.blends.adapters if each != name))
+        await self.engine.unload_adapter(name)
+
     async def run(self, action: str, context: Mapping[str, Any], blend: Any = None) -> AsyncGenerator[Delta | Result]:
         chosen = self.options.find_action(action)
         inputs = self.evaluate(chosen, context)
@@ -286,7 +307,10 @@ async def _reraise(task: asyncio.Task[None]) -> None:
 
 def _add(one: Usage, other: Usage) -> Usage:
     """The tokens of both. Seconds do not add up where requests run at the same time."""
-    return Usage(one.prompt_tokens + other.prompt_tokens, one.completion_tokens + other.completion_tokens)
+    return Usage(
+        one.prompt_tokens + other.prompt_tokens, one.completion_tokens + other.completion_tokens,
+        cached_tokens=one.cached_tokens + other.cached_tokens,
+    )  # fmt: skip
 
 
 def _drop_nulls(value: Any) -> Any:

@@ -5,9 +5,9 @@ A new engine is one file here plus its line in ENGINES: a class with the methods
 
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
-from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
@@ -19,6 +19,14 @@ from model_compose.schema import Options, Weight
 from model_compose.sources import ModelSource
 
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+def _kind(value: Any) -> Any:
+    """The dialect's long form, {type: int8}, as the short one."""
+    return value["type"] if isinstance(value, dict) and value.keys() == {"type"} else value
+
+
+Quantization = Annotated[Literal["int8", "int4", "nf4", "fp4"], BeforeValidator(_kind)]
 
 
 class Engine(Protocol):
@@ -43,6 +51,13 @@ class Engine(Protocol):
 
     def identity(self, blend: Blend) -> str:
         """The blend's digest over base, adapter contents, weights and method."""
+
+    async def load_adapter(self, options: "AdapterOptions", report: Report) -> None:
+        """One more adapter under options.name, or another one in its place, while requests run; those that use the old one
+        finish on it. Raises SourceError, AdapterError, Conflict."""
+
+    async def unload_adapter(self, name: str) -> None:
+        """Frees an adapter as soon as no running request uses it."""
 
     async def close(self) -> None: ...
 
@@ -85,7 +100,9 @@ class ModelOptions(Options):
     precision: Precision = "auto"
     device: str = "auto"
     device_mode: Literal["auto", "single"] = Field(default="auto", description="Either way the model is on one device")
-    quantization: Any = None
+    quantization: Quantization | None = Field(
+        default=None, description="What the base's weights are kept as; quantised ones take adapters too"
+    )
     max_seq_length: int | None = Field(default=None, ge=1, description="Upper limit of the context, in tokens")
     fast_tokenizer: bool = True
     low_cpu_mem_usage: bool = Field(default=False, description="Weights are always mapped and moved one by one")

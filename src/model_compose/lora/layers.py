@@ -150,11 +150,14 @@ class LoraModel:
         """
         modules = [module for path in paths if isinstance(module := self.model.get_submodule(path), nn.Linear)]
         assert len(modules) == len(paths)
-        linear = modules[0] if len(modules) == 1 else _fused(modules)
         rows = _slices(module.out_features for module in modules)
         members = dict(zip(paths, rows, strict=True))
-        branch = Branch(members, linear.out_features, self._placed)
+        branch = Branch(members, rows[-1].stop, self._placed)
+        linear = modules[0] if len(modules) == 1 else _fused(modules)
         site = Site(make(linear), members, branch)
+        if site.module is not linear:  # nothing else may hold on to the plain weights; a tied embedding keeps its own
+            for module in modules:
+                module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         for path in paths:
             before = self._sites.get(path)
             if before is not None and before.handle is not None:

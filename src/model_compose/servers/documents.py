@@ -121,10 +121,15 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+class CachedTokens(BaseModel):
+    cached_tokens: int
+
+
 class TokenUsage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: CachedTokens
 
 
 class Reply(BaseModel):

@@ -329,11 +329,12 @@ def _chat_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
     return {"content": content, "refusal": None} if content else None
 
 
-def _usage(usage: Usage) -> dict[str, int]:
+def _usage(usage: Usage) -> dict[str, Any]:
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 

@@ -42,10 +42,11 @@ def survey(source: ModelSource, *, base_dir: Path, only: tuple[str, ...], report
             return Survey({} if size is None else {"wheel": size}, size, None)
         case HuggingfaceSource():
             files, missing = hub.sizes(source, base_dir=base_dir)
-            if source.filename is None:
-                return Survey(files, missing, fetch(source, base_dir=base_dir, only=only, report=report))
-            # A single file holds its config itself.
-            return Survey(files, missing, None if missing else fetch(source, base_dir=base_dir, report=report))
+            if source.filename is not None:  # a single file, which holds its config itself
+                return Survey(files, missing, None if missing else fetch(source, base_dir=base_dir, report=report))
+            configs = fetch(source, base_dir=base_dir, only=only, report=report)
+            missing = sum(size for name, size in files.items() if not (configs.folder / name).is_file())
+            return Survey(files, missing, configs)
 
 
 def on_disk(fetched: Fetched) -> dict[str, int]:

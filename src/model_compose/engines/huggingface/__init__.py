@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ByteSize, Field
 
 from model_compose.daemon import in_daemon_thread
-from model_compose.engines import ModelOptions
-from model_compose.errors import InputError, NotReady, Overloaded
+from model_compose.engines import AdapterOptions, ModelOptions
+from model_compose.errors import Conflict, InputError, NotReady, Overloaded
 from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
@@ -56,14 +56,17 @@ class HuggingfaceEngine:
         self._options, self._own = options, options.options
         self._blends, self._base_dir = blends, base_dir
         self._loaded: Loaded | None = None
+        self._batch: Batch | None = None
         self._loop: Loop | None = None
         self._grammars: Grammars
         self._context = 0
+        self._keys = {name: name for name in blends.adapters}
+        """What the model calls the adapter of a name. One that is loaded again gets another key, as running requests
+        finish on the old one."""
 
     @classmethod
     def refuse(cls, options: ModelOptions) -> None:
         refused = {
-            "quantization": (options.quantization is not None, "the embedded engine serves float32, float16, bfloat16"),
             "fast_tokenizer": (not options.fast_tokenizer, "streaming needs the fast tokenizer; leave it out"),
             "preload": (not options.preload, "models load when the service starts; leave it out"),
             "on_demand": (bool(options.on_demand), "models stay loaded; leave it out"),
@@ -72,12 +75,17 @@ class HuggingfaceEngine:
         for key, (given, remedy) in refused.items():
             if given:
                 raise ValueError(f"driver huggingface cannot honour '{key}': {remedy}")
+        assert isinstance(options.options, HuggingfaceOptions)
+        if options.quantization is not None and options.options.fold == "always":
+            raise ValueError(
+                "fold: always cannot be with 'quantization': a quantised base is never folded; leave fold out"
+            )
 
     async def open(self, report: Report) -> None:
         from model_compose.engines.huggingface.loop import Loop
 
         self._loaded, batch = await in_daemon_thread(lambda: self._load(report))
-        self._loop = Loop(batch)
+        self._batch, self._loop = batch, Loop(batch)
 
     def _load(self, report: Report) -> tuple["Loaded", "Batch"]:
         import torch
@@ -91,14 +99,15 @@ class HuggingfaceEngine:
             self._options, self._base_dir, report, trust_remote_code=own.trust_remote_code,
             max_adapters=own.max_adapters_on_device,
         )  # fmt: skip
-        exact = next(loaded.model.parameters()).dtype == torch.float32  # else a fold rounds small deltas away
-        if own.fold == "always" or (own.fold == "auto" and exact):
+        # In fewer bits a fold would round small deltas away.
+        auto = own.fold == "auto" and loaded.dtype == torch.float32 and self._options.quantization is None
+        if (own.fold == "always" or auto) and self._blends.default.active:
             loaded.lora.fold(self._blends.default)
         cache, self._context = open_cache(loaded, own)
         self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, loaded.eos)
         return loaded, Batch(
             loaded.lora, loaded.forward, cache, max_rows=own.max_batch_size, prefix_cache=own.prefix_cache,
-            auto_fold=own.fold == "auto" and exact, max_adapters=own.max_adapters_on_device,
+            auto_fold=auto, max_adapters=own.max_adapters_on_device,
         )  # fmt: skip
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
@@ -118,7 +127,8 @@ class HuggingfaceEngine:
         tokens = await asyncio.to_thread(_tokenize, loaded, self._context, request)
         format = request.sampling.response_format
         mailbox = Mailbox()
-        prompt = Prompt(tokens, request.blend, self.identity(request.blend), request.sampling, self._context)
+        blend = Blend({self._keys[name]: weight for name, weight in request.blend.active.items()})
+        prompt = Prompt(tokens, blend, self.identity(request.blend), request.sampling, self._context)
         sequences = []
         for index in range(request.sampling.num_return_sequences):
             constraint = await asyncio.to_thread(self._grammars.start, format) if format else None
@@ -132,7 +142,8 @@ class HuggingfaceEngine:
                 if unfinished:
                     yield chunk
             made = sum(sequence.generated for sequence in sequences)
-            usage = Usage(len(tokens), made, time.perf_counter() - start)
+            reused = sequences[0].reused
+            usage = Usage(len(tokens), made, time.perf_counter() - start, reused)
             yield Chunk(chunk.index, chunk.text, chunk.finish, chunk.logprobs, usage)
         finally:
             for sequence in sequences:
@@ -142,12 +153,41 @@ class HuggingfaceEngine:
         if self._loaded is None:
             raise NotReady("the model is not loaded")
         adapters = self._loaded.lora.adapters
-        return blend.identity(self._loaded.identity, {name: adapter.digest for name, adapter in adapters.items()})
+        digests = {name: adapters[self._keys[name]].digest for name in blend.active}
+        return blend.identity(self._loaded.identity, digests)
+
+    async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
+        from model_compose.engines.huggingface.model import fetch_adapter, placement
+
+        loaded, loop = self._loaded, self._loop
+        if loaded is None or loop is None:
+            raise NotReady("the model is not loaded")
+        assert options.name is not None
+        if self._own.fold == "always":
+            raise Conflict(
+                "this model has its default blend folded in (options.fold: always) and takes no other adapter"
+            )
+        key = options.name
+        while key in loaded.lora.adapters:
+            key += "'"
+        adapter = await in_daemon_thread(lambda: fetch_adapter(key, options, self._base_dir, report))
+        where = placement(options)
+        await asyncio.wrap_future(loop.call(lambda: loaded.lora.load(adapter, where)))
+        await self._retire(self._keys.get(options.name))
+        self._keys[options.name] = key
+
+    async def unload_adapter(self, name: str) -> None:
+        await self._retire(self._keys.pop(name, None))
+
+    async def _retire(self, key: str | None) -> None:
+        loop, batch = self._loop, self._batch
+        if key is not None and loop is not None and batch is not None:
+            await asyncio.wrap_future(loop.call(lambda: batch.retire(key)))
 
     async def close(self) -> None:
         if self._loop is not None:
             await asyncio.to_thread(self._loop.close)
-        self._loop = self._loaded = None
+        self._loop = self._batch = self._loaded = None
 
     def _check(self, request: Request, loaded: "Loaded") -> None:
         """Raises InputError for what this model cannot do."""

@@ -52,6 +52,15 @@ class Batch:
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
         self.preemptions = 0
+        self._retired: set[str] = set()
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        self.waiting.extend(sequences)
+
+    def retire(self, adapter: str) -> None:
+        """Takes an adapter away as soon as no sequence uses it."""
+        self._retired.add(adapter)
+        self._unload_retired()
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -172,6 +181,16 @@ class Batch:
                 self.prefixes.keep(sequence.identity, sequence.tokens[: sequence.cached], sequence.row)
             self._release(sequence)
 
+        self._unload_retired()
+
+    def _unload_retired(self) -> None:
+        if not self._retired:
+            return
+        used = {name for sequence in self.sequences for name in sequence.blend.active}
+        for name in self._retired - used:
+            self._lora.unload(name)
+        self._retired &= used
+
     def _release(self, sequence: Sequence) -> None:
         assert sequence.row is not None
         self._cache.give_back(sequence.row)
@@ -234,6 +253,3 @@ class Batch:
         step = Pass(pieces, self._forward.layers[0].device)
         with self._lora.use([work[number][0].blend for number in step.order], step.counts) as mix:
             return self._forward(step, mix), step.order
-
-    def add(self, sequences: Iterable[Sequence]) -> None:
-        self.waiting.extend(sequences)

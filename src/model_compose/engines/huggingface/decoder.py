@@ -4,7 +4,9 @@ q, k, v are one product, and so are gate and up; positions are rotated once for 
 from a transformers model. Rotary embeddings, whatever their scaling, are that model's own.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 
 from model_compose.engines.huggingface.attention import Pass
 from model_compose.engines.huggingface.cache import LayerShape
+from model_compose.engines.huggingface.quantized import quantize
 from model_compose.lora.layers import LoraModel, Projection
 from model_compose.lora.live import Mix
 
@@ -34,9 +37,12 @@ class Layer:
 
 
 class LlamaForward:
-    """make: as in `LoraModel.fuse`, what becomes of each Linear."""
+    """quantization: int8 or int4, what the Linears' weights become."""
 
-    def __init__(self, lora: LoraModel, make: Any = lambda linear: linear) -> None:
+    def __init__(self, lora: LoraModel, quantization: str | None = None) -> None:
+        def make(linear: nn.Linear, *, head: bool = False) -> nn.Module:
+            return linear if quantization is None else quantize(quantization, linear, head=head)
+
         model: Any = lora.model
         config, inner = model.config, model.model
         first = inner.layers[0].self_attn
@@ -44,12 +50,12 @@ class LlamaForward:
         self._eps, self._act, self._rotary = config.rms_norm_eps, inner.layers[0].mlp.act_fn, inner.rotary_emb
         self._layers = [self._layer(lora, number, layer, make) for number, layer in enumerate(inner.layers)]
         self._embed, self._norm = lora.embedding("model.embed_tokens"), inner.norm.weight
-        self._head = lora.fuse(["lm_head"], make)
+        self._head = lora.fuse(["lm_head"], partial(make, head=True))
         weight = inner.embed_tokens.weight
         shape = LayerShape(self._keys, self._dim, self._dim, weight.dtype, weight.device)
         self.layers = [shape] * len(self._layers)
 
-    def _layer(self, lora: LoraModel, number: int, layer: Any, make: Any) -> Layer:
+    def _layer(self, lora: LoraModel, number: int, layer: Any, make: Callable[[nn.Linear], nn.Module]) -> Layer:
         path, attention = f"model.layers.{number}", layer.self_attn
         norm = None
         if hasattr(attention, "q_norm"):

@@ -49,7 +49,7 @@ class Grammars:
             matcher = LLMatcher(
                 self._read(), _grammar(format), log_level=0, limits=LLParserLimits(verbose_errors=False)
             )
-        except ValueError as error:  # the text is no JSON
+        except ValueError as error:  # the text is no JSON, or llguidance cannot read such a tokenizer
             raise _refusal(str(error)) from None
         matcher.compute_bitmask()
         if matcher.is_error():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from model_compose.engines import ENGINES, ModelOptions
 from model_compose.engines.huggingface.sizes import (
+    KINDS,
     AdapterSize,
     Checkpoint,
     base_bytes,
@@ -17,7 +18,6 @@ from model_compose.engines.huggingface.sizes import (
     context_length,
     kv_bytes_per_token,
     parameters,
-    quantization,
     stored_bits,
     weight_of,
 )
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
     from model_compose.engines.huggingface import HuggingfaceOptions
 
-PREFILL_TOKENS = 512
-"""Prompt tokens of one step, the widest that activations get."""
-
 LEAST_TOKENS = 256
 """Less context than this is not worth starting for: `check_fits` wants a KV cache for so many tokens."""
 
@@ -41,9 +38,9 @@ class Needs:
     """What one device has to hold, in bytes, and what it has free before that (None: nobody can tell).
 
     kept: factors of adapters as stored, for folding and for adapters whose turn on the device comes later. folded: the
-    second copy of the weights that a fold touches; 0 where the originals are mapped and give way. working: activations
-    of a step, logits, one layer's keys and values as attention reads them; an estimate. smaller: settings that
-    would shrink the base, and to what.
+    second copy of the weights that the default blend's fold touches; 0 where the originals are mapped and give way.
+    loading: the base before it is quantised, where it is converted whole; else 0.
+    working: what a step holds besides; an estimate. smaller: settings that would shrink the base, and to what.
     """
 
     model: str
@@ -55,6 +52,7 @@ class Needs:
     adapters_at_once: int | None = None
     kept: int = 0
     folded: int = 0
+    loading: int = 0
     fold: Literal["auto", "never", "always"] = "never"
     context: int = 0
     kv_per_token: int = 0
@@ -72,7 +70,13 @@ class Needs:
     @property
     def weights(self) -> int:
         """All that is there before the first request."""
-        return self.base + self.adapters_held + self.kept + (self.folded if self.fold == "always" else 0)
+        return self.base + self.adapters_held + self.kept + self.folded
+
+    @property
+    def least(self) -> int:
+        """What must be there: the weights but for the fold of `fold: auto`, and the least KV cache; or loading's peak."""
+        served = self.weights - (self.folded if self.fold == "auto" else 0) + self.kv_least
+        return max(served, self.loading + self.kept if self.loading else 0)
 
     @property
     def tokens(self) -> int:
@@ -85,8 +89,8 @@ class Needs:
 
     @property
     def missing(self) -> int:
-        """Bytes too few for the weights and the least KV cache."""
-        return 0 if self.free is None else max(0, self.weights + self.kv_least - self.free)
+        """Bytes too few for `least`."""
+        return 0 if self.free is None else max(0, self.least - self.free)
 
 
 def kv_budget(
@@ -126,11 +130,12 @@ def needs(
 
     own, shapes = checkpoint_dtype(model, checkpoint), module_shapes(model)
     compute = dtype if isinstance(dtype, torch.dtype) else own
-    mapped = device.type == "cpu" and checkpoint.format == "safetensors" and compute == own
-    touched = {path for adapter in adapters.values() for path in adapter.ranks}
+    in_place = device.type == "cpu" and checkpoint.format == "safetensors" and compute == own
+    folding = options.to_blends().default.active
+    touched = {path for adapter in adapters.keys() & folding for path in adapters[adapter].ranks}
     base = replace(
         Needs(name, device_name(device), free(device)),
-        **_base_needs(options, model, touched, mapped, compute, checkpoint),
+        **_base_needs(options, model, touched, in_place, device, compute, checkpoint),
     )
     found = {base.device: base}
 
@@ -159,13 +164,15 @@ def check_fits(needs: Needs) -> None:
     parts = {
         "the base": needs.base,
         "adapters": needs.adapters_held + needs.kept,
-        "folded weights": needs.weights - needs.base - needs.adapters_held - needs.kept,
+        "folded weights": needs.folded if needs.fold == "always" else 0,
         "a KV cache" if needs.kv_given else f"a KV cache of {needs.least_tokens} tokens": needs.kv_least,
     }
+    if needs.least > sum(parts.values()):
+        parts = {"the base before it is quantised": needs.loading, "adapters": needs.kept}
     listed = " + ".join(f"{what} {size_text(size)}" for what, size in parts.items() if size)
     mapped = " (the base is mapped from its files, and would be read from disk for every token)" if needs.mapped else ""
     raise LoadError(
-        f"{needs.model} does not fit on {needs.device}: {listed} are {size_text(needs.weights + needs.kv_least)}, and "
+        f"{needs.model} does not fit on {needs.device}: {listed} are {size_text(needs.least)}, and "
         f"{size_text(needs.free)} are free, {size_text(needs.missing)} too few{mapped}; {_remedy(needs)}"
     )
 
@@ -187,28 +194,38 @@ def _base_needs(
     options: ModelOptions,
     model: "nn.Module",
     touched: set[str],
-    mapped: bool,
+    in_place: bool,
+    device: "torch.device",
     dtype: "torch.dtype",
     checkpoint: Checkpoint,
 ) -> dict[str, Any]:
-    """The fields of `Needs` that tell of the base's own weights."""
+    """The fields of `Needs` that tell of the base's own weights. in_place: they can be read where the files are mapped."""
     import torch
 
-    wish, bits, fold = quantization(options), stored_bits(model.config), _own(options).fold
+    from model_compose.engines.huggingface.decoder import takes
+
+    wish, bits, fold = options.quantization, stored_bits(model.config), _own(options).fold
     if wish is None and bits is not None:  # how much of it is packed differs, so its files tell, or a lower bound
         numbers = sum(parameter.numel() for parameter in model.parameters())
         return {"base": checkpoint.size or numbers * bits // 8}
-    whole, smaller = wish is None, dict[str, int]()
-    folds = whole and (fold == "always" or (fold == "auto" and dtype == torch.float32))
-    if whole and dtype.itemsize > 2:
+    base, smaller = base_bytes(model, dtype, wish, device.type), dict[str, int]()
+    if wish is not None:
+        converted = device.type == "cpu" and not in_place
+        own = str(checkpoint_dtype(model, checkpoint)).removeprefix("torch.")
+        if converted and checkpoint.format == "safetensors":
+            smaller[f"precision: {own}"] = base
+        return {"base": base, "loading": base_bytes(model, dtype) if converted else 0, "smaller": smaller}
+    if dtype.itemsize > 2:
         smaller["precision: bfloat16"] = base_bytes(model, torch.bfloat16)
-    for kind in ("int8", "nf4") if whole else ():
+    for kind in KINDS.get(device.type, ())[:2]:
         if _honours(options, kind):
-            smaller[f"quantization: {kind}"] = base_bytes(model, dtype, kind)
+            smaller[f"quantization: {kind}"] = base_bytes(model, dtype, kind, device.type)
+    folds = fold == "always" or (fold == "auto" and dtype == torch.float32)
+    mapped = in_place and not takes(model)  # the lean decoder fuses weights, which copies most of them
     copied = sum(weight_of(model, path).numel() for path in touched) * dtype.itemsize
     return {
-        "base": base_bytes(model, dtype, wish),
-        "mapped": whole and mapped,
+        "base": base,
+        "mapped": mapped,
         "fold": fold if folds else "never",
         "folded": copied if folds and not mapped else 0,
         "smaller": smaller,
@@ -227,27 +244,28 @@ def _with_kv_cache(
     least = per_token * min(context, LEAST_TOKENS) if own.kv_cache is None else int(own.kv_cache)
     return replace(
         needs, context=context, kv_per_token=per_token, kv_cache=cache, kv_least=least,
-        kv_given=own.kv_cache is not None, working=_working(config, own.max_batch_size, dtype, cache),
+        kv_given=own.kv_cache is not None, working=_working(config, own.max_batch_size, dtype, needs.adapters_held),
     )  # fmt: skip
 
 
-def _working(config: Any, rows: int, dtype: "torch.dtype", kv_cache: int) -> int:
-    """An estimate of what a step holds besides weights and cache: the activations of a prefill in one layer (four as wide
-    as the model, three as its MLP), the logits of all rows with three float32 copies for sampling, and one layer's keys and
-    values gathered for attention, repeated for the heads that share them."""
+def _working(config: Any, rows: int, dtype: "torch.dtype", adapters: int) -> int:
+    """An estimate of what a step holds besides weights and cache: one layer's activations (four as wide as the model, three
+    as its MLP), the logits of all rows with three float32 copies for sampling, and the adapters in use once more, stacked,
+    where B is as wide as the products that are fused."""
+    from model_compose.engines.huggingface.batch import PREFILL_TOKENS
+
     config = config.get_text_config()
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    heads = config.num_attention_heads
-    repeated = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    activations = PREFILL_TOKENS * (4 * hidden + 3 * inner) * dtype.itemsize
-    logits = rows * int(config.vocab_size) * (dtype.itemsize + 12)
-    return int(activations + logits + kv_cache // config.num_hidden_layers * repeated)
+    activations = (PREFILL_TOKENS + rows) * (4 * hidden + 3 * inner) * dtype.itemsize
+    return activations + rows * int(config.vocab_size) * (dtype.itemsize + 12) + 2 * adapters
 
 
 def _remedy(needs: Needs) -> str:
     if needs.kv_given and needs.missing < needs.kv_least:
         return f"set kv_cache to at most {size_text(needs.kv_least - needs.missing)}"
+    if needs.fold == "always" and needs.missing <= needs.folded:
+        return "set fold: never"
     settings = [f"{setting} (the base: {size_text(size)})" for setting, size in needs.smaller.items()]
     return f"set {' or '.join([*settings, 'another device'])}, or use a smaller model"
 

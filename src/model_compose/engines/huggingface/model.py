@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import json
 import logging
 from collections.abc import Iterator
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from model_compose.engines import ModelOptions
+from model_compose.engines import AdapterOptions, ModelOptions
 from model_compose.engines.huggingface import memory, sizes
 from model_compose.engines.huggingface.cache import SMALLEST, KVCache
 from model_compose.engines.huggingface.decoder import LlamaForward, takes
 from model_compose.engines.huggingface.forward import NAME as ATTENTION
 from model_compose.engines.huggingface.forward import Forward, TransformersForward
 from model_compose.engines.huggingface.free import free_memory
+from model_compose.engines.huggingface.quantized import quantize_modules
 from model_compose.errors import AdapterError, LoadError, SourceError
 from model_compose.lora.adapter import LoraAdapter, check, read_adapter, read_config
 from model_compose.lora.layers import LoraModel, Placement, module_shapes
@@ -55,6 +57,11 @@ class Loaded:
         return self.lora.model
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.model.get_input_embeddings().weight.dtype  # type: ignore[operator,no-any-return]
+
+    @property
     def vocabulary(self) -> int:
         """The width of the logits."""
         config: Any = self.model.config
@@ -68,12 +75,9 @@ def load(
     from transformers.utils import logging as transformers_logging
 
     device = pick_device(options.device)
-    # Devices are looked at before anything is fetched.
-    devices = {
-        name: pick_device(adapter.device)
-        for name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True)
-        if adapter.device is not None
-    }
+    _check_quantization(options.quantization, device)
+    named = dict(zip(options.adapter_names, options.peft_adapters, strict=True))
+    placements = {name: placement(adapter) for name, adapter in named.items()}  # before anything is fetched
     adapters = _fetch_adapters(options, base_dir, report)
     checked = _preflight(options, base_dir, adapters, device, trust_remote_code=trust_remote_code)
     base = fetch(options.model, base_dir=base_dir, report=report)
@@ -89,13 +93,16 @@ def load(
         model = _load_model(base, config, options, device, trust_remote_code)
         _check_layers(model, describe(options.model))
         report(Progress("attaching adapters", 0, len(adapters), "adapters"))
-        placements = {
-            name: Placement(devices.get(name), DTYPES.get(adapter.precision))
-            for name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True)
-        }
+        by_kernel = options.quantization if device.type == "cpu" else None
+        if by_kernel is not None and not takes(model):
+            quantize_modules(model, by_kernel)
         lora = LoraModel(model, adapters, placements, max_on_device=max_adapters)
         report(Progress("attaching adapters", len(adapters), len(adapters), "adapters"))
-        forward = LlamaForward(lora) if takes(model) else TransformersForward(model, device, describe(options.model))
+        forward: Forward
+        if takes(model):
+            forward = LlamaForward(lora, by_kernel)
+        else:
+            forward = TransformersForward(model, device, describe(options.model))
     context = sizes.context_length(model.config, options.max_seq_length)
     return Loaded(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
 
@@ -156,18 +163,27 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype | str:
 
 
 def _fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> list[LoraAdapter]:
-    adapters = []
-    for name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True):
-        if isinstance(adapter.model, HuggingfaceSource):
-            # The config is small and decides whether the weights are worth fetching.
-            only = fetch(adapter.model, base_dir=base_dir, only=CONFIG_FILES, report=report)
-            read_config(only.folder, name)
-        try:
-            fetched = fetch(adapter.model, base_dir=base_dir, report=report)
-        except SourceError as error:
-            raise SourceError(f"adapter '{name}': {error}") from error
-        adapters.append(read_adapter(fetched.folder, name))
-    return adapters
+    named = zip(options.adapter_names, options.peft_adapters, strict=True)
+    return [fetch_adapter(name, adapter, base_dir, report) for name, adapter in named]
+
+
+def fetch_adapter(name: str, options: AdapterOptions, base_dir: Path, report: Report) -> LoraAdapter:
+    """Fetches and reads one adapter. Blocking. Raises SourceError, AdapterError."""
+    if isinstance(options.model, HuggingfaceSource):
+        # The config is small and decides whether the weights are worth fetching.
+        only = fetch(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report)
+        read_config(only.folder, name)
+    try:
+        fetched = fetch(options.model, base_dir=base_dir, report=report)
+    except SourceError as error:
+        raise SourceError(f"adapter '{name}': {error}") from error
+    return read_adapter(fetched.folder, name)
+
+
+def placement(options: AdapterOptions) -> Placement:
+    """Where one adapter computes. Raises LoadError for a device that this machine does not have."""
+    device = None if options.device is None else pick_device(options.device)
+    return Placement(device, DTYPES.get(options.precision))
 
 
 def _preflight(
@@ -272,6 +288,8 @@ def _load_model(
         extra = {"gguf_file": base.file, "quantization_config": GgufConfig(dequantize=True)}
     if device.type != "cpu":
         extra["device_map"] = {"": device}
+        if options.quantization is not None:
+            extra["quantization_config"] = _bitsandbytes(options)
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
         base.folder,
         attn_implementation=ATTENTION,
@@ -282,6 +300,27 @@ def _load_model(
         **extra,
     )
     return model.eval().requires_grad_(False)
+
+
+def _check_quantization(kind: str | None, device: torch.device) -> None:
+    """Raises LoadError where the device has no kernels for it."""
+    kinds = {"cpu": ("int8", "int4"), "cuda": ("int8", "nf4", "fp4")}.get(device.type, ())
+    if kind is not None and kind not in kinds:
+        use = f"on {device.type} use {' or '.join(kinds)}" if kinds else f"leave it out on {device.type}"
+        raise LoadError(f"quantization: {kind} is not available on {device}; {use}")
+    if kind is not None and device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is None:
+        raise LoadError(f"quantization: {kind} on {device} needs bitsandbytes; pip install bitsandbytes")
+
+
+def _bitsandbytes(options: ModelOptions) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if options.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = DTYPES.get(options.precision, torch.bfloat16)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=options.quantization, bnb_4bit_compute_dtype=compute
+    )
 
 
 def _check_layers(model: nn.Module, name: str) -> None:

@@ -46,11 +46,11 @@ class PrefixCache:
     def find(self, identity: str, tokens: Sequence[int]) -> tuple[Entry | None, int]:
         """The entry with the longest common beginning, and its length."""
         for chain in reversed(list(_chains(identity, tokens))):
-            for entry in self._chunks.get(chain, ()):
-                length = common(entry.tokens, tokens)
-                if entry.identity == identity and length >= CHUNK:
-                    self._entries.move_to_end(entry)
-                    return entry, length
+            alike = [entry for entry in self._chunks.get(chain, ()) if entry.identity == identity]
+            entry = max(alike, key=lambda entry: common(entry.tokens, tokens), default=None)
+            if entry is not None and (length := common(entry.tokens, tokens)) >= CHUNK:
+                self._entries.move_to_end(entry)
+                return entry, length
         return None, 0
 
     def keep(self, identity: str, tokens: Sequence[int], row: Row) -> None:

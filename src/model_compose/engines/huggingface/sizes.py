@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from model_compose.engines import ModelOptions
 from model_compose.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -18,8 +17,11 @@ if TYPE_CHECKING:
 
     from model_compose.lora.adapter import LoraAdapter, ModuleShape
 
-QUANTIZATIONS = {"int8": (8, None), "int4": (4, 64), "nf4": (4, 64), "fp4": (4, 64)}
-"""Bits of a weight, and how many weights of a row share one float32 scale (None: the whole row)."""
+KINDS = {"cpu": ("int8", "int4"), "cuda": ("int8", "nf4", "fp4")}
+"""The quantizations that a kind of device has kernels for: our own on CPU, those of bitsandbytes on CUDA."""
+
+BITSANDBYTES_BLOCK = 64
+"""Weights that share a float32 scale in nf4 and fp4."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +66,42 @@ def context_length(config: Any, *limits: int | None) -> int:
     return min([int(limit) for limit in (own, *limits) if limit is not None] or [2048])
 
 
-def base_bytes(model: "nn.Module", dtype: "torch.dtype", quantization: str | None = None) -> int:
-    """The parameters in `dtype`, tied ones once; where quantised, Linear weights packed with their scales, all but the
-    output head. model: on the meta device."""
+def base_bytes(
+    model: "nn.Module", dtype: "torch.dtype", quantization: str | None = None, device_type: str = "cpu"
+) -> int:
+    """The parameters in `dtype`, tied ones once; where quantised, Linear weights packed with their scales.
+
+    model: on the meta device. bitsandbytes (CUDA) leaves the output head as it is. A head that is tied to the embedding is
+    packed besides the embedding, which stays plain.
+    """
     from torch import nn
 
-    packed: dict[Any, int] = {}
-    if quantization is not None:
-        bits, group = QUANTIZATIONS[quantization]
-        head = _head(model)
-        for module in model.modules():
-            if isinstance(module, nn.Linear) and module.weight not in head:
-                rows, columns = module.weight.shape
-                packed[module.weight] = -(-rows * columns * bits // 8) + 4 * rows * -(-columns // (group or columns))
-    plain = sum(parameter.numel() for parameter in model.parameters() if parameter not in packed)
-    return plain * dtype.itemsize + sum(packed.values())
+    if quantization is None:
+        return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    head = _head(model)
+    linears = {
+        module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear) and (device_type == "cpu" or module.weight not in head)
+    }
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    plain = sum(weight.numel() for weight in model.parameters() if weight not in linears or weight in embeddings)
+    packed = sum(_packed(weight, quantization, device_type, is_head=weight in head) for weight in linears)
+    return plain * dtype.itemsize + packed
+
+
+def _packed(weight: "torch.Tensor", kind: str, device_type: str, *, is_head: bool) -> int:
+    """Bytes of a Linear's weight (rows, columns) with its scales, as quantized.py or bitsandbytes keep it."""
+    from model_compose.engines.huggingface.quantized import GROUP
+
+    rows, columns = weight.shape
+    if device_type == "cpu":  # scales and offsets are bfloat16
+        if kind == "int4" and not is_head and rows % GROUP == 0 and columns % GROUP == 0:
+            return rows * columns // 2 + 4 * rows * columns // GROUP
+        return rows * columns + 2 * rows
+    if kind == "int8":
+        return rows * columns + 4 * rows
+    return -(-rows * columns // 2) + 4 * -(-rows * columns // BITSANDBYTES_BLOCK)
 
 
 def checkpoint_dtype(model: "nn.Module", checkpoint: Checkpoint) -> "torch.dtype":
@@ -122,13 +145,6 @@ def loaded_size(adapter: "LoraAdapter") -> AdapterSize:
     return AdapterSize({path: factors.rank for path, factors in adapter.modules.items()}, 0)
 
 
-def quantization(options: ModelOptions) -> str | None:
-    """The file's wish: int8, int4, nf4, fp4, by itself or as `type` of a mapping."""
-    wish = options.quantization
-    kind: str | None = wish.get("type") if isinstance(wish, Mapping) else wish
-    return kind
-
-
 def stored_bits(config: Any) -> int | None:
     """Bits of a weight of a checkpoint that is quantised itself (GPTQ and its kind); None of one that is not."""
     stored = getattr(config, "quantization_config", None)
@@ -168,7 +184,7 @@ def weight_of(model: "nn.Module", path: str) -> "torch.Tensor":
 
 
 def _head(model: "nn.Module") -> set[Any]:
-    """The weights of the output head, which nobody packs or means by "all linear"."""
+    """The weight of the output head, which nobody means by "all linear"."""
     getter: Any = model
     head = getter.get_output_embeddings()
     return set() if head is None else {head.weight}

@@ -1,0 +1,111 @@
+"""Linears with int8 or int4 weights on CPU, by the kernels that torch ships (weight-only: activations stay bfloat16).
+
+Every row of a batch is computed alone: there is no scale that rows share. Adapters act outside, in their own precision.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GROUP = 32
+"""Inputs that share an int4 scale and offset; also the block of GGUF's Q4_0 and Q4_1."""
+
+WIDE = 96
+"""From so many rows on, int8 weights are expanded and multiplied in float32: the kernel is made for few rows."""
+
+
+class QuantizedLinear(nn.Linear):
+    """A Linear whose weight is kept in fewer bits. Input and output are rounded to bfloat16, whatever the dtype around.
+
+    Of nn.Linear it keeps the sizes and the bias; `weight` is empty.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) -> (…, out)"""
+        y = self.multiply(x.reshape(-1, self.in_features).bfloat16())
+        y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """(rows, in) -> (rows, out), bfloat16."""
+        raise NotImplementedError
+
+
+class Int8Linear(QuantizedLinear):
+    """w = q · s, q in -127..127, one scale for each output."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach().float()
+        self.scales = (weight.abs().amax(dim=1) / 127).clamp_(min=1e-12).bfloat16()
+        self.packed = (weight / self.scales[:, None].float()).round_().clamp_(-127, 127).to(torch.int8)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        if len(x) < WIDE:
+            return torch._weight_int8pack_mm(x, self.packed, self.scales)
+        return F.linear(x.float(), self.packed.float() * self.scales[:, None].float()).bfloat16()
+
+
+class Int4Linear(QuantizedLinear):
+    """w = (q - 8) · s + z, q in 0..15, one scale and one offset for each group of inputs."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        q, scales, offsets = quantize_groups(linear.weight.detach().float())
+        self.packed = torch._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
+        self.scales_and_offsets = torch.stack([scales.T, offsets.T], dim=-1).bfloat16().contiguous()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return torch._weight_int4pack_mm_for_cpu(x, self.packed, GROUP, self.scales_and_offsets)
+
+
+def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest 4-bit groups of a float32 weight (out, in): q in 0..15 (out, in), scales and offsets (out, in / GROUP),
+    with w ≈ (q - 8) · scale + offset.
+
+    Each group takes the better of two grids: from its least to its greatest value in 15 steps, or zero in the middle and
+    the value of largest size at -8 steps. These are the grids of GGUF's Q4_1 and Q4_0, so that weights which come
+    from such blocks are found again without a second rounding.
+    """
+    groups = weight.view(len(weight), -1, GROUP)
+    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
+    step = ((high - low) / 15).clamp_(min=1e-12)
+    largest = torch.where(high > -low, high, low)
+    grids = [(step, low + 8 * step), (torch.where(largest == 0, step, largest / -8), torch.zeros_like(low))]
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    least = torch.full_like(low, float("inf"))
+    for scale, offset in grids:
+        q = ((groups - offset) / scale).round_().add_(8).clamp_(0, 15)
+        error = ((q - 8) * scale + offset - groups).square_().sum(dim=-1, keepdim=True)
+        better = error < least
+        best = (
+            (q, scale, offset)
+            if best is None
+            else tuple(  # type: ignore[assignment]
+                torch.where(better, new, old) for new, old in zip((q, scale, offset), best, strict=True)
+            )
+        )
+        least = torch.minimum(least, error)
+    assert best is not None
+    q, scale, offset = best
+    return q.view_as(weight), scale[..., 0], offset[..., 0]
+
+
+def quantize(kind: str, linear: nn.Linear, *, head: bool = False) -> nn.Module:
+    """The Linear in int8 or int4. The output head stays at int8, and so does what the int4 kernel has no shape for."""
+    if kind == "int4" and not head and linear.in_features % GROUP == 0 and linear.out_features % GROUP == 0:
+        return Int4Linear(linear)
+    return Int8Linear(linear)
+
+
+def quantize_modules(model: nn.Module, kind: str) -> None:
+    """Replaces all Linears of a model."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(path, quantize(kind, module, head=module is head))
