@@ -340,7 +340,7 @@ def test_the_lean_decoder_is_transformers_code(loaded: Loaded) -> None:
     from model_compose.engines.huggingface.attention import Pass, Piece
     from model_compose.engines.huggingface.forward import NAME
 
-    model: Any = AutoModelForCausalLM.from_pretrained(loaded.model.name_or_path, attn_implementation=NAME).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(str(loaded.model.name_or_path), attn_implementation=NAME).eval()
     from model_compose.lora.layers import LoraModel
 
     lora = LoraModel(model, loaded.lora.adapters.values())

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +210,33 @@ async def test_devices_and_precisions(project: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"quantization": "int8"}, {"on_demand": True}, {"fast_tokenizer": False}, {"runtime_spec": {"vram": 1}}],
+    [{"on_demand": True}, {"fast_tokenizer": False}, {"runtime_spec": {"vram": 1}}],
     ids=str,
 )
 def test_options_that_it_cannot_honour_are_refused_by_name(project: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=f"driver huggingface cannot honour '{next(iter(changes))}'"):
         make("huggingface", project.parent, **changes)
+
+
+async def test_quantizations_that_do_not_work_are_refused_by_name(project: Path) -> None:
+    with pytest.raises(ValidationError, match="'int8', 'int4', 'nf4' or 'fp4'"):
+        make("huggingface", project.parent, quantization="int2")
+    with pytest.raises(ValidationError, match="a quantised base is never folded; leave fold out"):
+        make("huggingface", project.parent, quantization="int8", options={"fold": "always"})
+    with pytest.raises(LoadError, match="quantization: nf4 is not available on cpu; on cpu use int8 or int4"):
+        await opened(project.parent, quantization={"type": "nf4"}, device="cpu")
+
+
+async def test_logit_bias_and_penalties(project: Path) -> None:
+    engine = await opened(project.parent)
+    plain = await text(engine, "Hello")
+    favourite = tiny.tokenizer()("q")["input_ids"][0]
+    assert await text(engine, "Hello", sampling=replace(GREEDY, logit_bias=((favourite, 100.0),))) == "q" * 16
+    varied = await text(engine, "Hello", sampling=replace(GREEDY, frequency_penalty=2.0, presence_penalty=2.0))
+    assert varied != plain
+    with pytest.raises(InputError, match="names the token 999, and this model has the tokens 0 to 257"):
+        await text(engine, "Hello", sampling=replace(GREEDY, logit_bias=((999, 1.0),)))
+    await engine.close()
 
 
 def test_unknown_engine_options_name_the_nearest() -> None:

@@ -193,6 +193,12 @@ class LoraModel:
             _page_out(self._originals[first])
         self.folded = blend
 
+    def fold_bytes(self, blend: Blend) -> int:
+        """Of the weights that folding this blend would write anew."""
+        paths = {path for name in blend.active for path in self._placed[name].adapter.modules}
+        modules = {id(self._sites[path].module): self._sites[path].module for path in paths}
+        return sum(module.weight.nbytes for module in modules.values() if isinstance(module.weight, Tensor))
+
     def keeps(self, blend: Blend) -> bool:
         """Whether folding this blend is but a swap."""
         return self._rested is not None and self._rested[0].active == blend.active

@@ -11,7 +11,7 @@ from pydantic import ByteSize, Field
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions
 from model_compose.errors import Conflict, InputError, NotReady, Overloaded
-from model_compose.generation import Chunk, Request, Usage
+from model_compose.generation import Chunk, Request, ResponseFormat, Usage
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.schema import Options
@@ -91,6 +91,7 @@ class HuggingfaceEngine:
         import torch
 
         from model_compose.engines.huggingface.batch import Batch
+        from model_compose.engines.huggingface.free import free_memory
         from model_compose.engines.huggingface.grammar import Grammars
         from model_compose.engines.huggingface.model import load, open_cache
 
@@ -99,12 +100,16 @@ class HuggingfaceEngine:
             self._options, self._base_dir, report, trust_remote_code=own.trust_remote_code,
             max_adapters=own.max_adapters_on_device,
         )  # fmt: skip
-        # In fewer bits a fold would round small deltas away.
+        # In fewer bits a fold would round small deltas away. It takes a second copy of the weights that it touches.
         auto = own.fold == "auto" and loaded.dtype == torch.float32 and self._options.quantization is None
+        free = free_memory(loaded.device)
+        auto = auto and (free is None or 2 * loaded.lora.fold_bytes(self._blends.default) < free)
         if (own.fold == "always" or auto) and self._blends.default.active:
             loaded.lora.fold(self._blends.default)
         cache, self._context = open_cache(loaded, own)
         self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, loaded.eos)
+        if loaded.eos:  # reads the vocabulary, which would hold up all other threads later
+            self._grammars.start(ResponseFormat("json_object"))
         return loaded, Batch(
             loaded.lora, loaded.forward, cache, max_rows=own.max_batch_size, prefix_cache=own.prefix_cache,
             auto_fold=auto, max_adapters=own.max_adapters_on_device,

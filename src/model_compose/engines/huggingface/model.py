@@ -104,7 +104,9 @@ def load(
         else:
             forward = TransformersForward(model, device, describe(options.model))
     context = sizes.context_length(model.config, options.max_seq_length)
-    return Loaded(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
+    loaded = Loaded(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
+    _warn_of_slow_dtype(loaded)
+    return loaded
 
 
 def open_cache(loaded: Loaded, options: "HuggingfaceOptions") -> tuple[KVCache, int]:
@@ -178,6 +180,15 @@ def fetch_adapter(name: str, options: AdapterOptions, base_dir: Path, report: Re
     except SourceError as error:
         raise SourceError(f"adapter '{name}': {error}") from error
     return read_adapter(fetched.folder, name)
+
+
+def _warn_of_slow_dtype(loaded: Loaded) -> None:
+    """bfloat16 where the processor has no instructions for it: a prompt takes ten times as long."""
+    if loaded.dtype == torch.bfloat16 and pick_dtype("auto", loaded.device) == torch.float32:
+        log.warning(
+            "this processor does not compute bfloat16 natively, so prompts and batches are slow; precision: float32, or "
+            "quantization: int8 for less memory, is faster here"
+        )
 
 
 def placement(options: AdapterOptions) -> Placement:
@@ -304,7 +315,7 @@ def _load_model(
 
 def _check_quantization(kind: str | None, device: torch.device) -> None:
     """Raises LoadError where the device has no kernels for it."""
-    kinds = {"cpu": ("int8", "int4"), "cuda": ("int8", "nf4", "fp4")}.get(device.type, ())
+    kinds = sizes.KINDS.get(device.type, ())
     if kind is not None and kind not in kinds:
         use = f"on {device.type} use {' or '.join(kinds)}" if kinds else f"leave it out on {device.type}"
         raise LoadError(f"quantization: {kind} is not available on {device}; {use}")
