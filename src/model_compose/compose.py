@@ -34,6 +34,8 @@ class Compose:
     """
 
     def __init__(self, loaded: Loaded) -> None:
+        from model_compose.metrics import Metrics  # its library takes a while to import, and `validate` needs none
+
         self.config: Config = loaded.config
         self.files = loaded.files
         self.progress: Progress | None = Progress("starting")
@@ -42,6 +44,9 @@ class Compose:
         self._components: dict[str, Component] = {
             options.id: COMPONENTS[options.type](options, loaded.base_dir) for options in loaded.config.all_components
         }
+        self.metrics = Metrics()
+        for id, model in self.models.items():
+            model.meter = self.metrics.watch(id, model.engine)
         self._limits: dict[str, AbstractAsyncContextManager[Any]] = {
             options.id: _limit(options.max_concurrent_count) for options in loaded.config.all_components
         }
@@ -148,9 +153,9 @@ class Compose:
         self.check_ready()
         if component not in self.models:
             raise NotFound(f"there is no model component '{component}'; known: {', '.join(self.models)}")
-        engine = self.models[component].engine
+        model = self.models[component]
         with self._counted():
-            async with self._limits[component], aclosing(engine.generate(request)) as chunks:
+            async with self._limits[component], aclosing(model.generate(request)) as chunks:
                 async for chunk in chunks:
                     yield chunk
 

@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -18,6 +18,9 @@ from model_compose.expressions import parse
 from model_compose.generation import Chunk, Message, Request, Sampling, Usage
 from model_compose.progress import Report, silent
 from model_compose.schema import Options, field_of, has_expression, templated
+
+if TYPE_CHECKING:
+    from model_compose.metrics import Meter
 
 LogitBias = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]]
 
@@ -183,6 +186,8 @@ class ModelComponent:
         self.options = options
         self.blends = options.to_blends()
         self.engine: Engine = ENGINES[options.driver](options, self.blends, base_dir)
+        self.meter: Meter | None = None
+        """Counts requests, where Compose has given one."""
         self._inputs = INPUTS[options.task]
 
     async def open(self, report: Report) -> None:
@@ -226,6 +231,11 @@ class ModelComponent:
         self.blends = replace(self.blends, adapters=tuple(each for each in self.blends.adapters if each != name))
         await self.engine.unload_adapter(name)
 
+    def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        """The engine's text, counted: the way of every request, from workflows and from /v1."""
+        chunks = self.engine.generate(request)
+        return chunks if self.meter is None else self.meter.measure(request, self.blends, chunks)
+
     async def run(self, action: str, context: Mapping[str, Any], blend: Any = None) -> AsyncGenerator[Delta | Result]:
         chosen = self.options.find_action(action)
         inputs = self.evaluate(chosen, context)
@@ -239,7 +249,7 @@ class ModelComponent:
 
         texts = [""] * (len(requests) * sampling.num_return_sequences)
         usage, start = Usage(), time.perf_counter()
-        async with aclosing(_merge(self.engine, requests, inputs.batch_size)) as chunks:
+        async with aclosing(_merge(self.generate, requests, inputs.batch_size)) as chunks:
             async for chunk in chunks:
                 texts[chunk.index] += chunk.text
                 usage = _add(usage, chunk.usage) if chunk.usage else usage
@@ -263,10 +273,12 @@ class ModelComponent:
             raise InputError(f"the action '{action.id}' cannot take this input: {summary}", fields) from None
 
 
-async def _merge(engine: Engine, requests: list[Request], at_once: int) -> AsyncGenerator[Chunk]:
+async def _merge(
+    generate: Callable[[Request], AsyncGenerator[Chunk]], requests: list[Request], at_once: int
+) -> AsyncGenerator[Chunk]:
     """The chunks of all requests, at most `at_once` running, renumbered so that every sequence has its own index."""
     if len(requests) == 1:
-        async with aclosing(engine.generate(requests[0])) as chunks:
+        async with aclosing(generate(requests[0])) as chunks:
             async for chunk in chunks:
                 yield chunk
         return
@@ -275,7 +287,7 @@ async def _merge(engine: Engine, requests: list[Request], at_once: int) -> Async
     limit = asyncio.Semaphore(at_once)
 
     async def feed(number: int, request: Request) -> None:
-        async with limit, aclosing(engine.generate(request)) as chunks:
+        async with limit, aclosing(generate(request)) as chunks:
             async for chunk in chunks:
                 await queue.put(replace(chunk, index=number * width + chunk.index))
 

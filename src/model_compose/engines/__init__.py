@@ -4,6 +4,7 @@ A new engine is one file here plus its line in ENGINES: a class with the methods
 """
 
 from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
@@ -29,6 +30,23 @@ def _kind(value: Any) -> Any:
 Quantization = Annotated[Literal["int8", "int4", "nf4", "fp4"], BeforeValidator(_kind)]
 
 
+@dataclass(frozen=True)
+class Stats:
+    """What an engine is doing, and has done since it was opened.
+
+    running and waiting count texts, kv_cache_* bytes (used: with the prefixes that are kept), prefix_* prompt tokens.
+    """
+
+    running: int
+    waiting: int
+    kv_cache_used: int
+    kv_cache_total: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    adapters: int
+
+
 class Engine(Protocol):
     """Runs one base model with its adapters. Opened once, then serves any number of requests at once."""
 
@@ -51,6 +69,9 @@ class Engine(Protocol):
 
     def identity(self, blend: Blend) -> str:
         """The blend's digest over base, adapter contents, weights and method."""
+
+    def stats(self) -> Stats | None:
+        """As of now, from any thread, without waiting; None before it is loaded and once it is closed."""
 
     async def load_adapter(self, options: "AdapterOptions", report: Report) -> None:
         """One more adapter under options.name, or another one in its place, while requests run; those that use the old one

@@ -1,4 +1,4 @@
-"""The workflow API under base_path: runs, tasks, workflows, health. `create_app` also mounts OpenAI's API at /v1."""
+"""The workflow API under base_path: runs, tasks, workflows, health. `create_app` adds OpenAI's API at /v1, and /metrics."""
 
 import asyncio
 import re
@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import Field
 from starlette.datastructures import UploadFile
 
@@ -16,12 +16,14 @@ from model_compose.components import Delta
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
 from model_compose.expressions import strict_json
+from model_compose.metrics import MEDIA_TYPE
 from model_compose.schema import Options
 from model_compose.servers import HttpServerOptions
 from model_compose.servers.callbacks import Callback
 from model_compose.servers.documents import (
     RUN_STREAM,
     Health,
+    Responses,
     RunState,
     WorkflowInfo,
     add_documents,
@@ -91,6 +93,7 @@ def create_app(compose: Compose, options: HttpServerOptions) -> FastAPI:
     add_error_handlers(app)
     app.include_router(_create_router(compose, Tasks(compose), options), prefix=options.base_path)
     app.include_router(create_openai_router(compose), prefix="/v1")
+    _add_metrics(app, compose)
     health = f"{options.base_path}/health"
     add_documents(app, bodies=(RunBody, CompletionBody, ChatBody), open_path=health, with_keys=bool(options.api_keys))
     app.add_middleware(Guard, options=options, open_paths=(health,))
@@ -99,6 +102,15 @@ def create_app(compose: Compose, options: HttpServerOptions) -> FastAPI:
             CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"], max_age=600
         )
     return app
+
+
+def _add_metrics(app: FastAPI, compose: Compose) -> None:
+    described: Responses = {200: {"description": "Prometheus' text format"}}
+
+    @app.get("/metrics", tags=["metrics"], response_class=PlainTextResponse, responses=described)
+    def metrics() -> Response:  # not async: it is written in a thread, beside the event loop
+        """Requests, tokens, latencies and the engines' state, for Prometheus, under the names of vLLM."""
+        return Response(compose.metrics.text(), media_type=MEDIA_TYPE)
 
 
 def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -> APIRouter:

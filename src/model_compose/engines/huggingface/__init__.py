@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ByteSize, Field
 
 from model_compose.daemon import in_daemon_thread
-from model_compose.engines import AdapterOptions, ModelOptions
+from model_compose.engines import AdapterOptions, ModelOptions, Stats
 from model_compose.errors import Conflict, InputError, NotReady, Overloaded
 from model_compose.generation import Chunk, Request, ResponseFormat, Usage
 from model_compose.lora.blend import Blend, Blends
@@ -18,6 +18,7 @@ from model_compose.schema import Options
 
 if TYPE_CHECKING:
     from model_compose.engines.huggingface.batch import Batch
+    from model_compose.engines.huggingface.cache import KVCache
     from model_compose.engines.huggingface.grammar import Grammars
     from model_compose.engines.huggingface.loop import Loop
     from model_compose.engines.huggingface.model import Loaded
@@ -58,6 +59,7 @@ class HuggingfaceEngine:
         self._loaded: Loaded | None = None
         self._batch: Batch | None = None
         self._loop: Loop | None = None
+        self._cache: KVCache | None = None
         self._grammars: Grammars
         self._context = 0
         self._keys = {name: name for name in blends.adapters}
@@ -107,6 +109,7 @@ class HuggingfaceEngine:
         if (own.fold == "always" or auto) and self._blends.default.active:
             loaded.lora.fold(self._blends.default)
         cache, self._context = open_cache(loaded, own)
+        self._cache = cache
         self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, loaded.eos)
         if loaded.eos:  # reads the vocabulary, which would hold up all other threads later
             self._grammars.start(ResponseFormat("json_object"))
@@ -161,6 +164,25 @@ class HuggingfaceEngine:
         digests = {name: adapters[self._keys[name]].digest for name in blend.active}
         return blend.identity(self._loaded.identity, digests)
 
+    def stats(self) -> Stats | None:
+        loaded, batch, loop, cache = self._loaded, self._batch, self._loop, self._cache
+        if loaded is None or batch is None or loop is None or cache is None:
+            return None
+        present = loop.running  # a tuple, and numbers: the engine's thread may go on meanwhile
+        done = sum(sequence.done for sequence in present)
+        running = sum(sequence.row is not None and not sequence.done for sequence in present)
+        prefixes = batch.prefixes
+        return Stats(
+            running=running,
+            waiting=max(0, loop.load - done - running),
+            kv_cache_used=cache.spent,
+            kv_cache_total=cache.budget,
+            prefix_queries=prefixes.queries if prefixes else 0,
+            prefix_hits=prefixes.hits if prefixes else 0,
+            preemptions=batch.preemptions,
+            adapters=len(loaded.lora.names),
+        )
+
     async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
         from model_compose.engines.huggingface.model import fetch_adapter, placement
 
@@ -192,7 +214,7 @@ class HuggingfaceEngine:
     async def close(self) -> None:
         if self._loop is not None:
             await asyncio.to_thread(self._loop.close)
-        self._loop = self._batch = self._loaded = None
+        self._loop = self._batch = self._cache = self._loaded = None
 
     def _check(self, request: Request, loaded: "Loaded") -> None:
         """Raises InputError for what this model cannot do."""

@@ -1,0 +1,169 @@
+"""What a scrape is told, in Prometheus' text format and under the names of vLLM: one `Metrics` for each Compose.
+
+Requests are counted as their chunks pass; what engines know of themselves is read when somebody asks. Knows nothing of
+HTTP. It stands on prometheus_client, so whoever needs this module imports it inside the function that does.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from model_compose.engines import Engine, Stats
+from model_compose.errors import Cancelled, ComposeError
+from model_compose.generation import Chunk, Finish, Request, Usage
+from model_compose.lora.blend import Blend, Blends
+
+PREFIX = "model_compose:"
+REQUEST = ("component", "blend")
+MEDIA_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+# vLLM's bounds, in seconds, so that a dashboard made for it reads the same.
+TO_FIRST = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
+)  # fmt: skip
+PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+
+Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
+OF_ENGINES: tuple[tuple[Family, str, str, Callable[[Stats], float]], ...] = (
+    (GaugeMetricFamily, "num_requests_running", "Texts being computed", lambda stats: stats.running),
+    (GaugeMetricFamily, "num_requests_waiting", "Texts that wait for the engine", lambda stats: stats.waiting),
+    (
+        GaugeMetricFamily, "kv_cache_usage_perc", "Share of the KV cache in use, with the prefixes that it keeps; 0 to 1",
+        lambda stats: stats.kv_cache_used / stats.kv_cache_total,
+    ),
+    (GaugeMetricFamily, "num_adapters_loaded", "LoRA adapters in memory", lambda stats: stats.adapters),
+    (
+        CounterMetricFamily, "prefix_cache_queries", "Prompt tokens looked for in the prefix cache",
+        lambda stats: stats.prefix_queries,
+    ),
+    (
+        CounterMetricFamily, "prefix_cache_hits", "Prompt tokens found in the prefix cache",
+        lambda stats: stats.prefix_hits,
+    ),
+    (
+        CounterMetricFamily, "num_preemptions", "Texts put back into the queue for want of room in the KV cache",
+        lambda stats: stats.preemptions,
+    ),
+)  # fmt: skip
+"""Kind, name, description, and how it is read: labelled by component."""
+
+
+class Metrics:
+    """The instruments of one Compose, on a registry of their own."""
+
+    def __init__(self) -> None:
+        self._engines: dict[str, Engine] = {}
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of completed requests")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens made for completed requests")
+        self.successes = self._counter(
+            "request_success", "Completed requests; length where any of their texts was cut", "finished_reason"
+        )
+        self.failures = self._counter(
+            "request_failure", "Requests that ended with an error, or with their client (cancelled)", "error"
+        )
+        self.to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival at the component to its first text", TO_FIRST
+        )
+        self.per_output_token = self._histogram(
+            "time_per_output_token_seconds",
+            "Between a text's tokens after the first: a mean for each request",
+            PER_TOKEN,
+        )
+        self.whole = self._histogram(
+            "e2e_request_latency_seconds", "From a request's arrival at the component to its end, if completed", WHOLE
+        )
+
+    def watch(self, component: str, engine: Engine) -> "Meter":
+        """Tells of this engine from now on. Returns what counts the requests to it. component: its id."""
+        public = "default" if component == "__component__" else component  # as on /v1
+        self._engines[public] = engine
+        return Meter(self, public)
+
+    def text(self) -> bytes:
+        """Everything as of now, of MEDIA_TYPE. May be called from any thread."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        """What the registry asks for besides the instruments; an engine that is not loaded has nothing to tell."""
+        known = [(id, stats) for id, engine in self._engines.items() if (stats := engine.stats()) is not None]
+        for kind, name, meaning, read in OF_ENGINES:
+            family = kind(PREFIX + name, meaning, labels=("component",))
+            for component, stats in known:
+                family.add_metric((component,), read(stats))
+            yield family
+
+    def _counter(self, name: str, meaning: str, *more: str) -> Counter:
+        return Counter(PREFIX + name, meaning, (*REQUEST, *more), registry=self._registry)
+
+    def _histogram(self, name: str, meaning: str, bounds: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, meaning, REQUEST, registry=self._registry, buckets=bounds)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Counts the requests to one component. component: its public id."""
+
+    metrics: Metrics
+    component: str
+
+    async def measure(self, request: Request, blends: Blends, chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:
+        """The same chunks. A request counts as completed just before its last one is passed on, else with what ended it;
+        one that was never begun does not count."""
+        labels = (self.component, label(request.blend, blends))
+        start, first = time.perf_counter(), 0.0
+        finishes: set[Finish | None] = set()
+        completed = False
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    if not first:
+                        first = time.perf_counter()
+                        self.metrics.to_first_token.labels(*labels).observe(first - start)
+                    finishes.add(chunk.finish)
+                    if chunk.usage:
+                        completed = True
+                        self._complete(labels, request, chunk.usage, finishes, start, first)
+                    yield chunk
+        except BaseException as error:  # also what closing and cancelling raise here
+            if not completed:
+                self.metrics.failures.labels(*labels, _code(error)).inc()
+            raise
+
+    def _complete(
+        self, labels: tuple[str, str], request: Request, usage: Usage, finishes: set[Finish | None],
+        start: float, first: float,
+    ) -> None:  # fmt: skip
+        metrics, end = self.metrics, time.perf_counter()
+        metrics.prompt_tokens.labels(*labels).inc(usage.prompt_tokens)
+        metrics.generation_tokens.labels(*labels).inc(usage.completion_tokens)
+        metrics.successes.labels(*labels, "length" if "length" in finishes else "stop").inc()
+        metrics.whole.labels(*labels).observe(end - start)
+        # The texts of one request are made side by side: a step gives each of them a token.
+        steps = usage.completion_tokens / request.sampling.num_return_sequences - 1
+        if steps > 0:
+            metrics.per_output_token.labels(*labels).observe((end - first) / steps)
+
+
+def label(blend: Blend, blends: Blends) -> str:
+    """What stands for a blend in labels: its name where the file gives it one, an adapter's name for that adapter alone
+    at any weight, `base` for none, else `custom`. Weights make no labels, so the file bounds how many there are."""
+    if blend.name in ("default", *blends.named):
+        return str(blend.name)
+    active = list(blend.active)
+    if not active:
+        return "base"
+    return active[0] if len(active) == 1 and active[0] in blends.adapters else "custom"
+
+
+def _code(error: BaseException) -> str:
+    if isinstance(error, GeneratorExit | asyncio.CancelledError):
+        return Cancelled().code
+    return error.code if isinstance(error, ComposeError) else ComposeError().code
