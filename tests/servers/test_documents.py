@@ -19,6 +19,7 @@ OPERATIONS = [
     ("get", "/v1/models/{model}"),
     ("post", "/v1/completions"),
     ("post", "/v1/chat/completions"),
+    ("get", "/metrics"),
 ]
 
 

@@ -115,9 +115,9 @@ def test_an_engine_tells_of_its_prefixes_its_adapters_and_its_rest(fresh: str) -
     hits = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
     assert found["prefix_cache_hits_total"] == {("default",): hits}
     assert hits >= 58
-    for name in ("num_requests_running", "num_requests_waiting", "num_preemptions_total"):
+    # Kept prefixes give way to requests, so they are no use of the cache.
+    for name in ("num_requests_running", "num_requests_waiting", "num_preemptions_total", "kv_cache_usage_perc"):
         assert found[name] == {("default",): 0}
-    assert 0 < found["kv_cache_usage_perc"]["default",] <= 1
 
 
 async def _scrape(live: Live) -> dict[str, Values]:

@@ -175,7 +175,7 @@ class HuggingfaceEngine:
         return Stats(
             running=running,
             waiting=max(0, loop.load - done - running),
-            kv_cache_used=cache.spent,
+            kv_cache_used=cache.spent - (prefixes.size if prefixes else 0),  # prefixes give way
             kv_cache_total=cache.budget,
             prefix_queries=prefixes.queries if prefixes else 0,
             prefix_hits=prefixes.hits if prefixes else 0,

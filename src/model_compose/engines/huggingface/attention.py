@@ -37,7 +37,10 @@ class Decode:
 
     def store(self, kept: Tensor, new: Tensor) -> Tensor:
         """Writes (n, heads, dim) behind what is cached; the rows' views (n, heads, longest, dim)."""
-        kept[self._row_index, :, self._starts] = new
+        if len(new) == 1:  # an index tensor costs more than the copy
+            kept[self.rows.start, :, self.longest - 1] = new[0]
+        else:
+            kept[self._row_index, :, self._starts] = new
         return kept[self.rows, :, : self.longest]
 
     def mask(self, window: int | None) -> Tensor | None:

@@ -84,7 +84,7 @@ class LlamaForward:
             qk = qkv[:, : heads + keys]
             if layer.qk_norm is not None:
                 qk = F.rms_norm(qk, (dim,), None, self._eps) * layer.qk_norm
-            qk = qk * cos + torch.roll(qk, dim // 2, -1) * sin
+            qk = torch.addcmul(qk * cos, torch.roll(qk, dim // 2, -1), sin)
             attended = step.attend(number, qk[:, :heads], qk[:, heads:], qkv[:, heads + keys :], window=layer.window)
             x = x + layer.out(attended.reshape(tokens, heads * dim), mix)
             gate, up = layer.gate_up(F.rms_norm(x, x.shape[-1:], layer.mlp_norm, self._eps), mix).chunk(2, -1)

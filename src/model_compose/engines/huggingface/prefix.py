@@ -37,11 +37,8 @@ class PrefixCache:
         self._entries: OrderedDict[Entry, None] = OrderedDict()
         self._chunks: dict[Chain, list[Entry]] = {}
         self.queries = self.hits = 0
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(entry.size for entry in self._entries)
+        self.size = 0
+        """Bytes, part of what the KV cache has spent."""
 
     def find(self, identity: str, tokens: Sequence[int]) -> tuple[Entry | None, int]:
         """The entry with the longest common beginning, and its length."""
@@ -69,6 +66,7 @@ class PrefixCache:
         )
         entry = Entry(identity, tuple(tokens), layers, size)
         self._cache.spent += size
+        self.size += size
         self._entries[entry] = None
         for chain in _chains(identity, tokens):
             self._chunks.setdefault(chain, []).append(entry)
@@ -91,6 +89,7 @@ class PrefixCache:
     def _drop(self, entry: Entry) -> None:
         del self._entries[entry]
         self._cache.spent -= entry.size
+        self.size -= entry.size
         for chain in _chains(entry.identity, entry.tokens):
             self._chunks[chain].remove(entry)
             if not self._chunks[chain]:
