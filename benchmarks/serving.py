@@ -87,7 +87,7 @@ def make_systems(arguments: argparse.Namespace, weights: Weights, eos: int, fold
     specs = arguments.systems
     if arguments.adapters_loaded:
         specs = [f"{spec}+{count}" for spec in specs for count in arguments.adapters_loaded]
-    return [make_system(spec, setting, folder) for spec in specs]
+    return [make_system(spec, setting, folder) for spec in dict.fromkeys(specs)]
 
 
 def most_adapters(arguments: argparse.Namespace) -> int:
@@ -154,12 +154,16 @@ class Load:
         return Query(next(self.rows), self.prompts.take(SHORT_PROMPT), tokens=2)
 
 
-async def throughput(arguments: argparse.Namespace, possible: Sequence[Cell], load: Load) -> list[Series]:
+async def throughput(
+    arguments: argparse.Namespace, possible: Sequence[Cell], load: Load, measured: list[Series]
+) -> None:
+    """Adds to `measured`, block by block, so that a failure late in a long run does not lose the rest."""
     baseline = choose_baseline(arguments.baseline, possible)
-    measured: list[Series] = []
     async with create_client() as client:
         for at_once in arguments.concurrency:
             cells = without_serial(possible, at_once, arguments.serial_up_to)
+            if not cells:
+                continue
 
             async def measure(cell: Cell, at_once: int = at_once) -> Wave:
                 return await send_wave(client, *cell, load.queries(at_once))
@@ -171,11 +175,12 @@ async def throughput(arguments: argparse.Namespace, possible: Sequence[Cell], lo
             ]
             print(f"\n{at_once} at once", *rows(block, baseline), sep="\n", flush=True)
             measured += block
-    return measured
 
 
-async def ttft_under_load(arguments: argparse.Namespace, possible: Sequence[Cell], load: Load) -> list[Series]:
-    """A request of SHORT_PROMPT tokens: alone, and while LOADED - 1 others decode. Series of seconds."""
+async def ttft_under_load(
+    arguments: argparse.Namespace, possible: Sequence[Cell], load: Load, measured: list[Series]
+) -> None:
+    """A request of SHORT_PROMPT tokens: alone, and while LOADED - 1 others decode. Adds series of seconds."""
     cells = without_serial(possible, LOADED, most=1)
     async with create_client() as client:
 
@@ -186,7 +191,6 @@ async def ttft_under_load(arguments: argparse.Namespace, possible: Sequence[Cell
 
         waves = await in_turns(cells, arguments.pairs, LOADED, measure)
     print(f"\nfirst token of a prompt of {SHORT_PROMPT}, ms: alone; while {LOADED - 1} others decode; ratio")
-    measured: list[Series] = []
     for (system, blend), rounds in zip(cells, waves, strict=True):
         alone, late = (
             Series(system.label, blend, n, [w.answers[i].first for w in rounds], [(w.answers[i],) for w in rounds])
@@ -194,7 +198,6 @@ async def ttft_under_load(arguments: argparse.Namespace, possible: Sequence[Cell
         )
         print(f"{alone.cell:24} {milliseconds(alone)}  {milliseconds(late)}  {spread(late, alone)}", flush=True)
         measured += [alone, late]
-    return measured
 
 
 def describe_machine() -> dict[str, object]:
@@ -227,19 +230,21 @@ def main() -> None:
     shared = prompts.take(arguments.shared_prefix) if arguments.shared_prefix else ""
     load = Load(prompts, arguments.prompt_tokens, arguments.tokens, shared)
     compare = ttft_under_load if arguments.ttft_under_load else throughput
+    measured: list[Series] = []
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         try:
             systems = make_systems(arguments, weights, prompts.eos, Path(folder))
             cells = choose_cells(systems, ["two"] if arguments.adapters_loaded else arguments.blends)
             choose_baseline(arguments.baseline, cells)  # a mistake shows before anything is started
             with running(list(dict.fromkeys(system for system, _ in cells)), arguments.start_timeout):
-                measured = asyncio.run(compare(arguments, cells, load))
+                asyncio.run(compare(arguments, cells, load, measured))
         except SystemFailed as failed:
             raise SystemExit(str(failed)) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-    if arguments.json:
-        write_json(arguments, systems, measured, started)
+        finally:
+            if measured and arguments.json:
+                write_json(arguments, systems, measured, started)
     if arguments.plot and not arguments.ttft_under_load:
         plot(measured, f"{arguments.prompt_tokens} tokens in, {arguments.tokens} out", arguments.plot)
 

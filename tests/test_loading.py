@@ -243,7 +243,7 @@ def test_what_has_no_effect_at_its_default_loads(read: Callable[..., Loaded]) ->
     read(YAML.replace("do_sample: false", beams).replace(JOB, JOB + "    retry: 1\n    max_run_count: 25\n"))
 
 
-@pytest.mark.parametrize("key", ["quantization: int8", "on_demand: true", "preload: false", "fast_tokenizer: false"])
+@pytest.mark.parametrize("key", ["on_demand: true", "preload: false", "fast_tokenizer: false"])
 def test_what_the_driver_cannot_honour_is_refused_by_name(message: Message, key: str) -> None:
     told = message("  precision: float32", f"  {key}")
     assert told.startswith(f"{FILE}:12: component: driver huggingface cannot honour '{key.split(':')[0]}': ")
