@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from model_compose.errors import AdapterError
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
 from model_compose.lora.blend import Blend
-from model_compose.lora.live import Branch, Mix, Placed
+from model_compose.lora.live import Branch, Layout, Mix, Placed
 
 MADV_PAGEOUT = 21
 """<asm-generic/mman-common.h>; Linux 5.4 and newer."""
@@ -82,6 +82,7 @@ class LoraModel:
         self.mix: Mix | None = None
         """The weights of the pass that is running; None where no adapter is in use, or a blend is folded in."""
         self._placed: dict[str, Placed] = {}
+        self._layouts: dict[Layout, Layout] = {}
         self._max_on_device = max_on_device
         self._on_device: dict[str, None] = {}
         self._stack: frozenset[str] = frozenset()
@@ -152,7 +153,7 @@ class LoraModel:
         assert len(modules) == len(paths)
         rows = _slices(module.out_features for module in modules)
         members = dict(zip(paths, rows, strict=True))
-        branch = Branch(members, rows[-1].stop, self._placed)
+        branch = Branch(members, rows[-1].stop, self._placed, layouts=self._layouts)
         linear = modules[0] if len(modules) == 1 else _fused(modules)
         site = Site(make(linear), members, branch)
         if site.module is not linear:  # nothing else may hold on to the plain weights; a tied embedding keeps its own
@@ -242,11 +243,16 @@ class LoraModel:
         if not mix.active <= self._stack:
             wanted = self._stack | mix.active
             within = self._max_on_device is None or len(wanted) <= self._max_on_device
-            self._stack, self._idle_uses = (wanted if within else mix.active), 0
+            self._restack(wanted if within else mix.active)
         elif self._idle_uses > IDLE_USES:
-            self._stack, self._idle_uses = mix.active, 0
+            self._restack(mix.active)
         mix.stack = self._stack
         self._make_room()
+
+    def _restack(self, names: frozenset[str]) -> None:
+        """The branches follow one by one, as they are used."""
+        self._stack, self._idle_uses = names, 0
+        self._layouts.clear()
 
     def _make_room(self) -> None:
         """Drops the least recently used adapters beyond the limit from their device."""
@@ -267,7 +273,9 @@ class LoraModel:
         scale = float(getattr(module, "embed_scale", 1.0))
         members = {path: slice(0, shape.inputs if shape.kind != "linear" else shape.outputs)}
         whole = {path: slice(0, shape.outputs)}
-        branch = Branch(whole, shape.outputs, self._placed, embedding=shape.kind == "embedding", scale=scale)
+        branch = Branch(
+            whole, shape.outputs, self._placed, layouts=self._layouts, embedding=shape.kind == "embedding", scale=scale
+        )
 
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             return None if self.mix is None else branch.add(inputs[0], output, self.mix)

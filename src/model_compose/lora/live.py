@@ -19,13 +19,14 @@ Place = tuple[torch.device, torch.dtype]
 
 @dataclass(frozen=True)
 class Layout:
-    """For each of a stack's R rank positions: the name of its adapter, and that adapter's scaling.
+    """For each of a stack's R rank positions: the name of its adapter, and that adapter's scaling; and where it computes.
 
-    Stacks with equal layouts share the rows of v, which are then computed once a pass.
+    Stacks with equal layouts share one Layout and thereby the rows of v, which are computed once a pass.
     """
 
     adapters: tuple[str, ...]
     scalings: tuple[float, ...]
+    device: torch.device
 
 
 class Mix:
@@ -44,24 +45,25 @@ class Mix:
             [[blend.weights.get(name, 0.0) for name in self._columns] + [0.0] for blend in rows]
         )
         self._counts = None if counts is None else torch.tensor(counts)
-        self._scales: dict[tuple[Layout, torch.device, bool], Tensor] = {}
+        self._scales: dict[tuple[int, bool], Tensor] = {}
 
-    def scales(self, layout: Layout, device: torch.device, tokens: int) -> Tensor:
+    def scales(self, layout: Layout, tokens: int) -> Tensor:
         """v in float32: (rows, 1, R), or (tokens, R) for a flat batch.
 
         tokens: how many a flat batch has here; one for each row where a model goes on with the last ones alone.
         """
         each = self._counts is not None and tokens != len(self._weights)
-        key = (layout, device, each)
-        if key not in self._scales:
+        key = (id(layout), each)  # layouts are shared objects: hashing their hundreds of parts would cost more than v
+        v = self._scales.get(key)
+        if v is None:
             columns = [self._columns.get(name, -1) for name in layout.adapters]
             v = self._weights[:, columns] * torch.tensor(layout.scalings)
             if self._counts is None:
                 v = v[:, None]
             elif each:
                 v = v.repeat_interleave(self._counts, dim=0)
-            self._scales[key] = v.to(device)
-        return self._scales[key]
+            self._scales[key] = v = v.to(layout.device)
+        return v
 
 
 @dataclass(frozen=True)
@@ -78,13 +80,14 @@ class Branch:
     """What the adapters add to one module, or to several fused ones that read the same input.
 
     members: the modules' paths with the columns of the output that are theirs. adapters: those that are loaded, by name,
-    each with its place; the owner changes the mapping as adapters come and go.
+    each with its place; the owner changes the mapping as adapters come and go. layouts: those that all branches share.
     """
 
     def __init__(
         self, members: Mapping[str, slice], width: int, adapters: Mapping[str, "Placed"], *,
-        embedding: bool = False, scale: float = 1.0,
+        layouts: dict[Layout, Layout], embedding: bool = False, scale: float = 1.0,
     ) -> None:  # fmt: skip
+        self._layouts = layouts
         self._members, self._width, self._adapters = members, width, adapters
         self._embedding, self._scale = embedding, scale
         self._resident: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
@@ -96,17 +99,18 @@ class Branch:
         if self._of is not mix.stack:
             self._restack(mix.stack)
         for stack in self.stacks:
+            a = stack.a
+            inner = x if x.device == a.device else x.to(a.device)
             if self._embedding:
-                z = F.embedding(x.to(stack.a.device), stack.a)
+                z = F.embedding(inner, a)
             else:
-                z = F.linear(x.to(stack.a.device, stack.a.dtype), stack.a)
-            v = mix.scales(stack.layout, stack.a.device, z.shape[-2])
+                z = F.linear(inner if inner.dtype == a.dtype else inner.to(a.dtype), a)
+            v = mix.scales(stack.layout, z.shape[-2])
             if z.ndim == 2 and v.ndim == 3:  # some modules (a shared expert) see rows * tokens in one line
                 v = v[:, 0].repeat_interleave(len(z) // len(v), dim=0)
-            z = (z * v).to(z.dtype)
-            alike = y.dtype == z.dtype and y.device == z.device and y.shape[:-1] == z.shape[:-1]
-            if alike and y.is_contiguous():
-                y.view(-1, self._width).addmm_(z.view(-1, z.shape[-1]), stack.b, alpha=self._scale)
+            z = z.mul_(v) if z.dtype == v.dtype and z.ndim == v.ndim == 2 else (z * v).to(z.dtype)
+            if z.ndim == y.ndim == 2 and y.dtype == z.dtype and y.device == z.device:
+                y.addmm_(z, stack.b, alpha=self._scale)
             else:
                 y = (y + (z @ stack.b * self._scale).to(y.device)).to(y.dtype)
         return y
@@ -132,7 +136,9 @@ class Branch:
         layout = Layout(
             tuple(name for _, name, factors in parts for _ in range(factors.rank)),
             tuple(factors.scaling for _, _, factors in parts for _ in range(factors.rank)),
+            place[0],
         )
+        layout = self._layouts.setdefault(layout, layout)
         pairs = [self._on_device(path, name, factors, place) for path, name, factors in parts]
         a = torch.cat([a for a, _ in pairs], dim=1 if self._embedding else 0)
         device, dtype = place
