@@ -1,6 +1,7 @@
 """The scheduler: whatever the order and the memory, every sequence gets the text that it would get alone."""
 
 import asyncio
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTJConfig
 
 from model_compose.engines.huggingface.batch import Batch
 from model_compose.engines.huggingface.cache import SMALLEST, KVCache, LayerShape
@@ -265,6 +266,39 @@ async def test_a_full_queue_is_a_429_that_harms_nobody(project: Path) -> None:
     assert len(set(await asyncio.gather(*running))) == 1
     assert await text(engine, "Hello")
     await engine.close()
+
+
+async def test_a_burst_fills_the_queue_no_further(project: Path) -> None:
+    """Also when all of it comes before the first is tokenized."""
+    engine = await opened(project.parent, options={"max_batch_size": 2, "max_queue": 3})
+    found = await asyncio.gather(*(text(engine, "Hello", BLENDS[1]) for _ in range(20)), return_exceptions=True)
+    assert sum(isinstance(one, Overloaded) for one in found) == 15
+    assert len({one for one in found if isinstance(one, str)}) == 1
+    await engine.close()
+
+
+async def test_a_client_that_leaves_gives_its_row_back_at_once(project: Path) -> None:
+    engine = await opened(project.parent)
+    endless = Sampling(max_output_length=200, min_output_length=200, do_sample=False)
+    async with aclosing(engine.generate(Request("Hello", Blend(), endless))) as chunks:
+        await anext(chunks)
+        assert engine._cache is not None
+        assert engine._cache.blocks
+    for _ in range(100):
+        await asyncio.sleep(0.01)
+        if not engine._cache.blocks:
+            break
+    assert not engine._cache.blocks
+    await engine.close()
+
+
+async def test_architectures_with_attention_of_their_own_are_refused_by_name(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": tiny.VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+    base = tiny.save_base(tmp_path / "base", GPTJConfig(**sizes, n_positions=64))
+    for name in ("alpaca", "pirate"):
+        tiny.save_adapter(tmp_path / name, base)
+    with pytest.raises(LoadError, match=r"\./base \(GPTJForCausalLM\) has attention of its own"):
+        await opened(tmp_path)
 
 
 async def test_the_kv_cache_limits_the_context(project: Path, caplog: pytest.LogCaptureFixture) -> None:

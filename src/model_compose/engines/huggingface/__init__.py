@@ -95,7 +95,8 @@ class HuggingfaceEngine:
         from model_compose.engines.huggingface.batch import Batch
         from model_compose.engines.huggingface.free import free_memory
         from model_compose.engines.huggingface.grammar import Grammars
-        from model_compose.engines.huggingface.model import load, open_cache
+        from model_compose.engines.huggingface.memory import open_cache
+        from model_compose.engines.huggingface.model import load
 
         own = self._own
         loaded = load(
@@ -108,7 +109,7 @@ class HuggingfaceEngine:
         auto = auto and (free is None or 2 * loaded.lora.fold_bytes(self._blends.default) < free)
         if (own.fold == "always" or auto) and self._blends.default.active:
             loaded.lora.fold(self._blends.default)
-        cache, self._context = open_cache(loaded, own)
+        cache, self._context = open_cache(loaded.forward.layers, loaded.device, loaded.context, own)
         self._cache = cache
         self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, loaded.eos)
         if loaded.eos:  # reads the vocabulary, which would hold up all other threads later
@@ -126,11 +127,7 @@ class HuggingfaceEngine:
         if loaded is None or loop is None:
             raise NotReady("the model is not loaded")
         self._check(request, loaded)
-        if loop.load >= self._own.max_batch_size + self._own.max_queue:
-            raise Overloaded(
-                f"{loop.load} texts run or wait already (max_batch_size {self._own.max_batch_size}, max_queue "
-                f"{self._own.max_queue}); try again in a moment"
-            )
+        self._check_room(loop)  # before any work
         start = time.perf_counter()
         tokens = await asyncio.to_thread(_tokenize, loaded, self._context, request)
         format = request.sampling.response_format
@@ -141,6 +138,7 @@ class HuggingfaceEngine:
         for index in range(request.sampling.num_return_sequences):
             constraint = await asyncio.to_thread(self._grammars.start, format) if format else None
             sequences.append(Sequence(prompt, index, loaded.eos, loaded.tokenizer, constraint, mailbox.put))
+        self._check_room(loop)  # others may have come meanwhile
         loop.add(sequences)
         try:
             unfinished = len(sequences)
@@ -215,6 +213,14 @@ class HuggingfaceEngine:
         if self._loop is not None:
             await asyncio.to_thread(self._loop.close)
         self._loop = self._batch = self._cache = self._loaded = None
+
+    def _check_room(self, loop: "Loop") -> None:
+        """Raises Overloaded."""
+        if loop.load >= self._own.max_batch_size + self._own.max_queue:
+            raise Overloaded(
+                f"{loop.load} texts run or wait already (max_batch_size {self._own.max_batch_size}, max_queue "
+                f"{self._own.max_queue}); try again in a moment"
+            )
 
     def _check(self, request: Request, loaded: "Loaded") -> None:
         """Raises InputError for what this model cannot do."""

@@ -67,6 +67,11 @@ class Batch:
         """All that run or wait and are not done."""
         return [sequence for sequence in (*self.running, *self.waiting) if not sequence.done]
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compute and nothing to give back."""
+        return not self.running and not self.waiting
+
     def step(self) -> None:
         """One forward pass: a token for each sequence that decodes, a piece of some prompts."""
         self._drop_done()
@@ -177,11 +182,18 @@ class Batch:
         self.waiting = deque(sequence for sequence in self.waiting if not sequence.done)
         for sequence in [sequence for sequence in self.running if sequence.done]:
             self.running.remove(sequence)
-            if self.prefixes is not None and not sequence.failed and sequence.row is not None:
-                self.prefixes.keep(sequence.identity, sequence.tokens[: sequence.cached], sequence.row)
+            self._keep_prefix(sequence)
             self._release(sequence)
 
         self._unload_retired()
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        if self.prefixes is None or sequence.failed or sequence.row is None:
+            return
+        try:
+            self.prefixes.keep(sequence.identity, sequence.tokens[: sequence.cached], sequence.row)
+        except (RuntimeError, MemoryError) as error:  # torch says by a RuntimeError that memory is short
+            log.warning("a prefix of %d tokens was not kept: %s", sequence.cached, error)
 
     def _unload_retired(self) -> None:
         if not self._retired:

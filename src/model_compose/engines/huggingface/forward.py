@@ -47,14 +47,17 @@ class TransformersForward:
         probe = _Probe()
         try:
             with _attending(probe):
-                model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False)
+                first = torch.zeros(1, dtype=torch.long, device=device)
+                model(input_ids=first[None], position_ids=first[None], use_cache=False, logits_to_keep=first)
         except NotImplementedError as error:
             raise LoadError(f"{name} uses {error}, which the embedded engine cannot serve yet") from error
+        except TypeError as error:
+            raise LoadError(
+                f"{name}: {type(model).__name__} cannot be asked as the embedded engine does: {error}"
+            ) from error
         config: Any = model.config
         if sorted(probe.layers) != list(range(config.get_text_config().num_hidden_layers)):
-            raise LoadError(
-                f"{name} ({type(model).__name__}) has attention of its own, which the embedded engine cannot take over"
-            )
+            raise LoadError(own_attention(name, type(model).__name__))
         self.layers = [probe.layers[layer] for layer in sorted(probe.layers)]
 
     def __call__(self, step: Pass, mix: Mix | None) -> Tensor:
@@ -67,6 +70,11 @@ class TransformersForward:
                 logits_to_keep=step.last,
             ).logits[0]
         return logits
+
+
+def own_attention(name: str, architecture: str) -> str:
+    """What to say of a model that does not go through AttentionInterface."""
+    return f"{name} ({architecture}) has attention of its own, which the embedded engine cannot take over; use another base"
 
 
 class _Probe:

@@ -87,7 +87,7 @@ class Loop:
     def _join(self) -> bool:
         """Takes in what has been added; waits while there is nothing to do. False once closed."""
         with self._changed:
-            while not (self._joining or self._calls or self._batch.sequences or self._closed):
+            while not (self._joining or self._calls or self._closed) and self._batch.idle:
                 self.running = ()
                 self._changed.wait()
             self._batch.add(self._joining)

@@ -4,11 +4,13 @@
 read off their configs in sizes.py. Knows nothing of where files come from.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from model_compose.engines import ENGINES, ModelOptions
+from model_compose.engines.huggingface.free import free_memory
 from model_compose.engines.huggingface.sizes import (
     KINDS,
     AdapterSize,
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from model_compose.engines.huggingface import HuggingfaceOptions
+    from model_compose.engines.huggingface.cache import KVCache, LayerShape
+
+log = logging.getLogger(__name__)
+
+UNKNOWN_MEMORY = 8 << 30
+"""Free memory where the system does not tell: what a common machine has."""
 
 LEAST_TOKENS = 256
 """Less context than this is not worth starting for: `check_fits` wants a KV cache for so many tokens."""
@@ -105,6 +113,39 @@ def kv_budget(
         return int(options.kv_cache)
     share = free_bytes // 4 if device.type == "cpu" else free_bytes * 9 // 10
     return max(0, min(share, options.max_batch_size * context * per_token))
+
+
+def open_cache(
+    layers: "list[LayerShape]", device: "torch.device", context: int, options: "HuggingfaceOptions"
+) -> "tuple[KVCache, int]":
+    """The KV cache, and the longest context in tokens: no longer than what one sequence alone may fill of it.
+
+    layers: what the model keeps for each token. context: its own limit. Called once the weights are there.
+
+    Raises LoadError where kv_cache is too small for max_context, or for any sequence.
+    """
+    from model_compose.engines.huggingface.cache import SMALLEST, KVCache
+
+    per_token = sum(shape.token_bytes for shape in layers)
+    context = min(context, options.max_context or context)
+    row = -(-context // SMALLEST) * SMALLEST
+    free = free_memory(device)
+    budget = kv_budget(options, device, UNKNOWN_MEMORY if free is None else free, per_token, row)
+    holds = budget // per_token // SMALLEST * SMALLEST
+    wanted = SMALLEST if options.max_context is None else row
+    if holds < wanted:
+        raise LoadError(
+            f"a KV cache of {size_text(budget)} holds {holds} tokens of this model, which takes "
+            f"{size_text(per_token)} for each, and one sequence needs {wanted}; set a larger kv_cache, or a smaller "
+            "max_context"
+        )
+    if holds < context:
+        log.warning(
+            "the KV cache of %s holds %d tokens, so prompt and answer together are limited to these instead of %d",
+            size_text(budget), holds, context,
+        )  # fmt: skip
+        context = holds
+    return KVCache(layers, budget, context), context
 
 
 def needs(

@@ -9,17 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from model_compose.engines import AdapterOptions, ModelOptions
 from model_compose.engines.huggingface import memory, sizes
-from model_compose.engines.huggingface.cache import SMALLEST, KVCache
 from model_compose.engines.huggingface.decoder import LlamaForward, takes
 from model_compose.engines.huggingface.forward import NAME as ATTENTION
-from model_compose.engines.huggingface.forward import Forward, TransformersForward
+from model_compose.engines.huggingface.forward import Forward, TransformersForward, own_attention
 from model_compose.engines.huggingface.free import free_memory
 from model_compose.engines.huggingface.quantized import quantize_modules
 from model_compose.errors import AdapterError, LoadError, SourceError
@@ -29,14 +28,9 @@ from model_compose.progress import Progress, Report
 from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
 from model_compose.sources.survey import on_disk
 
-if TYPE_CHECKING:
-    from model_compose.engines.huggingface import HuggingfaceOptions
-
 log = logging.getLogger(__name__)
 
 CONFIG_FILES = ("*.json",)
-UNKNOWN_MEMORY = 8 << 30
-"""Free memory where the system does not tell: what a common machine has."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -107,33 +101,6 @@ def load(
     loaded = Loaded(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
     _warn_of_slow_dtype(loaded)
     return loaded
-
-
-def open_cache(loaded: Loaded, options: "HuggingfaceOptions") -> tuple[KVCache, int]:
-    """The KV cache, and the longest context in tokens: no longer than what one sequence alone may fill of it.
-
-    Raises LoadError where kv_cache is too small for max_context, or for any sequence.
-    """
-    per_token = sum(shape.token_bytes for shape in loaded.forward.layers)
-    context = min(loaded.context, options.max_context or loaded.context)
-    row = -(-context // SMALLEST) * SMALLEST
-    free = free_memory(loaded.device)
-    budget = memory.kv_budget(options, loaded.device, UNKNOWN_MEMORY if free is None else free, per_token, row)
-    holds = budget // per_token // SMALLEST * SMALLEST
-    wanted = SMALLEST if options.max_context is None else row
-    if holds < wanted:
-        raise LoadError(
-            f"a KV cache of {memory.size_text(budget)} holds {holds} tokens of this model, which takes "
-            f"{memory.size_text(per_token)} for each, and one sequence needs {wanted}; set a larger kv_cache, or a smaller "
-            "max_context"
-        )
-    if holds < context:
-        log.warning(
-            "the KV cache of %s holds %d tokens, so prompt and answer together are limited to these instead of %d",
-            memory.size_text(budget), holds, context,
-        )  # fmt: skip
-        context = holds
-    return KVCache(loaded.forward.layers, budget, context), context
 
 
 def pick_device(name: str) -> torch.device:
@@ -301,15 +268,20 @@ def _load_model(
         extra["device_map"] = {"": device}
         if options.quantization is not None:
             extra["quantization_config"] = _bitsandbytes(options)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        base.folder,
-        attn_implementation=ATTENTION,
-        config=config,  # a GGUF file takes seconds to read one from
-        dtype=pick_dtype(options.precision, device),
-        trust_remote_code=trust_remote_code,
-        local_files_only=True,
-        **extra,
-    )
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            attn_implementation=ATTENTION,
+            config=config,  # a GGUF file takes seconds to read one from
+            dtype=pick_dtype(options.precision, device),
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            **extra,
+        )
+    except KeyError as error:
+        if error.args != (ATTENTION,):
+            raise
+        raise LoadError(own_attention(describe(options.model), " or ".join(config.architectures or ()))) from error
     return model.eval().requires_grad_(False)
 
 
