@@ -184,3 +184,18 @@ async def test_binding_elsewhere_without_keys_is_warned_of(
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(running, 5)
     assert ("without a key; set api_keys" in caplog.text) == warned
+
+
+async def test_small_answers_are_not_held_back() -> None:
+    """A server's side of a connection has TCP_NODELAY: Nagle's algorithm would wait for the client's ACK."""
+    accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        accepted.set_result(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    listener = bind("127.0.0.1", 0)
+    async with await asyncio.start_server(connected, sock=listener):
+        _, writer = await asyncio.open_connection(*listener.getsockname())
+        assert await accepted
+        writer.close()
