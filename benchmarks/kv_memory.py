@@ -25,6 +25,7 @@ ANSWER = 16
 
 async def fill(precision: str, quantization: str | None, rows: int, tokens: int) -> None:
     """Runs in the measured process."""
+    from model_compose.components.model import TextGenerationOptions
     from model_compose.compose import Compose
     from model_compose.generation import Request, Sampling, collect
     from model_compose.loading import load
@@ -32,6 +33,7 @@ async def fill(precision: str, quantization: str | None, rows: int, tokens: int)
 
     loaded = load((QUICKSTART,))
     component = loaded.config.all_components[0]
+    assert isinstance(component, TextGenerationOptions)
     per_token = 2 * 30 * 3 * 64 * (4 if precision == "float32" else 2)
     budget = rows * tokens * per_token
     options = component.options.model_copy(update={"max_context": tokens, "kv_cache": budget, "max_batch_size": rows})
