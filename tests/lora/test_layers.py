@@ -192,6 +192,27 @@ def test_fused_linears_are_one_product_with_the_same_result(family: str) -> None
         assert error(projection(x[3:], None), parts[2]) <= TOLERANCE
 
 
+def test_a_fold_that_runs_out_of_memory_leaves_the_base_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = base("llama")
+    paths = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    lora = LoraModel(model, [random_adapter("a", model, paths, [4, 4], [2.0, 2.0], seed=1)])
+    ids = torch.arange(5)[None]
+    folded, count = LoraModel._folded, iter(range(2))
+
+    def short(self: LoraModel, *arguments: Any) -> torch.Tensor:
+        if next(count) == 1:
+            raise MemoryError
+        return folded(self, *arguments)
+
+    monkeypatch.setattr(LoraModel, "_folded", short)
+    with torch.inference_mode():
+        before = model(ids).logits
+        with pytest.raises(MemoryError):
+            lora.fold(Blend({"a": 1.0}))
+        assert torch.equal(model(ids).logits, before)
+    assert lora.folded is None
+
+
 def test_adapters_come_and_go() -> None:
     model = base("llama")
     path = "model.layers.0.self_attn.q_proj"

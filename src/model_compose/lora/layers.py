@@ -182,6 +182,14 @@ class LoraModel:
             self.folded, self._rested = blend, None
             return
         self.unfold()
+        try:
+            self._fold(blend)
+        except Exception:  # no memory for a copy: some weights folded and some not would be another function
+            self.unfold()
+            raise
+        self.folded = blend
+
+    def _fold(self, blend: Blend) -> None:
         for path in sorted({path for name in blend.active for path in self._placed[name].adapter.modules}):
             site = self._sites[path]
             first = next(iter(site.members))
@@ -192,7 +200,6 @@ class LoraModel:
             assert isinstance(weight, nn.Parameter)
             self._originals[first] = _swap(site.module, self._folded(weight.data, site, blend))
             _page_out(self._originals[first])
-        self.folded = blend
 
     def fold_bytes(self, blend: Blend) -> int:
         """Of the weights that folding this blend would write anew."""

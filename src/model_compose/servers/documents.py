@@ -192,6 +192,7 @@ _MEANINGS = {
     404: "There is no such thing",
     409: "Not in this state, or cancelled",
     413: "The body is too large",
+    429: "Too many requests wait already; Retry-After says when to try again",
     500: "The run failed",
     503: "Still loading, or shutting down",
 }

@@ -142,7 +142,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
     @router.post(
         "/workflows/runs",
         openapi_extra={"requestBody": body_schema(RunBody, "application/json", *FORMS)},
-        responses={200: answers(RunState, RUN_STREAM), **problems(400, 403, 404, 409, 413, 500, 503)},
+        responses={200: answers(RunState, RUN_STREAM), **problems(400, 403, 404, 409, 413, 429, 500, 503)},
     )
     async def runs(request: Request) -> Response:
         """Runs a workflow. Forms nest their keys: input[prompt] or input.prompt; files are read as text."""

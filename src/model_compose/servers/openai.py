@@ -228,7 +228,7 @@ def create_router(compose: Compose) -> APIRouter:
         id, colon, _ = model.partition(":")
         return JSONResponse(_card(model, id if colon else None))
 
-    errors = openai_errors(400, 403, 404, 409, 413, 500, 503)
+    errors = openai_errors(400, 403, 404, 409, 413, 429, 500, 503)
 
     @router.post(
         "/completions",

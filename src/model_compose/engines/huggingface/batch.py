@@ -221,7 +221,11 @@ class Batch:
             return
         self._same = self._same + 1 if alike and first else 0
         if self._same > FOLD_AFTER or (self._same and self._lora.keeps(sequences[0].blend)):
-            self._lora.fold(sequences[0].blend)
+            try:
+                self._lora.fold(sequences[0].blend)
+            except (RuntimeError, MemoryError) as error:  # live serves as well
+                log.warning("no memory to fold the blend, it stays live: %s", error)
+                self._auto_fold = False
 
     def _run(self, work: List[Work]) -> None:
         """One forward pass, and a draw for each sequence whose tokens are all cached then.
