@@ -137,8 +137,8 @@ def _models(config: Config) -> list[tuple[str, ModelOptions]]:
 
 def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory, report: Report) -> ModelPlan:
     from model_compose.engines.huggingface.memory import check_fits, size_text
-    from model_compose.engines.huggingface.model import CONFIG_FILES
     from model_compose.engines.huggingface.sizes import KINDS
+    from model_compose.engines.parts import CONFIG_FILES
 
     device = memory.device(options.device)  # looked at before anything is fetched, as `up` does
     if options.quantization not in (None, *KINDS.get(device.type, ())):

@@ -5,13 +5,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticCustomError
 
 from model_compose.errors import InputError
 from model_compose.lora.adapter import Factors, LoraAdapter
 from model_compose.schema import finite_number
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,16 @@ def stack(blend: Blend, adapters: Mapping[str, LoraAdapter]) -> LoraAdapter:
     digest = hashlib.sha256(repr([(adapter.digest, weight) for adapter, weight in used]).encode()).hexdigest()
     bases = {adapter.base for adapter, _ in used}
     return LoraAdapter(blend.name or "blend", modules, digest, bases.pop() if len(bases) == 1 else None)
+
+
+def delta(blend: Blend, adapters: Mapping[str, LoraAdapter], path: str) -> "torch.Tensor | None":
+    """What the blend adds to the weight of one module: Σ w_i s_i B_i A_i, (out, in), float32; None if it adds nothing.
+
+    Conv1D and Embedding keep their weight the other way round: add the transposed delta.
+    """
+    total = None
+    for name, weight in blend.active.items():
+        if factors := adapters[name].modules.get(path):
+            part = (weight * factors.scaling) * (factors.b.float() @ factors.a.float())
+            total = part if total is None else total.add_(part)
+    return total

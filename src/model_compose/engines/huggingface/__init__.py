@@ -4,12 +4,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import ByteSize, Field
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
+from model_compose.engines.parts import fetch_adapter, tokenize
 from model_compose.errors import Conflict, InputError, NotReady, Overloaded
 from model_compose.generation import Chunk, Request, ResponseFormat, Usage
 from model_compose.lora.blend import Blend, Blends
@@ -129,7 +130,7 @@ class HuggingfaceEngine:
         self._check(request, loaded)
         self._check_room(loop)  # before any work
         start = time.perf_counter()
-        tokens = await asyncio.to_thread(_tokenize, loaded, self._context, request)
+        tokens = await asyncio.to_thread(tokenize, loaded.tokenizer, self._context, request)
         format = request.sampling.response_format
         mailbox = Mailbox()
         blend = Blend({self._keys[name]: weight for name, weight in request.blend.active.items()})
@@ -182,7 +183,7 @@ class HuggingfaceEngine:
         )
 
     async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
-        from model_compose.engines.huggingface.model import fetch_adapter, placement
+        from model_compose.engines.huggingface.model import placement
 
         loaded, loop = self._loaded, self._loop
         if loaded is None or loop is None:
@@ -236,40 +237,3 @@ class HuggingfaceEngine:
                 "or set fold: never",
                 field="blend",
             )
-
-
-def _tokenize(loaded: "Loaded", context: int, request: Request) -> list[int]:
-    """The prompt's token ids. Raises InputError for one that does not fit, or has no chat template to go through."""
-    tokenizer = loaded.tokenizer
-    is_text = isinstance(request.prompt, str)
-    text = request.prompt if isinstance(request.prompt, str) else _render_chat(tokenizer, request)
-    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError("the prompt holds half of a surrogate pair, which is no character", field="prompt")
-    ids: list[int] = tokenizer(text, add_special_tokens=is_text)["input_ids"]
-    if request.max_input_length is not None and len(ids) > request.max_input_length:
-        left = tokenizer.truncation_side == "left"
-        ids = ids[-request.max_input_length :] if left else ids[: request.max_input_length]
-    if not ids:
-        raise InputError("the prompt is empty, and this model has no token that starts a text", field="prompt")
-    if len(ids) >= context:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens, and this model's context holds {context} with the answer; "
-            "shorten it, or set max_input_length to truncate it",
-            field="prompt",
-        )
-    return ids
-
-
-def _render_chat(tokenizer: Any, request: Request) -> str:
-    import jinja2
-
-    if not tokenizer.chat_template:
-        raise InputError(
-            "the base model has no chat template; use /v1/completions or task: text-generation", field="messages"
-        )
-    messages = [{"role": m.role, "content": m.content} for m in request.prompt if not isinstance(m, str)]
-    try:
-        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except jinja2.TemplateError as error:
-        raise InputError(f"the base's chat template refuses these messages: {error}", field="messages") from error
-    return text

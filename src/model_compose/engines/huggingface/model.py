@@ -21,8 +21,9 @@ from model_compose.engines.huggingface.forward import NAME as ATTENTION
 from model_compose.engines.huggingface.forward import Forward, TransformersForward, own_attention
 from model_compose.engines.huggingface.free import free_memory
 from model_compose.engines.huggingface.quantized import quantize_modules
-from model_compose.errors import AdapterError, LoadError, SourceError
-from model_compose.lora.adapter import LoraAdapter, check, read_adapter, read_config
+from model_compose.engines.parts import CONFIG_FILES, fetch_adapters, load_tokenizer
+from model_compose.errors import AdapterError, LoadError
+from model_compose.lora.adapter import LoraAdapter, check
 from model_compose.lora.layers import LoraModel, Placement, module_shapes
 from model_compose.progress import Progress, Report
 from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
@@ -30,7 +31,6 @@ from model_compose.sources.survey import on_disk
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILES = ("*.json",)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -72,14 +72,14 @@ def load(
     _check_quantization(options.quantization, device)
     named = dict(zip(options.adapter_names, options.peft_adapters, strict=True))
     placements = {name: placement(adapter) for name, adapter in named.items()}  # before anything is fetched
-    adapters = _fetch_adapters(options, base_dir, report)
+    adapters = fetch_adapters(options, base_dir, report)
     checked = _preflight(options, base_dir, adapters, device, trust_remote_code=trust_remote_code)
     base = fetch(options.model, base_dir=base_dir, report=report)
     if not checked:
         _warn_of_other_base(adapters, options, base)
     transformers_logging.set_verbosity_error()
     with _tqdm_reports(report), load_errors(describe(options.model), device):
-        tokenizer = _load_tokenizer(base, trust_remote_code)
+        tokenizer = load_tokenizer(base, trust_remote_code)
         config = base_config(base, trust_remote_code)
         if not checked:
             checkpoint = sizes.checkpoint_of(on_disk(base), base.file)
@@ -129,24 +129,6 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype | str:
         return "auto"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
-
-
-def _fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> list[LoraAdapter]:
-    named = zip(options.adapter_names, options.peft_adapters, strict=True)
-    return [fetch_adapter(name, adapter, base_dir, report) for name, adapter in named]
-
-
-def fetch_adapter(name: str, options: AdapterOptions, base_dir: Path, report: Report) -> LoraAdapter:
-    """Fetches and reads one adapter. Blocking. Raises SourceError, AdapterError."""
-    if isinstance(options.model, HuggingfaceSource):
-        # The config is small and decides whether the weights are worth fetching.
-        only = fetch(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report)
-        read_config(only.folder, name)
-    try:
-        fetched = fetch(options.model, base_dir=base_dir, report=report)
-    except SourceError as error:
-        raise SourceError(f"adapter '{name}': {error}") from error
-    return read_adapter(fetched.folder, name)
 
 
 def _warn_of_slow_dtype(loaded: Loaded) -> None:
@@ -239,21 +221,6 @@ def _warn_of_other_base(adapters: list[LoraAdapter], options: ModelOptions, base
 def _last(reference: str) -> str:
     """The last part of a Hub name or a path, in lower case."""
     return Path(reference).name.lower()
-
-
-def _load_tokenizer(base: Fetched, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    gguf = {"gguf_file": base.file} if base.file and base.file.endswith(".gguf") else {}
-    tokenizer = AutoTokenizer.from_pretrained(
-        base.folder, trust_remote_code=trust_remote_code, local_files_only=True, **gguf
-    )
-    if not tokenizer.is_fast:
-        raise LoadError(
-            f"{base.folder} has only a slow tokenizer, which cannot stream; add a tokenizer.json (transformers: "
-            "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...))"
-        )
-    return tokenizer
 
 
 def _load_model(

@@ -1,0 +1,84 @@
+"""What every driver does alike: fetching adapters, and turning prompts into token ids by the base's own tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+from model_compose.engines import AdapterOptions, ModelOptions
+from model_compose.errors import InputError, LoadError, SourceError
+from model_compose.generation import Request
+from model_compose.lora.adapter import LoraAdapter, read_adapter, read_config
+from model_compose.progress import Report
+from model_compose.sources import Fetched, HuggingfaceSource, fetch
+
+CONFIG_FILES = ("*.json",)
+
+
+def fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> list[LoraAdapter]:
+    """All adapters of the file. Blocking. Raises SourceError, AdapterError."""
+    named = zip(options.adapter_names, options.peft_adapters, strict=True)
+    return [fetch_adapter(name, adapter, base_dir, report) for name, adapter in named]
+
+
+def fetch_adapter(name: str, options: AdapterOptions, base_dir: Path, report: Report) -> LoraAdapter:
+    """Fetches and reads one adapter. Blocking. Raises SourceError, AdapterError."""
+    if isinstance(options.model, HuggingfaceSource):
+        # The config is small and decides whether the weights are worth fetching.
+        only = fetch(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report)
+        read_config(only.folder, name)
+    try:
+        fetched = fetch(options.model, base_dir=base_dir, report=report)
+    except SourceError as error:
+        raise SourceError(f"adapter '{name}': {error}") from error
+    return read_adapter(fetched.folder, name)
+
+
+def load_tokenizer(base: Fetched, trust_remote_code: bool) -> Any:
+    """transformers' fast tokenizer, from a folder or from inside a GGUF file. Raises LoadError."""
+    from transformers import AutoTokenizer
+
+    gguf = {"gguf_file": base.file} if base.file and base.file.endswith(".gguf") else {}
+    tokenizer = AutoTokenizer.from_pretrained(
+        base.folder, trust_remote_code=trust_remote_code, local_files_only=True, **gguf
+    )
+    if not tokenizer.is_fast:
+        raise LoadError(
+            f"{base.folder} has only a slow tokenizer, which cannot stream; add a tokenizer.json (transformers: "
+            "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...))"
+        )
+    return tokenizer
+
+
+def tokenize(tokenizer: Any, context: int, request: Request) -> list[int]:
+    """The prompt's token ids. Raises InputError for one that does not fit, or has no chat template to go through."""
+    is_text = isinstance(request.prompt, str)
+    text = request.prompt if isinstance(request.prompt, str) else _render_chat(tokenizer, request)
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise InputError("the prompt holds half of a surrogate pair, which is no character", field="prompt")
+    ids: list[int] = tokenizer(text, add_special_tokens=is_text)["input_ids"]
+    if request.max_input_length is not None and len(ids) > request.max_input_length:
+        left = tokenizer.truncation_side == "left"
+        ids = ids[-request.max_input_length :] if left else ids[: request.max_input_length]
+    if not ids:
+        raise InputError("the prompt is empty, and this model has no token that starts a text", field="prompt")
+    if len(ids) >= context:
+        raise InputError(
+            f"the prompt has {len(ids)} tokens, and this model's context holds {context} with the answer; "
+            "shorten it, or set max_input_length to truncate it",
+            field="prompt",
+        )
+    return ids
+
+
+def _render_chat(tokenizer: Any, request: Request) -> str:
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the base model has no chat template; use /v1/completions or task: text-generation", field="messages"
+        )
+    messages = [{"role": m.role, "content": m.content} for m in request.prompt if not isinstance(m, str)]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise InputError(f"the base's chat template refuses these messages: {error}", field="messages") from error
+    return text
