@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model_compose.errors import AdapterError
 from model_compose.lora.adapter import Factors, LoraAdapter
 
 if TYPE_CHECKING:
@@ -98,7 +99,11 @@ class Geometry:
 
 
 def measure(adapters: Sequence[LoraAdapter], progress: Callable[[int, int], None] = lambda done, total: None) -> Geometry:
-    """Compares adapters of one base, module by module: memory stays at a module's factors. progress: modules done, of all."""
+    """Compares adapters of one base, module by module: memory stays at a module's factors. progress: modules done, of all.
+
+    Raises AdapterError for two that cannot be of the same base.
+    """
+    _check_alike(adapters)
     paths = sorted({path for adapter in adapters for path in adapter.modules})
     grams: dict[Place, Matrix] = {}
     overlaps: dict[tuple[int, int], list[tuple[Overlap | None, Overlap | None]]] = {
@@ -120,6 +125,19 @@ def measure(adapters: Sequence[LoraAdapter], progress: Callable[[int, int], None
     whole = np.sum(list(grams.values()), axis=0)
     pairs = [_pair(names[i], names[j], whole[np.ix_((i, j), (i, j))], found) for (i, j), found in overlaps.items()]
     return Geometry(names, grams, tuple(pairs))
+
+
+def _check_alike(adapters: Sequence[LoraAdapter]) -> None:
+    first: dict[str, tuple[str, tuple[int, int]]] = {}
+    for adapter in adapters:
+        for path, factors in adapter.modules.items():
+            shape = (int(factors.b.shape[0]), int(factors.a.shape[1]))
+            name, known = first.setdefault(path, (adapter.name, shape))
+            if known != shape:
+                raise AdapterError(
+                    f"the adapters '{name}' and '{adapter.name}' are of different base models: {path} is {known[0]} x "
+                    f"{known[1]} in the one and {shape[0]} x {shape[1]} in the other; inspect them one at a time"
+                )
 
 
 def inner(one: Factors, other: Factors) -> float:

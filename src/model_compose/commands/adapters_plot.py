@@ -1,0 +1,133 @@
+"""The plot of `adapters list` and `inspect`: norms and shares by layer, and how much each pair overlaps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model_compose.errors import InputError
+from model_compose.inspection import Inspection
+
+KINDS = (".png", ".svg", ".pdf")
+COLORS = ("#3b6fb6", "#e07b39", "#3a9d6e", "#b8527d", "#8a6fc2", "#8c8c3a", "#4aa3b5", "#a0522d")
+GREY = "#6b6b6b"
+STYLE = {
+    "font.size": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titlepad": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#b0b0b0", "axes.labelcolor": GREY,
+    "xtick.color": GREY, "ytick.color": GREY, "legend.frameon": False, "axes.grid.axis": "y", "grid.color": "#e6e6e6",
+    "axes.axisbelow": True, "svg.fonttype": "none",
+}  # fmt: skip
+
+
+def draw(inspections: Sequence[Inspection], path: Path) -> None:
+    """Writes the plot: a row for each model. Raises InputError where the file cannot be written."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawn = [inspection for inspection in inspections if inspection.listed]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12, 6.2 * max(1, len(drawn))), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        parts = np.atleast_1d(figure.subfigures(max(1, len(drawn)), 1))
+        for part, inspection in zip(parts, drawn, strict=False):
+            _draw_model(part, inspection)
+        try:
+            figure.savefig(path)
+        except OSError as error:
+            raise InputError(f"--plot: {path} cannot be written ({error.strerror})") from None
+
+
+def _draw_model(part: Any, inspection: Inspection) -> None:
+    with_pairs = len(inspection.adapters) > 1
+    if inspection.component:
+        part.suptitle(f"{inspection.component}: {inspection.base}", fontweight="bold", x=0.01, ha="left")
+    with_shares = len(inspection.blend.active) > 1
+    areas = part.subfigures(1, 2, width_ratios=(1.9, 1)) if with_pairs else [part]
+    axes = areas[0].subplots(2 if with_shares else 1, 1, sharex=True, squeeze=False)[:, 0]
+    _draw_norms(axes[0], inspection)
+    if with_shares:
+        _draw_shares(axes[1], inspection)
+    _label_layers(axes[-1], inspection.geometry.layers)
+    if with_pairs:
+        _draw_overlaps(areas[1], inspection)
+
+
+def _draw_norms(axes: Any, inspection: Inspection) -> None:
+    geometry = inspection.geometry
+    norms = [geometry.norms(layer=layer) for layer in geometry.layers]
+    for name, color in _colors(inspection).items():
+        values = [norm[name] or np.nan for norm in norms]  # a layer without it is a gap, not a zero
+        axes.plot(values, color=color, marker="o", markersize=3.5, linewidth=1.6, label=name)
+    axes.set_ylim(bottom=0)
+    axes.grid(visible=True)
+    axes.set_title("Norm of each adapter's update, ‖s B A‖, without its weight")
+    _legend(axes, len(inspection.adapters))
+
+
+def _draw_shares(axes: Any, inspection: Inspection) -> None:
+    geometry, weights = inspection.geometry, inspection.blend.weights
+    shares = [geometry.shares(weights, layer=layer) for layer in geometry.layers]
+    bottom = np.zeros(len(shares))
+    whole = geometry.shares(weights)
+    colors = _colors(inspection)
+    for name in (name for name in geometry.names if weights.get(name)):
+        values = np.array([share[name] for share in shares])
+        label = f"{name} {weights[name]:g} ({whole[name]:.0%} in all)"
+        axes.bar(range(len(values)), values, bottom=bottom, color=colors[name], width=0.82, label=label)
+        bottom += values
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_title(f"Share of each adapter in the blend{f' {inspection.blend.name}' if inspection.blend.name else ''}")
+    _legend(axes, len(inspection.blend.active))
+
+
+def _draw_overlaps(area: Any, inspection: Inspection) -> None:
+    names = inspection.geometry.names
+    for axes, side, title in zip(
+        area.subplots(2, 1), ("inputs", "outputs"),
+        ("Overlap of what they read (A)", "Overlap of what they write (B)"), strict=True,
+    ):  # fmt: skip
+        values, chances = np.eye(len(names)), []
+        for pair in inspection.geometry.pairs:
+            found = getattr(pair, side)
+            i, j = names.index(pair.one), names.index(pair.other)
+            values[i, j] = values[j, i] = np.nan if found is None else found.value
+            chances += [] if found is None else [found.by_chance]
+        axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="equal")
+        axes.set_xticks(range(len(names)), names, rotation=0 if _short(names) else 90)
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        by_chance = f"; by chance {np.mean(chances):.3f}" if chances else ""
+        axes.set_title(title + by_chance)
+        if len(names) <= 8:
+            for (i, j), value in np.ndenumerate(values):
+                text = "–" if np.isnan(value) else f"{value:.3f}" if i != j else "1"
+                axes.text(j, i, text, ha="center", va="center", color="white" if value > 0.55 else "#303030")
+
+
+def _label_layers(axes: Any, layers: Sequence[str]) -> None:
+    """Every layer where there is room, else some; modules outside of any layer by their names."""
+    step = -(-len(layers) // 32)
+    shown = [i for i, layer in enumerate(layers) if not layer.isdecimal() or int(layer) % step == 0]
+    axes.set_xticks(shown, [layers[i] for i in shown])
+    for label in axes.get_xticklabels():
+        if not label.get_text().isdecimal():
+            label.set(rotation=90)
+    axes.set_xlim(-0.6, len(layers) - 0.4)
+    axes.set_xlabel("layer")
+
+
+def _legend(axes: Any, count: int) -> None:
+    if count > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, fontsize=9, handlelength=1.2)
+
+
+def _colors(inspection: Inspection) -> dict[str, str]:
+    return {name: COLORS[i % len(COLORS)] for i, name in enumerate(inspection.geometry.names)}
+
+
+def _short(names: Sequence[str]) -> bool:
+    return sum(map(len, names)) < 34
