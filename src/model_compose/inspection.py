@@ -99,7 +99,7 @@ def inspect(
     if empty. Raises InputError for an unknown blend, AdapterError for folders of different bases.
     """
     sources: dict[str, ModelSource] = {}
-    blends = Blends((), {}, Blend(dict.fromkeys(folders, 1.0), "default"))
+    blends = Blends((), {}, Blend(dict.fromkeys(folders, 1.0)))
     base, unchecked = None, None
     if options is not None:
         pairs = zip(options.adapter_names, options.peft_adapters, strict=True)
@@ -174,8 +174,8 @@ def _warnings(adapter: LoraAdapter, config: Mapping[str, Any], base: Base | None
     found = []
     if base is not None and other_base(adapter, base.options, base.fetched):
         found.append(
-            f"was trained on {adapter.base}, but the base model is {describe(base.options.model)}; the shapes fit, the text "
-            "may still suffer"
+            f"was trained on {adapter.base}, but the base model is {describe(base.options.model)}; the shapes fit, the "
+            "text may still suffer"
         )
     zeros = [path for path, factors in adapter.modules.items() if not (factors.a.any() and factors.b.any())]
     if len(zeros) == len(adapter.modules):
@@ -201,9 +201,7 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
     """Everything, by layer too. Sizes in bytes; norms are Frobenius norms of s B A, without the blend's weight."""
     geometry, weights = inspection.geometry, inspection.blend.weights
     norms, shares = geometry.norms(), geometry.shares(weights)
-    layers = {
-        layer: (geometry.norms(layer=layer), geometry.shares(weights, layer=layer)) for layer in geometry.layers
-    }
+    layers = {layer: (geometry.norms(layer=layer), geometry.shares(weights, layer=layer)) for layer in geometry.layers}
     by_target = {target: geometry.norms(target=target) for target in geometry.targets}
     return {
         "component": inspection.component,

@@ -88,9 +88,7 @@ def active(engine: Any) -> set[str]:
 def test_loaded_used_replaced_and_unloaded_through_the_openai_client(url: str) -> None:
     with client_of(url) as client:
         without = text_of(client, model="default:plain")
-        loaded = client.post(
-            "/load_lora_adapter", body={"lora_name": "new", "lora_path": "./loose/first"}, cast_to=str
-        )
+        loaded = client.post("/load_lora_adapter", body={"lora_name": "new", "lora_path": "./loose/first"}, cast_to=str)
         assert loaded == "Success: LoRA adapter 'new' added successfully."
         assert "default:new" in {model.id for model in client.models.list()}
         first = text_of(client, model="default:new")
@@ -100,7 +98,9 @@ def test_loaded_used_replaced_and_unloaded_through_the_openai_client(url: str) -
         run = httpx.post(f"{url}/api/workflows/runs", json={"input": {"prompt": "Hello"}, "blend": {"new": 1.0}}).json()
         assert run["blend"]["weights"] == {"new": 1.0}
         message = refused(load_adapter(url, "new", "./loose/second"), 400)
-        assert message == "the adapter 'new' is loaded already; to put another one in its place, set load_inplace to true"
+        assert (
+            message == "the adapter 'new' is loaded already; to put another one in its place, set load_inplace to true"
+        )
         assert load_adapter(url, "new", "./loose/second", load_inplace=True).text == loaded
         assert text_of(client, model="default:new") != first
         again = httpx.post(f"{url}/api/workflows/runs", json={"input": {"prompt": "Hello"}, "blend": {"new": 1.0}})
@@ -203,7 +203,9 @@ def test_paths_are_followed_before_they_are_judged(url: str, folder: Path) -> No
         unload_adapter(url, "x")
 
 
-def test_only_the_listed_folders_and_repositories(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_the_listed_folders_and_repositories(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     path = folder / "app/sources.yml"
     path.write_text(SOURCES, encoding="utf-8")
     files = {file.name: file.read_bytes() for file in (folder / "app/other").iterdir()}

@@ -67,7 +67,8 @@ def list_adapters(
 @app.command("inspect")
 def inspect_adapters(
     adapters: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME|FOLDER]...", help="Of the file, or PEFT folders; all if left out")
+        list[str] | None,
+        typer.Argument(metavar="[NAME|FOLDER]...", help="Of the file, or PEFT folders; all if left out"),
     ] = None,
     files: Files = None,
     component: Component = None,
@@ -94,14 +95,14 @@ def _tell(
 
     draw = _drawing(plot)
     inspections = _inspect(loaded, given, component, blend, bars)
+    if plot is not None:  # before the text, whose reader may leave early (| head)
+        draw(inspections, plot)
     if as_json:
         from model_compose.inspection import as_json as documents
 
         print(render([documents(each) for each in inspections]))
     else:
         _show(inspections, deep=deep)
-    if plot is not None:
-        draw(inspections, plot)
     if problems := [problem for each in inspections for problem in each.problems]:
         raise AdapterError("\n".join(problems))
 
@@ -170,7 +171,9 @@ def _folders(given: Sequence[str], known: "set[str]") -> dict[str, str]:
     for text in given:
         path = Path(text).expanduser().resolve()
         if not path.is_dir():
-            raise NotFound(f"there is no adapter and no folder '{text}'; adapters: {', '.join(sorted(known)) or 'none'}")
+            raise NotFound(
+                f"there is no adapter and no folder '{text}'; adapters: {', '.join(sorted(known)) or 'none'}"
+            )
         name = path.name
         while name in known or name in folders:
             name = f"{path.parent.name}/{name}" if "/" not in name else f"{name}'"
@@ -244,21 +247,24 @@ def _print_adapters(inspection: "Inspection", console: "Console") -> None:
         console,
         Column("adapter", [each.name for each in listed], left=True),
         [
-            Column("rank", [_range(each.ranks) for each in listed]),
-            Column("alpha", [_range(each.alphas) for each in listed]),
-            Column("scaling", [_range(each.scalings) for each in listed]),
-            Column("dtype", [", ".join(each.dtypes) for each in listed]),
-            Column("size", [size_text(each.size) for each in listed]),
-            Column("norm", [_number(norms[each.name]) for each in listed]),
-            Column("weight", [f"{blend.weights.get(each.name, 0):g}" for each in listed]),
-            Column("share", [f"{shares[each.name]:.0%}" for each in listed]),
+            [column]
+            for column in (
+                Column("rank", [_range(each.ranks) for each in listed]),
+                Column("alpha", [_range(each.alphas) for each in listed]),
+                Column("scaling", [_range(each.scalings) for each in listed]),
+                Column("dtype", [", ".join(each.dtypes) for each in listed]),
+                Column("size", [size_text(each.size) for each in listed]),
+                Column("norm", [_number(norms[each.name]) for each in listed]),
+                Column("weight", [f"{blend.weights.get(each.name, 0):g}" for each in listed]),
+                Column("share", [f"{shares[each.name]:.0%}" for each in listed]),
+            )
         ],
     )
     console.print()
     _print_table(
         console,
         Column("adapter", [each.name for each in listed], left=True),
-        [Column("acts on", [_reach(each) for each in listed], left=True)],
+        [[Column("acts on", [_reach(each) for each in listed], left=True)]],
     )
     if len(blend.active) > 1:
         norm = geometry.blend_norm(blend.weights)
@@ -292,10 +298,10 @@ def _print_pairs(inspection: "Inspection", console: "Console") -> None:
         console,
         Column("pair", [f"{pair.one} × {pair.other}" for pair in pairs], left=True),
         [
-            Column("cosine", ["–" if pair.cosine is None else f"{pair.cosine:.3f}" for pair in pairs]),
-            *side([pair.inputs for pair in pairs], "inputs"),
-            *side([pair.outputs for pair in pairs], "outputs"),
-            Column("in common", [str(pair.modules) for pair in pairs]),
+            [Column("cosine", ["–" if pair.cosine is None else f"{pair.cosine:z.3f}" for pair in pairs])],
+            side([pair.inputs for pair in pairs], "inputs"),
+            side([pair.outputs for pair in pairs], "outputs"),
+            [Column("modules", [str(pair.modules) for pair in pairs])],
         ],
     )
     if more := len(inspection.pairs) - len(pairs):
@@ -306,16 +312,15 @@ def _print_layers(inspection: "Inspection", console: "Console") -> None:
     geometry, weights = inspection.geometry, inspection.blend.weights
     for header, rows, of in (("layer", geometry.layers, "layer"), ("target", geometry.targets, "target")):
         norms = [geometry.norms(**{of: row}) for row in rows]
-        columns = [
-            Column(f"{each.name} norm", [_number(norm[each.name]) for norm in norms]) for each in inspection.listed
+        groups = [
+            [Column(f"{each.name} norm", [_number(norm[each.name]) for norm in norms])] for each in inspection.listed
         ]
         if of == "layer" and len(inspection.blend.active) > 1:
             shares = [geometry.shares(weights, layer=row) for row in rows]
-            listed = [[f"{share[each.name]:.0%}" for share in shares] for each in inspection.listed]
-            own = [Column("share", cells) for cells in listed]
-            columns = [column for pair in zip(columns, own, strict=True) for column in pair]
+            for group, each in zip(groups, inspection.listed, strict=True):
+                group.append(Column("share", [f"{share[each.name]:.0%}" for share in shares]))
         console.print()
-        _print_table(console, Column(header, rows, left=True), columns)
+        _print_table(console, Column(header, rows, left=True), groups)
 
 
 def _print_notes(console: "Console", *, with_pairs: bool) -> None:
@@ -330,20 +335,18 @@ def _print_notes(console: "Console", *, with_pairs: bool) -> None:
     console.print(table)
 
 
-def _print_table(console: "Console", first: Column, others: Sequence[Column]) -> None:
-    """The columns side by side; those that the terminal is too narrow for follow below, after the first one again."""
+def _print_table(console: "Console", first: Column, groups: Sequence[Sequence[Column]]) -> None:
+    """The columns side by side; groups that the terminal is too narrow for follow below, after the first column again."""
     from rich.markup import escape
     from rich.table import Table
 
     width = min(first.width, max(8, console.width // 3))
-    rest = list(others)
+    rest = list(groups)
     while rest:
         used, shown = width, list[Column]()
-        while rest and (not shown or used + GAP + rest[0].width <= console.width):
-            used += GAP + rest[0].width
-            shown.append(rest.pop(0))
-        if len(shown) > 1 and rest and shown[-1].width < rest[0].width and rest[0].header in ("share", "chance"):
-            rest.insert(0, shown.pop())  # they belong to the column before
+        while rest and (not shown or used + _width(rest[0]) <= console.width):
+            used += _width(rest[0])
+            shown += rest.pop(0)
         table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
         for column in (first, *shown):
             table.add_column(
@@ -358,6 +361,10 @@ def _print_table(console: "Console", first: Column, others: Sequence[Column]) ->
             console.print()
 
 
+def _width(group: Sequence[Column]) -> int:
+    return sum(GAP + column.width for column in group)
+
+
 def _range(values: Sequence[float]) -> str:
     """8, or 8–16."""
     low, high = f"{min(values):.4g}", f"{max(values):.4g}"
@@ -365,5 +372,5 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits that mean something."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}" if value else "0"
+    """Three digits that mean something; a dash for nothing at all."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value else "–"

@@ -40,6 +40,8 @@ def draw(inspections: Sequence[Inspection], path: Path) -> None:
 
 
 def _draw_model(part: Any, inspection: Inspection) -> None:
+    from matplotlib.lines import Line2D
+
     with_pairs = len(inspection.adapters) > 1
     if inspection.component:
         part.suptitle(f"{inspection.component}: {inspection.base}", fontweight="bold", x=0.01, ha="left")
@@ -51,7 +53,19 @@ def _draw_model(part: Any, inspection: Inspection) -> None:
         _draw_shares(axes[1], inspection)
     _label_layers(axes[-1], inspection.geometry.layers)
     if with_pairs:
+        handles = [
+            Line2D([], [], color=color, linewidth=6, label=_label(inspection, name))
+            for name, color in _colors(inspection).items()
+        ]
+        part.legend(handles=handles, loc="outside lower left", ncols=6, fontsize=9, handlelength=0.8)
         _draw_overlaps(areas[1], inspection)
+
+
+def _label(inspection: Inspection, name: str) -> str:
+    """pirate, weight 0.5, 21% of the blend"""
+    weight = inspection.blend.weights.get(name, 0)
+    share = inspection.geometry.shares(inspection.blend.weights)[name]
+    return f"{name}: weight {weight:g}, {share:.0%} of the blend"
 
 
 def _draw_norms(axes: Any, inspection: Inspection) -> None:
@@ -59,28 +73,27 @@ def _draw_norms(axes: Any, inspection: Inspection) -> None:
     norms = [geometry.norms(layer=layer) for layer in geometry.layers]
     for name, color in _colors(inspection).items():
         values = [norm[name] or np.nan for norm in norms]  # a layer without it is a gap, not a zero
-        axes.plot(values, color=color, marker="o", markersize=3.5, linewidth=1.6, label=name)
+        axes.plot(values, color=color, marker="o", markersize=3.5, linewidth=1.6)
     axes.set_ylim(bottom=0)
-    axes.grid(visible=True)
-    axes.set_title("Norm of each adapter's update, ‖s B A‖, without its weight")
-    _legend(axes, len(inspection.adapters))
+    axes.grid(visible=True, axis="y")
+    axes.set_title(
+        f"Norm of {'each' if len(inspection.adapters) > 1 else 'the'} adapter's update, ‖s B A‖, without its weight"
+    )
 
 
 def _draw_shares(axes: Any, inspection: Inspection) -> None:
     geometry, weights = inspection.geometry, inspection.blend.weights
     shares = [geometry.shares(weights, layer=layer) for layer in geometry.layers]
     bottom = np.zeros(len(shares))
-    whole = geometry.shares(weights)
     colors = _colors(inspection)
     for name in (name for name in geometry.names if weights.get(name)):
         values = np.array([share[name] for share in shares])
-        label = f"{name} {weights[name]:g} ({whole[name]:.0%} in all)"
-        axes.bar(range(len(values)), values, bottom=bottom, color=colors[name], width=0.82, label=label)
+        axes.bar(range(len(values)), values, bottom=bottom, color=colors[name], width=0.82)
         bottom += values
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_title(f"Share of each adapter in the blend{f' {inspection.blend.name}' if inspection.blend.name else ''}")
-    _legend(axes, len(inspection.blend.active))
+    name = f" '{inspection.blend.name}'" if inspection.blend.name else ""
+    axes.set_title(f"Share of each adapter in the blend{name}")
 
 
 def _draw_overlaps(area: Any, inspection: Inspection) -> None:
@@ -89,28 +102,34 @@ def _draw_overlaps(area: Any, inspection: Inspection) -> None:
         area.subplots(2, 1), ("inputs", "outputs"),
         ("Overlap of what they read (A)", "Overlap of what they write (B)"), strict=True,
     ):  # fmt: skip
-        values, chances = np.eye(len(names)), []
+        values, chances = np.full((len(names), len(names)), np.nan), []
         for pair in inspection.geometry.pairs:
             found = getattr(pair, side)
             i, j = names.index(pair.one), names.index(pair.other)
-            values[i, j] = values[j, i] = np.nan if found is None else found.value
-            chances += [] if found is None else [found.by_chance]
+            if found is not None:
+                values[i, j] = values[j, i] = found.value
+                chances.append(found.by_chance)
+        axes.set_facecolor("#f2f2f2")
         axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="equal")
-        axes.set_xticks(range(len(names)), names, rotation=0 if _short(names) else 90)
+        axes.set_xticks(range(len(names)), names, rotation=0 if sum(map(len, names)) < 30 else 90)
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        by_chance = f"; by chance {np.mean(chances):.3f}" if chances else ""
-        axes.set_title(title + by_chance)
+        axes.set_title(title)
+        if chances:
+            axes.set_xlabel(f"0 to 1; random adapters: {np.mean(chances):.3f}", fontsize=9)
         if len(names) <= 8:
             for (i, j), value in np.ndenumerate(values):
-                text = "–" if np.isnan(value) else f"{value:.3f}" if i != j else "1"
-                axes.text(j, i, text, ha="center", va="center", color="white" if value > 0.55 else "#303030")
+                if i != j:
+                    text = "–" if np.isnan(value) else f"{value:.2f}"
+                    axes.text(
+                        j, i, text, ha="center", va="center", color="white" if value > 0.55 else "#303030", fontsize=9
+                    )
 
 
 def _label_layers(axes: Any, layers: Sequence[str]) -> None:
     """Every layer where there is room, else some; modules outside of any layer by their names."""
-    step = -(-len(layers) // 32)
+    step = -(-len(layers) // 20)
     shown = [i for i, layer in enumerate(layers) if not layer.isdecimal() or int(layer) % step == 0]
     axes.set_xticks(shown, [layers[i] for i in shown])
     for label in axes.get_xticklabels():
@@ -120,14 +139,5 @@ def _label_layers(axes: Any, layers: Sequence[str]) -> None:
     axes.set_xlabel("layer")
 
 
-def _legend(axes: Any, count: int) -> None:
-    if count > 1:
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), borderaxespad=0.2, fontsize=9, handlelength=1.2)
-
-
 def _colors(inspection: Inspection) -> dict[str, str]:
     return {name: COLORS[i % len(COLORS)] for i, name in enumerate(inspection.geometry.names)}
-
-
-def _short(names: Sequence[str]) -> bool:
-    return sum(map(len, names)) < 34

@@ -16,8 +16,8 @@ from model_compose.engines import ENGINES, AdapterOptions, Engine, ModelOptions
 from model_compose.errors import Conflict, FieldError, Forbidden, InputError, NotFound
 from model_compose.expressions import parse
 from model_compose.generation import Chunk, Message, Request, Sampling, Usage
-from model_compose.progress import Report, silent
 from model_compose.lora.blend import Blend
+from model_compose.progress import Report, silent
 from model_compose.schema import Options, field_of, has_expression, templated
 from model_compose.sources.confine import confine
 

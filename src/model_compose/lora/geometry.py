@@ -77,7 +77,9 @@ class Geometry:
     def gram(self, *, layer: str | None = None, target: str | None = None) -> Matrix:
         """(n, n), summed over the layer or the target that is named, else over all."""
         found = [
-            gram for place, gram in self.grams.items() if layer in (None, place.layer) and target in (None, place.target)
+            gram
+            for place, gram in self.grams.items()
+            if layer in (None, place.layer) and target in (None, place.target)
         ]
         return np.sum(found, axis=0) if found else np.zeros((len(self.names), len(self.names)))
 
@@ -98,7 +100,9 @@ class Geometry:
         return float(np.sqrt(max(float(w @ self.gram(layer=layer) @ w), 0.0)))
 
 
-def measure(adapters: Sequence[LoraAdapter], progress: Callable[[int, int], None] = lambda done, total: None) -> Geometry:
+def measure(
+    adapters: Sequence[LoraAdapter], progress: Callable[[int, int], None] = lambda done, total: None
+) -> Geometry:
     """Compares adapters of one base, module by module: memory stays at a module's factors. progress: modules done, of all.
 
     Raises AdapterError for two that cannot be of the same base.
@@ -159,8 +163,8 @@ def basis(matrix: "torch.Tensor") -> "torch.Tensor":
 
 
 def overlap(one: "torch.Tensor", other: "torch.Tensor") -> Overlap | None:
-    """φ = ‖Q₁ᵀQ₂‖²_F / min(k₁, k₂), the mean of the squared cosines of the principal angles between two subspaces (Hu et al.
-    2021, arXiv 2106.09685, section 7.2, equation 4); bases from `basis`. None where one of them is empty.
+    """φ = ‖Q₁ᵀQ₂‖²_F / min(k₁, k₂), the mean of the squared cosines of the principal angles between two subspaces (Hu et
+    al. 2021, arXiv 2106.09685, section 7.2, equation 4); bases from `basis`. None where one of them is empty.
 
     Random ones of d dimensions have k₁k₂/d on average for ‖Q₁ᵀQ₂‖²_F.
     """

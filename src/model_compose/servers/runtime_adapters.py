@@ -98,5 +98,7 @@ def _find(compose: Compose, id: str | None) -> ModelComponent:
     if not allowing:
         raise Forbidden("this service takes no adapters from clients; allow_runtime_adapters: true would let a model")
     if len(allowing) > 1:
-        raise InputError(f"several models take adapters; say which by 'component': {', '.join(allowing)}", field="component")
+        raise InputError(
+            f"several models take adapters; say which by 'component': {', '.join(allowing)}", field="component"
+        )
     return next(iter(allowing.values()))

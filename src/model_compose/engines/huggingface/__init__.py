@@ -81,7 +81,7 @@ class HuggingfaceEngine:
         assert isinstance(options.options, HuggingfaceOptions)
         if options.allow_runtime_adapters and options.options.fold == "always":
             raise ValueError(
-                "fold: always cannot be with 'allow_runtime_adapters': a folded model takes no other adapter; leave fold out"
+                "fold: always cannot be with 'allow_runtime_adapters': a folded model takes no others; leave fold out"
             )
         if options.quantization is not None and options.options.fold == "always":
             raise ValueError(
@@ -138,8 +138,8 @@ class HuggingfaceEngine:
         format = request.sampling.response_format
         texts = range(request.sampling.num_return_sequences)
         constraints = [await asyncio.to_thread(self._grammars.start, format) if format else None for _ in texts]
-        # Nothing is awaited from here until the thread has the sequences: an adapter that is unloaded or replaced in between
-        # would be gone from under them.
+        # Nothing is awaited from here until the thread has the sequences: an adapter that is unloaded in between would be
+        # gone from under them.
         mailbox = Mailbox()
         identity = self.identity(request.blend)
         blend = Blend({self._keys[name]: weight for name, weight in request.blend.active.items()})

@@ -219,9 +219,7 @@ def other_base(adapter: LoraAdapter, options: ModelOptions, base: Fetched) -> bo
     known = {_last(describe(options.model)), base.folder.name.lower(), _last(config.get("_name_or_path") or "")}
     trained_on = _last(adapter.base or "")
     # A GGUF file is called like its model, with the quantisation behind a dot.
-    return bool(
-        trained_on and trained_on not in known and not (base.file or "").lower().startswith(f"{trained_on}.")
-    )
+    return bool(trained_on and trained_on not in known and not (base.file or "").lower().startswith(f"{trained_on}."))
 
 
 def _last(reference: str) -> str:
