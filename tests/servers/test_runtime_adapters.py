@@ -12,6 +12,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from model_compose.components.model import ModelComponent
 from model_compose.compose import Compose
@@ -24,6 +26,7 @@ from model_compose.servers.http import create_app
 from tests import tiny
 from tests.conftest import serving
 from tests.hub import Hub, running_hub
+from tests.servers.test_fuzz import BOUNDED, ODD, TEXTS
 from tests.servers.test_guard import KEY
 from tests.servers.test_openai import client_of, text_of
 
@@ -403,3 +406,22 @@ def test_the_routes_are_described_where_adapters_are_on_and_off(folder: Path) ->
     body = document["components"]["schemas"]["LoadBody"]
     assert set(body["required"]) == {"lora_name", "lora_path"}
     assert set(body["properties"]) == {"lora_name", "lora_path", "load_inplace", "component"}
+
+
+@settings(BOUNDED, max_examples=80)
+@given(
+    name=st.sampled_from(["x", "idle", "strong"]) | TEXTS,
+    path=st.sampled_from(["./loose/first", "../outside", "tiny/one", "~", "./base", "/dev/null", "/proc/self/fd/0"])
+    | TEXTS.map(lambda text: f"./{text}")
+    | ODD,
+    more=st.dictionaries(st.sampled_from(["load_inplace", "component", "is_3d_lora_weight"]), ODD, max_size=2),
+)
+def test_odd_requests_never_fail_inside(url: str, name: str, path: Any, more: Any) -> None:
+    for route, body in (
+        ("load", {"lora_name": name, "lora_path": path} | more),
+        ("unload", {"lora_name": name, "component": more.get("component")}),
+    ):
+        headers = {"Content-Type": "application/json"}
+        response = httpx.post(f"{url}/v1/{route}_lora_adapter", content=json.dumps(body), headers=headers, timeout=60)
+        assert response.status_code in (200, 400, 403, 404, 409), f"{response.text} for {body}"
+        assert response.is_success or response.json()["error"]["message"]

@@ -82,7 +82,7 @@ def inspect_adapters(
     """Some adapters layer by layer. Folders alone need no YAML file; with -f they are checked against its model."""
     log_to_stderr(verbose, level=logging.WARNING)
     given = adapters or ()
-    alone = bool(given) and all(_is_folder(each) for each in given) and not (all_files(files) or component)
+    alone = bool(given) and all(map(_is_folder, given)) and not (all_files(files) or component)
     loaded = None if alone else load_files(files, env_files, env)
     _tell(loaded, given, component, blend, plot, as_json=as_json, deep=True)
 
@@ -162,7 +162,11 @@ def _models(loaded: "Loaded | None", component: str | None) -> "Mapping[str, Mod
 
 
 def _is_folder(text: str) -> bool:
-    return Path(text).expanduser().is_dir()
+    """Where there is a YAML file, a bare word is the name of one of its adapters rather than a folder beside it."""
+    from model_compose.loading import FILE_NAMES
+
+    is_name = "/" not in text and any(Path(name).is_file() for name in FILE_NAMES)
+    return not is_name and Path(text).expanduser().is_dir()
 
 
 def _folders(given: Sequence[str], known: "set[str]") -> dict[str, str]:

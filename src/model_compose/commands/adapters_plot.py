@@ -11,6 +11,8 @@ from model_compose.inspection import Inspection
 
 KINDS = (".png", ".svg", ".pdf")
 COLORS = ("#3b6fb6", "#e07b39", "#3a9d6e", "#b8527d", "#8a6fc2", "#8c8c3a", "#4aa3b5", "#a0522d")
+LEGEND_CHARACTERS = 170
+"""That fit into a line below the plot."""
 GREY = "#6b6b6b"
 STYLE = {
     "font.size": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titlepad": 8,
@@ -28,8 +30,11 @@ def draw(inspections: Sequence[Inspection], path: Path) -> None:
 
     drawn = [inspection for inspection in inspections if inspection.listed]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 6.2 * max(1, len(drawn))), dpi=150, layout="constrained")
+        height = sum(6.2 if len(inspection.blend.active) > 1 else 4.0 for inspection in drawn) or 1.0
+        figure = Figure(figsize=(12, height), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
+        engine: Any = figure.get_layout_engine()
+        engine.set(w_pad=0.1, h_pad=0.1)
         parts = np.atleast_1d(figure.subfigures(max(1, len(drawn)), 1))
         for part, inspection in zip(parts, drawn, strict=False):
             _draw_model(part, inspection)
@@ -57,15 +62,16 @@ def _draw_model(part: Any, inspection: Inspection) -> None:
             Line2D([], [], color=color, linewidth=6, label=_label(inspection, name))
             for name, color in _colors(inspection).items()
         ]
-        part.legend(handles=handles, loc="outside lower left", ncols=6, fontsize=9, handlelength=0.8)
+        columns = max(1, LEGEND_CHARACTERS // (max(len(str(handle.get_label())) for handle in handles) + 6))
+        part.legend(handles=handles, loc="outside lower left", ncols=columns, fontsize=9, handlelength=0.8)
         _draw_overlaps(areas[1], inspection)
 
 
 def _label(inspection: Inspection, name: str) -> str:
-    """pirate, weight 0.5, 21% of the blend"""
+    """pirate (weight 0.5, 21%)"""
     weight = inspection.blend.weights.get(name, 0)
     share = inspection.geometry.shares(inspection.blend.weights)[name]
-    return f"{name}: weight {weight:g}, {share:.0%} of the blend"
+    return f"{name} (weight {weight:g}, {share:.0%})"
 
 
 def _draw_norms(axes: Any, inspection: Inspection) -> None:
@@ -74,11 +80,11 @@ def _draw_norms(axes: Any, inspection: Inspection) -> None:
     for name, color in _colors(inspection).items():
         values = [norm[name] or np.nan for norm in norms]  # a layer without it is a gap, not a zero
         axes.plot(values, color=color, marker="o", markersize=3.5, linewidth=1.6)
-    axes.set_ylim(bottom=0)
+    top = max((value for norm in norms for value in norm.values()), default=0.0)
+    axes.set_ylim(0, 1.08 * top or 1)
     axes.grid(visible=True, axis="y")
-    axes.set_title(
-        f"Norm of {'each' if len(inspection.adapters) > 1 else 'the'} adapter's update, ‖s B A‖, without its weight"
-    )
+    whose = "Norm of each adapter's" if len(inspection.adapters) > 1 else f"Norm of {inspection.adapters[0].name}'s"
+    axes.set_title(f"{whose} update, ‖s B A‖, without its weight")
 
 
 def _draw_shares(axes: Any, inspection: Inspection) -> None:
@@ -123,7 +129,13 @@ def _draw_overlaps(area: Any, inspection: Inspection) -> None:
                 if i != j:
                     text = "–" if np.isnan(value) else f"{value:.2f}"
                     axes.text(
-                        j, i, text, ha="center", va="center", color="white" if value > 0.55 else "#303030", fontsize=9
+                        j,
+                        i,
+                        text,
+                        ha="center",
+                        va="center",
+                        color="white" if value > 0.55 else "#303030",
+                        fontsize=min(9, 52 / len(names)),
                     )
 
 
