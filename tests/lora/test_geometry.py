@@ -61,7 +61,7 @@ def test_everything_is_that_of_the_dense_updates(one: LoraAdapter, other: LoraAd
     weights = {"one": w, "other": v}
     assert list(made.norms().values()) == pytest.approx([np.linalg.norm(a), np.linalg.norm(b)])
     scale = np.linalg.norm(a) * abs(w) + np.linalg.norm(b) * abs(v)
-    assert made.blend_norm(weights) == pytest.approx(np.linalg.norm(w * a + v * b), abs=1e-7 * scale + 1e-300)
+    assert made.blend_norm(weights) == pytest.approx(np.linalg.norm(w * a + v * b), abs=float(1e-7 * scale))
     shares = made.shares(weights)
     assert list(shares.values()) == pytest.approx(
         [abs(w) * np.linalg.norm(a) / scale, abs(v) * np.linalg.norm(b) / scale] if scale else [0, 0]
@@ -84,8 +84,8 @@ def test_overlaps_are_those_of_the_projectors(one: LoraAdapter, other: LoraAdapt
     sides: dict[str, list[float]] = {"inputs": [], "outputs": []}
     for path in one.modules.keys() & other.modules.keys():
         for side in sides:
-            pick = (lambda f: f.a.double().numpy().T) if side == "inputs" else (lambda f: f.b.double().numpy())
-            p, q = (projector(pick(each.modules[path])) for each in (one, other))
+            both = [each.modules[path] for each in (one, other)]
+            p, q = (projector((f.a.T if side == "inputs" else f.b).double().numpy()) for f in both)
             ranks = [round(np.trace(each)) for each in (p, q)]
             if min(ranks):
                 sides[side].append(np.trace(p @ q) / min(ranks))

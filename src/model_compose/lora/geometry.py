@@ -159,7 +159,8 @@ def basis(matrix: "torch.Tensor") -> "torch.Tensor":
     u, s, _ = torch.linalg.svd(r)
     cut = s.max() * max(matrix.shape) * torch.finfo(torch.float64).eps if len(s) else 0.0
     rank = int((s > cut).sum())
-    return q @ u[:, :rank]
+    columns: torch.Tensor = q @ u[:, :rank]
+    return columns
 
 
 def overlap(one: "torch.Tensor", other: "torch.Tensor") -> Overlap | None:
