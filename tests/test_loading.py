@@ -78,7 +78,11 @@ UNKNOWN_KEYS = [
         "11: component.model: unknown key 'repositry'; valid: path, pro",
     ),
     # A key that is right elsewhere in the component: the line is that of the wrong one.
-    ("  blends:", "  weight: 3\n  blends:", "16: component: unknown key 'weight'; valid: action, actions, blends, "),
+    (
+        "  blends:",
+        "  weight: 3\n  blends:",
+        "16: component: unknown key 'weight'; valid: action, actions, allow_runtime_adapters, blends, ",
+    ),
     ("  precision: float32", "  3: float32", "12: component: unknown key '3'; valid: action, "),
 ]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from model_compose.compose import Compose
@@ -332,3 +333,20 @@ def test_behind_a_key_and_while_loading(browser: Any, folder: Path) -> None:
             )
             assert answer["output"] == {"generated": text}
             assert subprocess.check_output([sys.executable, "-c", python], env=secret).decode() == f"{text}\n"
+
+
+@in_browser
+def test_adapters_that_were_loaded_meanwhile_have_sliders(browser: Any, folder: Path) -> None:
+    path = folder / "runtime.yml"
+    path.write_text(YAML.replace("  blends:\n", "  allow_runtime_adapters: true\n  blends:\n"), encoding="utf-8")
+    with served(path) as site:
+        for page in _open(browser, site.page):
+            slider = page.get_by_label("third weight")
+            page.get_by_label("alpaca weight").first.wait_for()
+            playwright.expect(slider).to_have_count(0)
+            body = {"lora_name": "third", "lora_path": "./pirate"}
+            assert httpx.post(f"{site.api}/v1/load_lora_adapter", json=body, timeout=30).status_code == 200
+            page.reload()
+            slider.first.fill("1.5")
+            run(page, "Ahoy")
+            finished(page, "alpaca 0.7 · pirate 0.8 · third 1.5")

@@ -92,7 +92,7 @@ class Unauthorized(ComposeError):
 
 
 class Forbidden(ComposeError):
-    """A web page of another site made the browser send this request."""
+    """A web page of another site made the browser send this request, or the file does not allow it."""
 
     status = 403
     title = "Forbidden"

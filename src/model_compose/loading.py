@@ -108,6 +108,16 @@ def _move_paths(root: Node, folder: str) -> None:
         if isinstance(path, ScalarNode) and id(path) not in moved and not path.value.startswith(("/", "~", "${")):
             moved.add(id(path))
             path.value = os.path.join(".", folder, path.value)
+        for path in _scalars(child(mapping, "runtime_adapter_sources")):
+            if id(path) not in moved and path.value.startswith("."):
+                moved.add(id(path))
+                path.value = os.path.join(".", folder, path.value)
+
+
+def _scalars(node: Node | None) -> list[ScalarNode]:
+    """One scalar, or those of a list."""
+    nodes = node.value if isinstance(node, SequenceNode) else [node]
+    return [part for part in nodes if isinstance(part, ScalarNode)]
 
 
 def _construct(node: Node, env: Mapping[str, str], path: tuple[str, ...], problems: list[str]) -> Any:

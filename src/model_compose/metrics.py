@@ -154,7 +154,8 @@ class Meter:
 
 def label(blend: Blend, blends: Blends) -> str:
     """What stands for a blend in labels: its name where the file gives it one, an adapter's name for that adapter alone
-    at any weight, `base` for none, else `custom`. Weights make no labels, so the file bounds how many there are."""
+    at any weight, `base` for none, else `custom`. Weights make no labels, so the file, and who may load adapters, bound
+    how many there are."""
     if blend.name in ("default", *blends.named):
         return str(blend.name)
     active = list(blend.active)

@@ -111,7 +111,7 @@ def plan(loaded: Loaded, pretended: Mapping[str, int], report: Report = silent) 
     Fetches configs. Raises SourceError, AdapterError, LoadError for what `up` would refuse for another reason than memory.
     """
     memory = Memory(pretended)
-    return Plan(tuple(_plan_model(*model, loaded.base_dir, memory, report) for model in _models(loaded.config)))
+    return Plan(tuple(_plan_model(*model, loaded.base_dir, memory, report) for model in models(loaded.config)))
 
 
 def parse_memory(given: Sequence[str]) -> dict[str, int]:
@@ -126,7 +126,7 @@ def parse_memory(given: Sequence[str]) -> dict[str, int]:
     return sizes
 
 
-def _models(config: Config) -> list[tuple[str, ModelOptions]]:
+def models(config: Config) -> list[tuple[str, ModelOptions]]:
     """The model components by the names that /v1 has for them."""
     return [
         ("default" if component.id == "__component__" else component.id, component)

@@ -19,6 +19,8 @@ OPERATIONS = [
     ("get", "/v1/models/{model}"),
     ("post", "/v1/completions"),
     ("post", "/v1/chat/completions"),
+    ("post", "/v1/load_lora_adapter"),
+    ("post", "/v1/unload_lora_adapter"),
     ("get", "/metrics"),
 ]
 

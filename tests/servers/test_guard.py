@@ -20,7 +20,8 @@ KEY = {"Authorization": "Bearer first-key"}
 ROUTES = [
     ("GET", "/api/workflows"), ("GET", "/api/workflows/__workflow__/schema"), ("POST", "/api/workflows/runs"),
     ("GET", "/api/tasks/1"), ("POST", "/api/tasks/1/cancel"), ("GET", "/v1/models"), ("GET", "/v1/models/default"),
-    ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/docs"), ("GET", "/openapi.json"),
+    ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"), ("GET", "/docs"), ("GET", "/openapi.json"),
     ("GET", "/"), ("GET", "/nowhere"), ("GET", "/api/health/"), ("GET", "/API/HEALTH"),
 ]  # fmt: skip
 

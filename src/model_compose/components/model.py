@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +13,13 @@ from pydantic import Field, ValidationError, model_validator
 from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
 from model_compose.components.response_format import AnyFormat
 from model_compose.engines import ENGINES, AdapterOptions, Engine, ModelOptions
-from model_compose.errors import Conflict, FieldError, InputError, NotFound
+from model_compose.errors import Conflict, FieldError, Forbidden, InputError, NotFound
 from model_compose.expressions import parse
 from model_compose.generation import Chunk, Message, Request, Sampling, Usage
+from model_compose.lora.blend import Blend
 from model_compose.progress import Report, silent
 from model_compose.schema import Options, field_of, has_expression, templated
+from model_compose.sources.confine import confine
 
 if TYPE_CHECKING:
     from model_compose.metrics import Meter
@@ -144,14 +146,26 @@ class LanguageModelOptions(ModelOptions, ComponentOptions):
 
     @model_validator(mode="after")
     def _constant_blends_are_known(self) -> Self:
+        for action, blend in self._constant_blends():
+            try:
+                self.to_blends().resolve(blend)
+            except InputError as error:
+                raise ValueError(f"the action '{action}': {error}") from None
+        return self
+
+    def _constant_blends(self) -> Iterator[tuple[str, Any]]:
+        """The actions' ids, each with the blend that its YAML fixes."""
         for action in self.all_actions:
             blend = getattr(action, "blend", None)
             if not has_expression(blend):
-                try:
-                    self.to_blends().resolve(blend)
-                except InputError as error:
-                    raise ValueError(f"the action '{action.id}': {error}") from None
-        return self
+                yield action.id, blend
+
+    def users(self, adapter: str) -> list[str]:
+        """What of the file needs the adapter with a weight that is not 0: its blends, and actions with a fixed blend."""
+        blends = self.to_blends()
+        used: list[tuple[str, Blend]] = [(f"the blend '{b.name}'", b) for b in (blends.default, *blends.named.values())]
+        used += [(f"the action '{id}'", blends.resolve(blend)) for id, blend in self._constant_blends()]
+        return [user for user, blend in used if adapter in blend.active]
 
     @property
     def all_actions(self) -> tuple[ActionOptions, ...]:
@@ -189,6 +203,9 @@ class ModelComponent:
         self.meter: Meter | None = None
         """Counts requests, where Compose has given one."""
         self._inputs = INPUTS[options.task]
+        self._base_dir = base_dir
+        self._changing = asyncio.Lock()
+        """Adapters come and go one after the other, so of two loads of one name the later one stays."""
 
     async def open(self, report: Report) -> None:
         await self.engine.open(report)
@@ -210,26 +227,52 @@ class ModelComponent:
         }
         return Generation(params=Params(**params), **constant).sampling
 
-    async def load_adapter(self, options: AdapterOptions, report: Report = silent) -> None:
-        """One more adapter while requests run, or another one of the same name; its weight is 0 unless a request names it.
+    async def load_adapter(self, options: AdapterOptions, report: Report = silent, *, in_place: bool = True) -> None:
+        """One more adapter while requests run, or, in place, another one of the same name; its weight is 0 unless a request
+        or a blend of the file names it.
 
-        Raises InputError for a name that a blend has, SourceError, AdapterError, Conflict.
+        Raises InputError for a name that is taken, SourceError, AdapterError, Conflict.
         """
-        if not options.name or options.name in (*self.blends.named, "default"):
-            raise InputError(f"an adapter cannot be called '{options.name}' here: that is a blend's name", field="name")
-        await self.engine.load_adapter(options, report)
-        if options.name not in self.blends.adapters:
-            self.blends = replace(self.blends, adapters=(*self.blends.adapters, options.name))
+        name = options.name
+        if not name or name in (*self.blends.named, "default"):
+            raise InputError(f"an adapter cannot be called '{name}' here: that is a blend's name", field="lora_name")
+        async with self._changing:
+            if name in self.blends.adapters and not in_place:
+                raise InputError(
+                    f"the adapter '{name}' is loaded already; to put another one in its place, set load_inplace to true",
+                    field="lora_name",
+                )
+            await self.engine.load_adapter(options, report)
+            if name not in self.blends.adapters:
+                self.blends = replace(self.blends, adapters=(*self.blends.adapters, name))
 
     async def unload_adapter(self, name: str) -> None:
-        """Takes an adapter away; running requests finish with it. Raises NotFound, Conflict where a blend needs it."""
-        if name not in self.blends.adapters:
-            raise NotFound(f"there is no adapter '{name}'; known: {', '.join(self.blends.adapters) or 'none'}")
-        for blend in (self.blends.default, *self.blends.named.values()):
-            if name in blend.active:
-                raise Conflict(f"the blend '{blend.name}' of the file uses the adapter '{name}'")
-        self.blends = replace(self.blends, adapters=tuple(each for each in self.blends.adapters if each != name))
-        await self.engine.unload_adapter(name)
+        """Takes an adapter away; running requests finish with it. Raises NotFound, Conflict where the file needs it."""
+        async with self._changing:
+            if name not in self.blends.adapters:
+                raise NotFound(f"there is no adapter '{name}'; known: {', '.join(self.blends.adapters) or 'none'}")
+            if users := self.options.users(name):
+                raise Conflict(f"{users[0]} of the file uses the adapter '{name}'")
+            self.blends = replace(self.blends, adapters=tuple(each for each in self.blends.adapters if each != name))
+            await self.engine.unload_adapter(name)
+
+    def check_runtime_adapters(self) -> None:
+        """Raises Forbidden unless clients may load and unload adapters here."""
+        if not self.options.allow_runtime_adapters:
+            raise Forbidden(
+                "this model takes no adapters from clients; allow_runtime_adapters: true in the file would let it"
+            )
+
+    def runtime_adapter(self, name: str, reference: str) -> AdapterOptions:
+        """A client's adapter as `load_adapter` takes it, confined to the file's runtime_adapter_sources. Reads the disk.
+
+        One of the file's names keeps its precision and device. Raises Forbidden, InputError.
+        """
+        self.check_runtime_adapters()
+        source = confine(reference, self.options.runtime_adapter_sources, self._base_dir, field="lora_path")
+        files = dict(zip(self.options.adapter_names, self.options.peft_adapters, strict=True))
+        given = files.get(name, AdapterOptions(type="lora", model=source))
+        return given.model_copy(update={"name": name, "model": source})
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         """The engine's text, counted: the way of every request, from workflows and from /v1."""
@@ -244,6 +287,7 @@ class ModelComponent:
         several = inputs.takes_many
         requests = [Request(prompt, used, sampling, inputs.max_input_length) for prompt in prompts]
         as_list = several or sampling.num_return_sequences > 1
+        identity = self.engine.identity(used)  # now: the adapters may be others when the text ends
         output = parse(chosen.output)
         places = output.places("result", ()) if chosen.output is not None else [()]
 
@@ -260,7 +304,7 @@ class ModelComponent:
         value: Any = texts if as_list else texts[0]
         if chosen.output is not None:
             value = output.evaluate({**context, "result": value})
-        yield Result(value, Answer(self.options.id, used, self.engine.identity(used), usage))
+        yield Result(value, Answer(self.options.id, used, identity, usage))
 
     def evaluate(self, action: ActionOptions, context: Mapping[str, Any]) -> TextGeneration | ChatCompletion:
         """The action's fields with expressions evaluated; null leaves a field at its default. Raises InputError."""

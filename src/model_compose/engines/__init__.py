@@ -18,6 +18,7 @@ from model_compose.progress import Report
 from model_compose.registry import Registry
 from model_compose.schema import Options, Weight
 from model_compose.sources import ModelSource
+from model_compose.sources.confine import SourcePatterns
 
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -132,6 +133,12 @@ class ModelOptions(Options):
     runtime_spec: Any = None
     peft_adapters: tuple[AdapterOptions, ...] = ()
     blends: dict[str, dict[str, Weight]] = Field(default_factory=dict, description="Named blends: {adapter: weight}")
+    allow_runtime_adapters: bool = Field(default=False, description="Let clients load and unload adapters by /v1")
+    runtime_adapter_sources: SourcePatterns = Field(
+        default=("./",),
+        description="What clients may load: folders with all below them, and repositories of the Hub (org/name, org/*); "
+        "the folder of this file if unset",
+    )
     options: SerializeAsAny[Options] = Field(default_factory=Options, validate_default=True)
 
     @field_validator("driver")
@@ -148,6 +155,14 @@ class ModelOptions(Options):
         if driver is None:  # the driver itself was wrong, and is reported
             return Options()
         return ENGINES[driver].Options.model_validate({} if value is None or value == Options() else value)
+
+    @model_validator(mode="after")
+    def _sources_are_for_runtime_adapters(self) -> Self:
+        if "runtime_adapter_sources" in self.model_fields_set and not self.allow_runtime_adapters:
+            raise ValueError(
+                "'runtime_adapter_sources' has no effect without allow_runtime_adapters: true; set that, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

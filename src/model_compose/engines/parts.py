@@ -8,7 +8,7 @@ from model_compose.errors import InputError, LoadError, SourceError
 from model_compose.generation import Request
 from model_compose.lora.adapter import LoraAdapter, read_adapter, read_config
 from model_compose.progress import Report
-from model_compose.sources import Fetched, HuggingfaceSource, fetch
+from model_compose.sources import Fetched, HuggingfaceSource, ModelSource, fetch
 
 CONFIG_FILES = ("*.json",)
 
@@ -21,15 +21,19 @@ def fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> lis
 
 def fetch_adapter(name: str, options: AdapterOptions, base_dir: Path, report: Report) -> LoraAdapter:
     """Fetches and reads one adapter. Blocking. Raises SourceError, AdapterError."""
-    if isinstance(options.model, HuggingfaceSource):
+    return read_adapter(fetch_adapter_folder(name, options.model, base_dir, report), name)
+
+
+def fetch_adapter_folder(name: str, source: ModelSource, base_dir: Path, report: Report) -> Path:
+    """Fetches one adapter, after its config says that it can be used. Blocking. Raises SourceError, AdapterError."""
+    if isinstance(source, HuggingfaceSource):
         # The config is small and decides whether the weights are worth fetching.
-        only = fetch(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report)
+        only = fetch(source, base_dir=base_dir, only=CONFIG_FILES, report=report)
         read_config(only.folder, name)
     try:
-        fetched = fetch(options.model, base_dir=base_dir, report=report)
+        return fetch(source, base_dir=base_dir, report=report).folder
     except SourceError as error:
         raise SourceError(f"adapter '{name}': {error}") from error
-    return read_adapter(fetched.folder, name)
 
 
 def load_tokenizer(base: Fetched, trust_remote_code: bool) -> Any:

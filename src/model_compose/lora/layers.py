@@ -106,14 +106,17 @@ class LoraModel:
     def names(self) -> tuple[str, ...]:
         return tuple(self._placed)
 
-    def load(self, adapter: LoraAdapter, placement: Placement = Placement()) -> None:
-        """Attaches one more adapter, live. Raises AdapterError where it does not fit; nothing has changed then."""
+    def load(self, adapter: LoraAdapter, placement: Placement = Placement(), *, key: str | None = None) -> None:
+        """Attaches one more adapter, live. Raises AdapterError where it does not fit; nothing has changed then.
+
+        key: what blends call it here, if not by its name.
+        """
         check(adapter, self._shapes)
         _check_copies(adapter, self.model)
         device = self.model.get_submodule(next(iter(adapter.modules))).weight.device if adapter.modules else None
         assert device is None or isinstance(device, torch.device)
         place = (placement.device or device or torch.device("cpu"), placement.dtype or self._dtype)
-        self._placed[adapter.name] = Placed(adapter, place)
+        self._placed[key or adapter.name] = Placed(adapter, place)
         for path in adapter.modules:
             if path not in self._sites:
                 self._attach(path)

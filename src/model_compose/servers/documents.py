@@ -188,7 +188,7 @@ _ANSWERS = (
 _MEANINGS = {
     400: "The request is wrong; the fields are named",
     401: "An API key is needed",
-    403: "A web page of another site sent this",
+    403: "A web page of another site sent this, or the file does not allow it",
     404: "There is no such thing",
     409: "Not in this state, or cancelled",
     413: "The body is too large",
@@ -229,6 +229,11 @@ def answers(model: type[BaseModel], stream: str | None = None) -> dict[str, Any]
     if stream:
         content[STREAM_TYPE] = {"itemSchema": _EVENT, "example": stream}
     return {"description": "The answer", "content": content}
+
+
+def text_answer(example: str) -> dict[str, Any]:
+    """An answer that is a sentence."""
+    return {"description": "Done", "content": {"text/plain": {"schema": {"type": "string"}, "example": example}}}
 
 
 def body_schema(model: type[BaseModel], *kinds: str) -> dict[str, Any]:

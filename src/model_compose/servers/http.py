@@ -33,6 +33,8 @@ from model_compose.servers.documents import (
 )
 from model_compose.servers.openai import ChatBody, CompletionBody
 from model_compose.servers.openai import create_router as create_openai_router
+from model_compose.servers.runtime_adapters import LoadBody, UnloadBody
+from model_compose.servers.runtime_adapters import create_router as create_adapters_router
 from model_compose.servers.tasks import Task, Tasks
 from model_compose.servers.wire import (
     Guard,
@@ -93,9 +95,11 @@ def create_app(compose: Compose, options: HttpServerOptions) -> FastAPI:
     add_error_handlers(app)
     app.include_router(_create_router(compose, Tasks(compose), options), prefix=options.base_path)
     app.include_router(create_openai_router(compose), prefix="/v1")
+    app.include_router(create_adapters_router(compose), prefix="/v1")
     _add_metrics(app, compose)
     health = f"{options.base_path}/health"
-    add_documents(app, bodies=(RunBody, CompletionBody, ChatBody), open_path=health, with_keys=bool(options.api_keys))
+    bodies = (RunBody, CompletionBody, ChatBody, LoadBody, UnloadBody)
+    add_documents(app, bodies=bodies, open_path=health, with_keys=bool(options.api_keys))
     app.add_middleware(Guard, options=options, open_paths=(health,))
     if options.origins:  # outermost, so that a browser can read the errors of the guard too
         app.add_middleware(

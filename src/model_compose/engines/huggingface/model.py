@@ -206,19 +206,23 @@ def on_meta(config: Any, trust_remote_code: bool) -> nn.Module:
 
 
 def _warn_of_other_base(adapters: list[LoraAdapter], options: ModelOptions, base: Fetched) -> None:
-    """A base with the same shapes under another name may be meant (a re-upload, a GGUF), so this is no error."""
-    name = describe(options.model)
-    path = base.folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known = {_last(name), base.folder.name.lower(), _last(config.get("_name_or_path") or "")}
     for adapter in adapters:
-        trained_on = _last(adapter.base or "")
-        # A GGUF file is called like its model, with the quantisation behind a dot.
-        if trained_on and trained_on not in known and not (base.file or "").lower().startswith(f"{trained_on}."):
+        if other_base(adapter, options, base):
             log.warning(
                 "adapter '%s' was trained on %s, but the base model is %s; the shapes fit, the text may still suffer",
-                adapter.name, adapter.base, name,
+                adapter.name, adapter.base, describe(options.model),
             )  # fmt: skip
+
+
+def other_base(adapter: LoraAdapter, options: ModelOptions, base: Fetched) -> bool:
+    """Whether the adapter names another base than this. One with the same shapes under another name may be meant (a
+    re-upload, a GGUF), so this is no error."""
+    path = base.folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = {_last(describe(options.model)), base.folder.name.lower(), _last(config.get("_name_or_path") or "")}
+    trained_on = _last(adapter.base or "")
+    # A GGUF file is called like its model, with the quantisation behind a dot.
+    return bool(trained_on and trained_on not in known and not (base.file or "").lower().startswith(f"{trained_on}."))
 
 
 def _last(reference: str) -> str:

@@ -1,0 +1,246 @@
+"""What `adapters` tells: the adapters of a model, whether they fit its base, and how they stand beside each other.
+
+Of the base only the config is read, as `plan` does; of the adapters everything.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model_compose.engines import ModelOptions
+from model_compose.engines.huggingface import HuggingfaceOptions
+from model_compose.errors import AdapterError, LoadError, SourceError
+from model_compose.lora.adapter import LoraAdapter, check, read_adapter, read_config
+from model_compose.lora.blend import Blend, Blends
+from model_compose.progress import Progress, Report
+from model_compose.sources import LocalSource, ModelSource, describe
+
+if TYPE_CHECKING:
+    from model_compose.lora.adapter import ModuleShape
+    from model_compose.lora.geometry import Geometry, Pair
+    from model_compose.sources import Fetched
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One adapter. ranks, alphas, scalings: those that its modules have, ascending. size: bytes of its weights' file."""
+
+    name: str
+    source: str
+    adapter: LoraAdapter
+    alphas: tuple[float, ...]
+    size: int
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted({factors.rank for factors in self.adapter.modules.values()}))
+
+    @property
+    def scalings(self) -> tuple[float, ...]:
+        return tuple(sorted({factors.scaling for factors in self.adapter.modules.values()}))
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Of its factors, as stored."""
+        tensors = [tensor for factors in self.adapter.modules.values() for tensor in (factors.a, factors.b)]
+        return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
+
+    @property
+    def parameters(self) -> int:
+        return sum(factors.a.numel() + factors.b.numel() for factors in self.adapter.modules.values())
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One model's adapters, or those of folders without a model.
+
+    shown: the names that were asked for; the geometry is that of all. problems: adapters that cannot be used, a sentence
+    each. unchecked: why nothing was checked against the base.
+    """
+
+    component: str | None
+    base: str | None
+    blend: Blend
+    adapters: tuple[Inspected, ...]
+    shown: tuple[str, ...]
+    geometry: "Geometry"
+    problems: tuple[str, ...] = ()
+    unchecked: str | None = None
+
+    @property
+    def listed(self) -> tuple[Inspected, ...]:
+        return tuple(each for each in self.adapters if each.name in self.shown)
+
+    @property
+    def pairs(self) -> "tuple[Pair, ...]":
+        """Of which at least one is shown; those that overlap most come first."""
+        found = [pair for pair in self.geometry.pairs if {pair.one, pair.other} & set(self.shown)]
+        return tuple(sorted(found, key=_overlap, reverse=True))
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of a base from its config: the modules' shapes, and where the config lies."""
+
+    options: ModelOptions
+    fetched: "Fetched"
+    shapes: "Mapping[str, ModuleShape]"
+
+
+def inspect(
+    options: ModelOptions | None, folders: Mapping[str, str], base_dir: Path, *, component: str | None, blend: Any,
+    names: Sequence[str] = (), report: Report,
+) -> Inspection:  # fmt: skip
+    """Reads the adapters of a model (None: there is none) and those of further folders {name: path}, and compares them.
+
+    blend: a name, weights, or None for the default; without a model that is every adapter at 1. names: those to show, all
+    if empty. Raises InputError for an unknown blend, AdapterError for folders of different bases.
+    """
+    sources: dict[str, ModelSource] = {}
+    blends = Blends((), {}, Blend(dict.fromkeys(folders, 1.0)))
+    base, unchecked = None, None
+    if options is not None:
+        pairs = zip(options.adapter_names, options.peft_adapters, strict=True)
+        sources = {name: adapter.model for name, adapter in pairs}
+        blends = options.to_blends()
+        base, unchecked = _read_base(options, base_dir, report)
+    sources |= {name: LocalSource(path=path) for name, path in folders.items()}
+    chosen = Blends((*blends.adapters, *folders), blends.named, blends.default).resolve(blend)
+    found, problems = [], []
+    for name, source in sources.items():
+        try:
+            found.append(_read(name, source, base_dir, base, report))
+        except (AdapterError, SourceError) as error:
+            problems.append(str(error))
+    return Inspection(
+        component, describe(options.model) if options else None, chosen, tuple(found),
+        tuple(names) or tuple(sources), _measure(found, report), tuple(problems), unchecked,
+    )  # fmt: skip
+
+
+def _measure(found: Sequence[Inspected], report: Report) -> "Geometry":
+    from model_compose.lora.geometry import measure
+
+    return measure(
+        [each.adapter for each in found],
+        lambda done, total: report(Progress("comparing adapters", done, total, "modules")),
+    )
+
+
+def _read_base(options: ModelOptions, base_dir: Path, report: Report) -> tuple[Base | None, str | None]:
+    """The base's shapes, or why they are not known."""
+    import torch
+
+    from model_compose.engines.huggingface import model as engine
+    from model_compose.engines.parts import CONFIG_FILES
+    from model_compose.lora.layers import module_shapes
+    from model_compose.sources.survey import survey
+
+    trusted = isinstance(options.options, HuggingfaceOptions) and options.options.trust_remote_code
+    try:
+        found = survey(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report).fetched
+        if found is None:
+            return None, "the base's config comes with its weights, which are not here yet"
+        with engine.load_errors(describe(options.model), torch.device("meta")):
+            shapes = module_shapes(engine.on_meta(engine.base_config(found, trusted), trusted))
+    except (SourceError, LoadError) as error:
+        return None, str(error)
+    return Base(options, found, shapes), None
+
+
+def _read(name: str, source: ModelSource, base_dir: Path, base: Base | None, report: Report) -> Inspected:
+    """Raises SourceError, AdapterError."""
+    from model_compose.engines.parts import fetch_adapter_folder
+    from model_compose.lora.adapter import WEIGHT_FILES
+
+    folder = fetch_adapter_folder(name, source, base_dir, report)
+    adapter, config = read_adapter(folder, name), read_config(folder, name)
+    if base is not None:
+        check(adapter, base.shapes)
+    modules = adapter.modules.values()
+    power = 0.5 if config.get("use_rslora") else 1.0
+    # s = alpha / r, or alpha / √r; rounded, as what the config says is seldom more than a whole number
+    alphas = sorted({round(factors.scaling * factors.rank**power, 9) for factors in modules})
+    size = next((folder / file).stat().st_size for file in WEIGHT_FILES if (folder / file).is_file())
+    return Inspected(name, describe(source), adapter, tuple(alphas), size, tuple(_warnings(adapter, config, base)))
+
+
+def _warnings(adapter: LoraAdapter, config: Mapping[str, Any], base: Base | None) -> list[str]:
+    """What is no error, but worth a second look."""
+    from model_compose.engines.huggingface.model import other_base
+
+    found = []
+    if base is not None and other_base(adapter, base.options, base.fetched):
+        found.append(
+            f"was trained on {adapter.base}, but the base model is {describe(base.options.model)}; the shapes fit, the "
+            "text may still suffer"
+        )
+    zeros = [path for path, factors in adapter.modules.items() if not (factors.a.any() and factors.b.any())]
+    if len(zeros) == len(adapter.modules):
+        found.append("is zero in every module, so it changes nothing; was it trained at all?")
+    elif zeros:
+        found.append(f"is zero in {len(zeros)} of its {len(adapter.modules)} modules, {zeros[0]} among them")
+    listed = config.get("target_modules")
+    named = listed if isinstance(listed, list) else []
+    if missing := [name for name in named if not any(f".{path}".endswith(f".{name}") for path in adapter.modules)]:
+        found.append(f"lists {', '.join(map(str, missing))} as target, but has no weights for it")
+    if adapter.copies:
+        found.append(
+            f"brings a copy of the base's {', '.join(adapter.copies)}; whether it is equal is seen when the model is loaded"
+        )
+    return found
+
+
+def _overlap(pair: "Pair") -> float:
+    return sum(side.value for side in (pair.inputs, pair.outputs) if side is not None)
+
+
+def as_json(inspection: Inspection) -> dict[str, Any]:
+    """Everything, by layer too. Sizes in bytes; norms are Frobenius norms of s B A, without the blend's weight."""
+    geometry, weights = inspection.geometry, inspection.blend.weights
+    norms, shares = geometry.norms(), geometry.shares(weights)
+    layers = {layer: (geometry.norms(layer=layer), geometry.shares(weights, layer=layer)) for layer in geometry.layers}
+    by_target = {target: geometry.norms(target=target) for target in geometry.targets}
+    return {
+        "component": inspection.component,
+        "base": inspection.base,
+        "unchecked": inspection.unchecked,
+        "blend": {
+            "name": inspection.blend.name, "weights": dict(weights), "norm": geometry.blend_norm(weights),
+            "layers": {layer: geometry.blend_norm(weights, layer=layer) for layer in layers},
+        },
+        "adapters": [
+            {
+                "name": each.name, "source": each.source, "trained_on": each.adapter.base,
+                "ranks": each.ranks, "alphas": each.alphas, "scalings": each.scalings, "dtypes": each.dtypes,
+                "targets": targets_of(each), "modules": len(each.adapter.modules), "parameters": each.parameters,
+                "bytes": each.size, "norm": norms[each.name],
+                "weight": weights.get(each.name, 0.0), "share": shares[each.name],
+                "layers": {
+                    layer: {"norm": norm[each.name], "share": share[each.name]}
+                    for layer, (norm, share) in layers.items()
+                },
+                "norms_by_target": {target: norm[each.name] for target, norm in by_target.items()},
+                "warnings": each.warnings,
+            }
+            for each in inspection.listed
+        ],
+        "pairs": [
+            {
+                "adapters": [pair.one, pair.other], "modules": pair.modules, "cosine": pair.cosine,
+                "inputs": pair.inputs and vars(pair.inputs), "outputs": pair.outputs and vars(pair.outputs),
+            }
+            for pair in inspection.pairs
+        ],
+        "problems": inspection.problems,
+    }  # fmt: skip
+
+
+def targets_of(inspected: Inspected) -> list[str]:
+    """The kinds of module that it acts on, in the order of the model."""
+    from model_compose.lora.geometry import place
+
+    places = sorted(place(path) for path in inspected.adapter.modules)
+    return list(dict.fromkeys(each.target for each in places))

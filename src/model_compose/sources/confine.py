@@ -1,0 +1,84 @@
+"""Which sources a caller, rather than the file, may name: the folders and Hub repositories that the file lists."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
+
+from model_compose.errors import Forbidden, InputError
+from model_compose.schema import shown
+from model_compose.sources import HuggingfaceSource, LocalSource, ModelSource
+from model_compose.sources.hub import is_repository
+from model_compose.sources.local import absolute, is_path
+
+
+def _check(pattern: str) -> str:
+    organisation, slash, name = pattern.rpartition("/")
+    whole = slash and name == "*" and "/" not in organisation and is_repository(organisation)
+    if not (is_path(pattern) or is_repository(pattern) or whole):
+        raise PydanticCustomError(
+            "source_pattern",
+            "{pattern} is neither a folder (which starts with ./, ../, ~ or /), nor a Hub repository (org/name), nor all "
+            "repositories of an organisation (org/*)",
+            {"pattern": shown(pattern)},
+        )
+    return pattern
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+SourcePattern = Annotated[str, AfterValidator(_check)]
+"""A folder with all below it, `org/name`, or `org/*`."""
+SourcePatterns = Annotated[tuple[SourcePattern, ...], BeforeValidator(_listed)]
+
+
+def confine(reference: str, allowed: Sequence[str], base_dir: Path, *, field: str) -> ModelSource:
+    """The source that a caller's `org/name` or path means, if one of the patterns allows it. Reads the disk.
+
+    Links and `..` are followed first: what counts is where a folder, and each file in it, really lies. A folder outside is
+    refused whether it exists or not. Raises Forbidden, and InputError for `field`.
+    """
+    source = _parse(reference, field)
+    if isinstance(source, HuggingfaceSource):
+        organisation = source.repository.rpartition("/")[0]
+        if source.repository not in allowed and f"{organisation}/*" not in allowed:
+            raise _forbidden(reference, allowed)
+        return source
+    try:
+        folder = absolute(source.path, base_dir).resolve()
+        roots = [absolute(pattern, base_dir).resolve() for pattern in allowed if is_path(pattern)]
+        if not _within(folder, roots):
+            raise _forbidden(reference, allowed)
+        if not folder.is_dir():
+            raise InputError(f"there is no folder '{reference}'", field=field)
+        if not all(_within(file.resolve(), roots) for file in folder.iterdir()):
+            raise Forbidden(f"'{reference}' holds links that lead out of what this service may load adapters from")
+    except (OSError, ValueError, RuntimeError) as error:  # no rights, a name no disk could hold, links in a circle
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "no such path can be"
+        raise InputError(f"'{reference}' cannot be read ({reason})", field=field) from error
+    return LocalSource(path=str(folder))
+
+
+def _parse(reference: str, field: str) -> LocalSource | HuggingfaceSource:
+    try:
+        source = TypeAdapter[Any](ModelSource).validate_python(reference)
+    except ValidationError as error:
+        raise InputError(error.errors()[0]["msg"], field=field) from None
+    assert isinstance(source, LocalSource | HuggingfaceSource)  # a text names nothing else
+    return source
+
+
+def _within(path: Path, roots: Sequence[Path]) -> bool:
+    return any(path.is_relative_to(root) for root in roots)
+
+
+def _forbidden(reference: str, allowed: Sequence[str]) -> Forbidden:
+    hint = "" if is_path(reference) else "; a folder starts with ./, ../, ~ or /"
+    return Forbidden(
+        f"'{reference}' is not among what this service may load adapters from: {', '.join(allowed) or 'nothing'} "
+        f"(runtime_adapter_sources in the file){hint}"
+    )
