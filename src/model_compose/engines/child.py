@@ -25,7 +25,9 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before a server that has ended is started again; they double each time until one has lived for a while."""
 KEPT_LINES = 400
 
-_LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
+_LEVELS = {"INFO": logging.INFO, "WARNING": logging.INFO, "ERROR": logging.ERROR, "CRITICAL": logging.ERROR}
+"""A server warns of much that its user did not choose."""
+_LEVEL = re.compile(rf"\b({'|'.join(_LEVELS)})\b")
 _EXCEPTION = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$")
 
 
@@ -114,7 +116,7 @@ class Child:
                     await self._start()
 
     async def _read(self, process: Process) -> None:
-        """Its lines -> logging, each at the level that it states; one that states none is for debugging."""
+        """Its lines -> logging, at about the level that each states; one that states none is for debugging."""
         assert process.stdout is not None
         rest = b""
         while block := await process.stdout.read(1 << 16):
@@ -126,7 +128,9 @@ class Child:
     def _tell(self, line: str) -> None:
         if line:
             self._lines.append(line)
-            stated = _LEVEL.search(line[:80])
+            stated = (
+                None if self._process is None else _LEVEL.search(line[:80])
+            )  # one that is being stopped may complain
             self._log.log(getattr(logging, stated[1]) if stated else logging.DEBUG, "%s: %s", self._name, line)
 
     def _reason(self) -> str:

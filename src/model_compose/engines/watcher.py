@@ -26,9 +26,9 @@ def main() -> int:
     except OSError as error:
         print(f"{command[0]} cannot be run ({error.strerror})", file=sys.stderr)
         return 127
-    threading.Thread(target=_take_down, args=(child.pid, patience), daemon=True).start()
+    threading.Thread(target=_take_down, args=(child, patience), daemon=True).start()
     code = child.wait()
-    _signal(child.pid, signal.SIGKILL)  # what the command has left running
+    _kill_group(child.pid)  # what the command has left running
     return code if code >= 0 else 128 - code
 
 
@@ -38,17 +38,17 @@ def _end_with_this_process() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _take_down(group: int, patience: float) -> None:
+def _take_down(child: "subprocess.Popen[bytes]", patience: float) -> None:
     while os.read(sys.stdin.fileno(), 4096):  # empty at the end of the stream
         pass
-    _signal(group, signal.SIGTERM)
-    time.sleep(patience)  # the process leaves earlier where the command obeys
-    _signal(group, signal.SIGKILL)
+    child.terminate()  # it alone: it ends its own processes in order
+    time.sleep(patience)  # this process leaves earlier where the command obeys
+    _kill_group(child.pid)
 
 
-def _signal(group: int, number: int) -> None:
+def _kill_group(group: int) -> None:
     with suppress(ProcessLookupError):
-        os.killpg(group, number)
+        os.killpg(group, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from model_compose.engines.vllm.loading import (
     dtype_name,
     kv_bytes_per_token,
     load,
+    zero_adapter,
 )
 from model_compose.engines.vllm.options import VllmOptions, refuse
 from model_compose.engines.vllm.server import RANKS, Installed, Settings, command, cores, environment, find
@@ -73,6 +74,9 @@ class VllmEngine:
         self._child: Child | None = None
         self._compiled: Compiled | None = None
         self._served = Served("", 0)
+        self._zero: LoraAdapter | None = None
+        """What stands for no adapter. On a CPU vLLM (0.32) gives rows that have none the adapter of its last slot where a
+        batch mixes both, so none may be without."""
         self._max_rank = 0
         self._dtype = ""
         self._folder: Path | None = None
@@ -85,6 +89,16 @@ class VllmEngine:
     def refuse(cls, options: ModelOptions) -> None:
         refuse(options)
 
+    @property
+    def _takes_adapters(self) -> bool:
+        """Without any, vLLM is started without the room and the time that they take."""
+        return bool(self._options.peft_adapters or self._own.max_lora_rank or self._own.base_url)
+
+    @property
+    def _slots(self) -> int:
+        """Adapters that vLLM has at once: the blends', and the one that stands for none."""
+        return self._own.max_loras + (self._zero is not None)
+
     async def open(self, report: Report) -> None:
         own = self._own
         installed = None if own.base_url else await find(own.python, self._base_dir)
@@ -92,6 +106,8 @@ class VllmEngine:
             loaded, self._adapters = await in_daemon_thread(lambda: self._load(report))
             self._loaded = loaded
             unset = None if installed else RANKS[-1]  # nobody tells what another server allows
+            if self._takes_adapters and (installed is None or installed.on_cpu):
+                self._zero = zero_adapter(self._adapters.values(), loaded.shapes)
             self._max_rank = choose_rank(self._blends, self._adapters, own.max_lora_rank or unset)
             shared = absolute(own.adapter_folder, self._base_dir) if own.adapter_folder else None
             self._folder = Path(tempfile.mkdtemp(prefix="model-compose-", dir=shared))
@@ -122,7 +138,7 @@ class VllmEngine:
             dtype=self._dtype,
             context=context_length(loaded.config, *limits) if limits else None,
             rows=own.max_batch_size,
-            lora=(own.max_loras, self._max_rank) if options.peft_adapters or own.max_lora_rank else None,
+            lora=(self._slots, self._max_rank) if self._takes_adapters else None,
             kv_cache=_kv_cache(own.kv_cache, on_cpu=installed.on_cpu),
             prefix_cache=own.prefix_cache,
             trust_remote_code=own.trust_remote_code,
@@ -146,7 +162,7 @@ class VllmEngine:
         served = await connection.served()
         limits = (served.context, own.max_context, self._options.max_seq_length)
         self._served = Served(served.name, min(limit for limit in limits if limit is not None))
-        self._compiled = Compiled(self._folder, own.max_loras, connection.load, connection.unload)
+        self._compiled = Compiled(self._folder, self._slots, connection.load, connection.unload)
         for number, name in enumerate(self._adapters):
             report(Progress("attaching adapters", number, len(self._adapters), "adapters"))
             await self._try(name, self._adapters)
@@ -208,11 +224,14 @@ class VllmEngine:
         assert compiled is not None
         if self._child is not None and not self._child.ready:
             raise NotReady("vLLM has ended and is being started again; try again in a moment")
+        identity = self._identity(blend, adapters)
         if not blend.active:
-            yield self._served.name
-            return
+            if self._zero is None:
+                yield self._served.name
+                return
+            blend, adapters = Blend({self._zero.name: 1.0}), {self._zero.name: self._zero}
         check_rank(blend, adapters, self._max_rank)
-        async with compiled.use(self._identity(blend, adapters), blend, adapters) as name:
+        async with compiled.use(identity, blend, adapters) as name:
             yield name
 
     def _failure(self, error: Exception) -> ComposeError:
@@ -255,7 +274,7 @@ class VllmEngine:
         assert name is not None
         if options.device is not None or options.precision != "auto":
             raise InputError("vllm computes adapters where and as the base is computed; leave device and precision out")
-        if self._child is not None and not (self._options.peft_adapters or self._own.max_lora_rank):
+        if not self._takes_adapters:
             raise Conflict("vLLM was started without room for adapters; set options.max_lora_rank")
         adapter = await in_daemon_thread(lambda: fetch_adapter(name, options, self._base_dir, report))
         check_adapter(adapter, loaded.shapes)

@@ -1,6 +1,6 @@
 """What is known of base and adapters before vLLM starts: fetched, read, and checked against each other. Blocking."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from model_compose.engines import ModelOptions
 from model_compose.engines.parts import fetch_adapters, load_tokenizer
 from model_compose.engines.vllm.server import RANKS
 from model_compose.errors import AdapterError, InputError, LoadError
-from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
+from model_compose.lora.adapter import Factors, LoraAdapter, ModuleShape, check
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
@@ -73,6 +73,17 @@ def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> No
             f"adapter '{adapter.name}': it brings its own '{next(iter(adapter.copies))}', which vllm would ignore; save it "
             "with save_embedding_layers=False if that is the base's, or use driver: huggingface, which compares them"
         )
+
+
+def zero_adapter(adapters: Iterable[LoraAdapter], shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
+    """An adapter that adds nothing, on one module: of the other adapters, as vLLM takes those."""
+    import torch
+
+    paths = [*(path for adapter in adapters for path in adapter.modules), *shapes]
+    path = next(path for path in paths if shapes[path].kind == "linear")
+    shape = shapes[path]
+    factors = Factors(torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1), 1.0)
+    return LoraAdapter("none", {path: factors}, digest="none")
 
 
 def _eos(base: Fetched, config: Any, tokenizer: Any) -> tuple[int, ...]:
