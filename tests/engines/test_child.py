@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,14 @@ asyncio.run(main())
 """
 
 
-def make(folder: Path, before: str = "", on_end: Callable[[], None] = lambda: None, patience: float = 20) -> Child:
+def make(
+    folder: Path, before: str = "", before_start: Callable[[], None] = lambda: None, patience: float = 20
+) -> Child:
     async def is_ready() -> bool:
         return (folder / "ready").exists()
 
     command = [sys.executable, "-c", SERVER.format(before=before), str(folder)]
-    return Child("alpha", command, dict(os.environ), is_ready, on_end, patience=patience)
+    return Child("alpha", command, dict(os.environ), is_ready, before_start, patience=patience)
 
 
 def pids(folder: Path) -> list[int]:
@@ -58,9 +61,18 @@ def pids(folder: Path) -> list[int]:
 def alive(pid: int) -> bool:
     """Not a zombie either: whoever adopts an orphan in a container may never reap it."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return stat(pid)[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def parent_of(pid: int) -> int:
+    return int(stat(pid)[1])
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent and so on (proc(5))."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 async def until(true: Callable[[], bool], seconds: float = 15) -> None:
@@ -105,17 +117,17 @@ async def test_one_that_is_not_ready_in_time_is_ended(tmp_path: Path) -> None:
 
 async def test_one_that_crashes_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHORTEST_PAUSE", 0.1)
-    ended: list[bool] = []
-    child = make(tmp_path, on_end=lambda: ended.append(child.ready))
+    starts: list[bool] = []
+    child = make(tmp_path, before_start=lambda: starts.append(child.ready))
     await child.start()
-    for crash in range(2):
+    for crash in (1, 2):
         before = pids(tmp_path)
         (tmp_path / "ready").unlink()
         os.kill(before[0], signal.SIGKILL)
-        await until(lambda crash=crash: len(ended) > crash and child.ready)  # type: ignore[misc]
+        await until(lambda crash=crash: len(starts) > crash and child.ready)  # type: ignore[misc]
         assert not any(alive(pid) for pid in before)
         assert all(alive(pid) for pid in pids(tmp_path))
-    assert ended == [False, False]
+    assert starts == [False] * 3
     await child.close()
     assert not any(alive(pid) for pid in pids(tmp_path))
 
@@ -142,20 +154,19 @@ async def test_closing_while_it_starts_again_leaves_nothing(tmp_path: Path, monk
 
 @pytest.mark.parametrize("victim", ["model-compose", "watcher"])
 async def test_kill_9_leaves_no_orphan(tmp_path: Path, victim: str) -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tmp_path), SERVER.format(before="")], stdout=subprocess.PIPE
-    )
+    arguments = ["-c", PARENT, str(tmp_path), SERVER.format(before="")]
+    parent = await asyncio.create_subprocess_exec(sys.executable, *arguments, stdout=subprocess.PIPE)
     try:
         assert parent.stdout is not None
-        assert await asyncio.to_thread(parent.stdout.readline) == b"up\n"
+        assert await parent.stdout.readline() == b"up\n"
         server, inner = pids(tmp_path)
-        watcher = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(parent.pid if victim == "model-compose" else watcher, signal.SIGKILL)
+        os.kill(parent.pid if victim == "model-compose" else parent_of(server), signal.SIGKILL)
         await until(lambda: not alive(server))
         if victim == "model-compose":
             await until(lambda: not alive(inner))
         else:
             os.kill(inner, signal.SIGKILL)  # of a server that was told to end: vLLM ends its own
     finally:
-        parent.kill()
-        parent.wait()
+        with suppress(ProcessLookupError):
+            parent.kill()
+        await parent.wait()

@@ -12,7 +12,6 @@ import time
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from model_compose.engines import watcher
@@ -34,17 +33,17 @@ _EXCEPTION = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$")
 class Child:
     """One server. name: of the component, in its log lines. command, environment: of the process, which inherits none.
 
-    is_ready: whether it answers, which must come true within `patience` seconds. on_end: called when it has ended by
-    itself, before it is started again.
+    is_ready: whether it answers, which must come true within `patience` seconds. before_start: called before every start,
+    the first one too.
     """
 
     def __init__(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], is_ready: Callable[[], Awaitable[bool]],
-        on_end: Callable[[], None], *, patience: float,
+        before_start: Callable[[], None], *, patience: float,
     ) -> None:  # fmt: skip
         self.ready = False
         self._name, self._command, self._environment = name, command, environment
-        self._is_ready, self._on_end, self._patience = is_ready, on_end, patience
+        self._is_ready, self._before_start, self._patience = is_ready, before_start, patience
         self._log = logging.getLogger(f"model_compose.component.{name}")
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._process: Process | None = None
@@ -67,6 +66,7 @@ class Child:
 
     async def _start(self) -> None:
         self._lines.clear()
+        self._before_start()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", str(Path(watcher.__file__)), str(STOP_SECONDS), *self._command,
             stdin=PIPE, stdout=PIPE, stderr=STDOUT, env=dict(self._environment), start_new_session=True,
@@ -97,23 +97,24 @@ class Child:
             await self._reading
 
     async def _keep_running(self) -> None:
-        pause = SHORTEST_PAUSE
+        pause = 0.0
         while True:
             assert self._process is not None
             started = time.monotonic()
             code = await self._process.wait()
             self.ready = False
             await self._stop()
-            self._on_end()
-            if time.monotonic() - started > LONGEST_PAUSE:
-                pause = SHORTEST_PAUSE
             self._log.error("%s: the server ended with code %d (%s)", self._name, code, self._reason())
+            if time.monotonic() - started > LONGEST_PAUSE:
+                pause = 0.0
             while not self.ready:
+                pause = min(2 * pause, LONGEST_PAUSE) or SHORTEST_PAUSE
                 self._log.warning("%s: the server is started again in %.0f s", self._name, pause)
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-                with suppress(LoadError):  # its own lines say what is wrong
+                try:
                     await self._start()
+                except LoadError as error:
+                    self._log.error("%s: %s", self._name, error)
 
     async def _read(self, process: Process) -> None:
         """Its lines -> logging, at about the level that each states; one that states none is for debugging."""

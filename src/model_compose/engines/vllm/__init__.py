@@ -55,6 +55,7 @@ from model_compose.schema import Options
 from model_compose.sources.local import absolute
 
 METRICS_SECONDS = 2.0
+SOCKET = "server"
 DEFAULT_KV_CACHE = 4 << 30
 """On the CPU, where vLLM would take nearly all memory; or half of what is free if that is less."""
 
@@ -88,6 +89,11 @@ class VllmEngine:
     @classmethod
     def refuse(cls, options: ModelOptions) -> None:
         refuse(options)
+
+    @property
+    def up(self) -> bool:
+        """Whether the server answers, as far as this knows."""
+        return self._connection is not None and (self._child is None or self._child.ready)
 
     @property
     def _takes_adapters(self) -> bool:
@@ -130,7 +136,7 @@ class VllmEngine:
     async def _start(self, installed: Installed, loaded: Loaded, folder: Path, report: Report) -> None:
         own, options = self._own, self._options
         limits = [limit for limit in (own.max_context, options.max_seq_length) if limit is not None]
-        socket = folder / "server"
+        socket = folder / SOCKET
         self._dtype = dtype_name(options.precision, loaded.config, on_cpu=installed.on_cpu)
         settings = Settings(
             socket=socket,
@@ -147,7 +153,7 @@ class VllmEngine:
         public = "default" if options.id == "__component__" else options.id  # as on /v1
         variables = environment(installed, os.environ, cores())
         self._child = Child(
-            public, command(installed, settings), variables, self._connection.is_ready, self._forget,
+            public, command(installed, settings), variables, self._connection.is_ready, self._start_afresh,
             patience=own.start_timeout,
         )  # fmt: skip
         report(Progress("starting vLLM", 0, 1, "servers"))
@@ -222,7 +228,7 @@ class VllmEngine:
         """The server's model for the blend, loaded within the block. Raises InputError, AdapterError, NotReady."""
         compiled, adapters = self._compiled, self._adapters
         assert compiled is not None
-        if self._child is not None and not self._child.ready:
+        if not self.up:
             raise NotReady("vLLM has ended and is being started again; try again in a moment")
         identity = self._identity(blend, adapters)
         if not blend.active:
@@ -257,12 +263,12 @@ class VllmEngine:
     async def _keep_measuring(self, loaded: Loaded) -> None:
         while True:
             await asyncio.sleep(METRICS_SECONDS)
-            if self._child is None or self._child.ready:
+            if self.up:
                 await self._measure(loaded)
 
     async def _measure(self, loaded: Loaded) -> None:
         assert self._connection is not None
-        with suppress(httpx.HTTPError):  # the last ones stand
+        with suppress(httpx.HTTPError, ValueError):  # the last ones stand
             per_token = kv_bytes_per_token(loaded.config, self._dtype)
             self._stats = await self._connection.stats(per_token, len(self._adapters))
 
@@ -303,8 +309,10 @@ class VllmEngine:
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
         self._child = self._connection = self._folder = self._measuring = None
 
-    def _forget(self) -> None:
-        """A server that is started again has no adapters."""
+    def _start_afresh(self) -> None:
+        """A server that is started again has no adapters, and would not listen at a socket that is there."""
+        assert self._folder is not None
+        (self._folder / SOCKET).unlink(missing_ok=True)
         if self._compiled is not None:
             self._compiled.clear()
 

@@ -77,7 +77,7 @@ class Connection:
         await self.client.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
     async def stats(self, kv_bytes_per_token: int, adapters: int) -> Stats:
-        """What /metrics says. Raises httpx.HTTPError."""
+        """What /metrics says. Raises httpx.HTTPError, ValueError for what is no metrics."""
         from prometheus_client.parser import text_string_to_metric_families
 
         text = (await self.client.get("/metrics")).raise_for_status().text
