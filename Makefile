@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 QUICKSTART := examples/quickstart/model-compose.yml
 
-.PHONY: quickstart up test lint train measure clean
+.PHONY: quickstart up test test-vllm lint train measure clean
 
 quickstart: .venv/installed  ## Install, fetch the weights, print a blended answer
 	$(BIN)/model-compose run -f $(QUICKSTART) --input '{"prompt": "Why do people read books?"}'
@@ -14,6 +14,10 @@ up: .venv/installed  ## Serve the quickstart: API on 8080, page on 8081
 
 test: .venv/dev lint  ## Everything: install, ruff, mypy, every test
 	$(BIN)/python -m pytest -q
+
+test-vllm: .venv/dev  ## Installs vLLM beside this, and runs what every engine must pass with it
+	MODEL_COMPOSE_VLLM_PYTHON=$$($(BIN)/model-compose setup vllm --folder .venv-vllm) \
+		$(BIN)/python -m pytest -q tests/contracts tests/engines/test_real_vllm.py -k vllm
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -38,4 +42,4 @@ measure: .venv/installed  ## What each weight of the quickstart does
 	touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis

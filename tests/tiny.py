@@ -89,9 +89,9 @@ component:
 """
 
 
-def save_project(folder: Path, yaml: str = YAML) -> Path:
+def save_project(folder: Path, yaml: str = YAML, config: PreTrainedConfig | None = None) -> Path:
     """A folder as a user has it: base, two adapters of different shape, and the YAML. Returns the YAML's path."""
-    base = save_base(folder / "base")
+    base = save_base(folder / "base", config)
     save_adapter(folder / "alpaca", base, seed=1, std=0.5)
     save_adapter(folder / "pirate", base, seed=2, std=0.5, r=2, lora_alpha=4, target_modules=["o_proj", "down_proj"])
     path = folder / "model-compose.yml"

@@ -151,6 +151,8 @@ def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory
     named = {describe(options.model): base, **{f"adapter {name}": survey for name, survey in adapters.items()}}
     downloads = tuple(Download(name, survey.total, survey.missing) for name, survey in named.items())
     made = ModelPlan(name, describe(options.model), downloads)
+    if not isinstance(options.options, HuggingfaceOptions):
+        return replace(made, unknown=f"{options.driver} chooses its own memory")
     if base.fetched is None:
         return replace(made, unknown="the config comes with the weights, so memory can be told only once they are here")
     made = _measure(made, options, base, adapters, device, memory)

@@ -1,12 +1,15 @@
 """What every engine promises. A new driver adds one line to DRIVERS and must pass all of it."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from model_compose.components.model import TextGenerationOptions
 from model_compose.engines import ENGINES, Engine
@@ -16,7 +19,31 @@ from model_compose.lora.blend import Blend
 from model_compose.progress import Progress, silent
 from tests import tiny
 
-DRIVERS = ("huggingface",)
+pytestmark = pytest.mark.asyncio(loop_scope="module")  # some engines take half a minute to open: one serves all tests
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What a driver needs here. missing: why it cannot be tested; options: its own; sizes: of the tiny base."""
+
+    missing: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+
+VLLM = os.environ.get("MODEL_COMPOSE_VLLM_PYTHON")
+KNOWN = {
+    "huggingface": Driver(),
+    "vllm": Driver(
+        None if VLLM else "MODEL_COMPOSE_VLLM_PYTHON names no Python with vLLM (make test-vllm)",
+        {"python": VLLM, "kv_cache": "256MiB"},
+        {"head_dim": 32},  # the smallest that vLLM has kernels for
+    ),
+}
+DRIVERS = [
+    pytest.param(name, marks=pytest.mark.skipif(bool(driver.missing), reason=driver.missing or ""))
+    for name, driver in KNOWN.items()
+]
 GREEDY = Sampling(max_output_length=16, min_output_length=16, do_sample=False)
 BLENDS = [Blend(), Blend({"alpaca": 1.0}), Blend({"pirate": 1.5}), Blend({"alpaca": 0.7, "pirate": -0.8})]
 
@@ -24,16 +51,35 @@ BLENDS = [Blend(), Blend({"alpaca": 1.0}), Blend({"pirate": 1.5}), Blend({"alpac
 def make(driver: str, folder: Path, **changes: Any) -> Engine:
     adapters = [{"type": "lora", "name": name, "model": f"./{name}"} for name in ("alpaca", "pirate")]
     settings = {"type": "model", "task": "text-generation", "model": "./base", "precision": "float32"} | changes
+    settings["options"] = KNOWN[driver].options | settings.get("options", {})
     options = TextGenerationOptions.model_validate({"driver": driver, "peft_adapters": adapters, **settings})
     return ENGINES[driver](options, options.to_blends(), folder)
 
 
-@pytest.fixture(params=DRIVERS)
-async def engine(request: pytest.FixtureRequest, project: Path) -> AsyncIterator[Engine]:
-    made = make(request.param, project.parent)
-    await made.open(silent)
-    yield made
-    await made.close()
+@dataclass(frozen=True)
+class Opened:
+    """An engine, what it reported while it opened, and the folder of its project."""
+
+    engine: Engine
+    reports: list[Progress]
+    folder: Path
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=DRIVERS)
+async def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Opened]:
+    driver: str = request.param
+    config = tiny.llama_config(**KNOWN[driver].sizes)
+    folder = tiny.save_project(tmp_path_factory.mktemp(driver), config=config).parent
+    reports: list[Progress] = []
+    engine = make(driver, folder)
+    await engine.open(reports.append)
+    yield Opened(engine, reports, folder)
+    await engine.close()
+
+
+@pytest.fixture
+def engine(opened: Opened) -> Engine:
+    return opened.engine
 
 
 async def text(engine: Engine, prompt: str, blend: Blend = BLENDS[0], sampling: Sampling = GREEDY) -> str:
@@ -128,33 +174,26 @@ async def test_closing_the_stream_stops_the_computation(engine: Engine) -> None:
     assert before == await text(engine, "Hello")
 
 
-async def test_close_ends_what_runs(project: Path) -> None:
-    engine = make(DRIVERS[0], project.parent)
-    await engine.open(silent)
-    chunks = engine.generate(Request("Hello", BLENDS[1], Sampling(min_output_length=10_000)))
-    await anext(chunks)
-    await engine.close()
-    with pytest.raises(Exception, match="shutting down"):
-        async for _ in chunks:
-            pass
-
-
-@pytest.mark.parametrize("driver", DRIVERS)
-async def test_loading_reports_progress(driver: str, project: Path) -> None:
-    reports: list[Progress] = []
-    engine = make(driver, project.parent)
-    await engine.open(reports.append)
-    await engine.close()
-    assert reports
-    assert any(report.total and report.done == report.total for report in reports)
+async def test_loading_reports_progress(opened: Opened) -> None:
+    assert any(report.total and report.done == report.total for report in opened.reports)
 
 
 async def test_text_comes_in_whole_characters(tmp_path: Path) -> None:
     """A model that can only say 'é', one byte a token: never half of it, in no chunk."""
     folder = tiny.save_project(tmp_path).parent
     tiny.teach_to_say(folder / "base", "é€👍")
-    engine = make(DRIVERS[0], folder)
+    engine = make("huggingface", folder)
     await engine.open(silent)
     chunks: list[Chunk] = [c async for c in engine.generate(Request("é€👍", Blend(), Sampling(27, do_sample=False)))]
     await engine.close()
     assert [chunk.text for chunk in chunks if chunk.text] == ["é", "€", "👍"] * 3
+
+
+async def test_close_ends_what_runs(opened: Opened) -> None:
+    """The last one, as nothing runs on this engine afterwards."""
+    chunks = opened.engine.generate(Request("Hello", BLENDS[1], Sampling(min_output_length=10_000)))
+    await anext(chunks)
+    await opened.engine.close()
+    with pytest.raises(Exception, match="shutting down"):
+        async for _ in chunks:
+            pass

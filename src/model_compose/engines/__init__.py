@@ -84,7 +84,12 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
-ENGINES: Registry[type[Engine]] = Registry({"huggingface": "model_compose.engines.huggingface:HuggingfaceEngine"})
+ENGINES: Registry[type[Engine]] = Registry(
+    {
+        "huggingface": "model_compose.engines.huggingface:HuggingfaceEngine",
+        "vllm": "model_compose.engines.vllm:VllmEngine",
+    }
+)
 
 
 class AdapterOptions(Options):
@@ -117,6 +122,7 @@ class AdapterOptions(Options):
 class ModelOptions(Options):
     """What every driver is told about its model."""
 
+    id: str = "__component__"
     driver: str = "huggingface"
     model: ModelSource
     precision: Precision = "auto"

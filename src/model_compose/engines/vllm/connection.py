@@ -1,0 +1,108 @@
+"""What is said to a vLLM server besides requests for text: is it there, which model, load this adapter, how busy is it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from model_compose.engines import Stats
+from model_compose.engines.vllm.stream import error_of
+from model_compose.errors import AdapterError, InputError, LoadError
+
+CONNECT_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """The base as the server has it. name: its model id; context: prompt plus answer, in tokens."""
+
+    name: str
+    context: int
+
+
+class Connection:
+    """A server at `url`, or behind a Unix socket. Requests may last for as long as they like."""
+
+    def __init__(self, url: str, *, socket: Path | None = None, api_key: str | None = None) -> None:
+        self.url = url
+        self.client = httpx.AsyncClient(
+            base_url=url,
+            transport=None if socket is None else httpx.AsyncHTTPTransport(uds=str(socket), limits=_UNLIMITED),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            limits=_UNLIMITED,
+        )
+
+    async def is_ready(self) -> bool:
+        try:
+            return (await self.client.get("/health")).is_success
+        except httpx.TransportError:
+            return False
+
+    async def served(self) -> Served:
+        """Raises LoadError for a server that is not there, does not let this one in, or is no vLLM."""
+        try:
+            response = await self.client.get("/v1/models")
+        except httpx.TransportError as error:
+            raise LoadError(
+                f"the vLLM server at {self.url} cannot be reached ({error}); start it, or correct base_url"
+            ) from None
+        if response.status_code in (401, 403):
+            raise LoadError(f"the vLLM server at {self.url} refuses the api_key")
+        if not response.is_success:
+            raise LoadError(f"the vLLM server at {self.url} does not list its models: {error_of(response)}")
+        try:
+            models = [model for model in response.json()["data"] if not model.get("parent")]
+            return Served(str(models[0]["id"]), int(models[0]["max_model_len"]))
+        except (ValueError, LookupError, TypeError):
+            raise LoadError(f"the server at {self.url} is no vLLM: its models have no max_model_len") from None
+
+    async def load(self, name: str, folder: Path) -> None:
+        """Loads a PEFT folder. Raises InputError for one of too large a rank, AdapterError with vLLM's own words."""
+        response = await self.client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
+        if response.is_success:
+            return
+        if response.status_code in (404, 405) and "error" not in response.text:
+            raise AdapterError(
+                f"the vLLM server at {self.url} loads no adapters; start it with --enable-lora and "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            )
+        said = error_of(response)
+        if "max_lora_rank" in said:
+            raise InputError(f"vLLM has no room for this blend: {said}", field="blend")
+        raise AdapterError(f"vLLM does not take it: {said}")
+
+    async def unload(self, name: str) -> None:
+        """An adapter that is not there is no error: that is what was asked for."""
+        await self.client.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+    async def stats(self, kv_bytes_per_token: int, adapters: int) -> Stats:
+        """What /metrics says. Raises httpx.HTTPError, ValueError for what is no metrics."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        text = (await self.client.get("/metrics")).raise_for_status().text
+        found: dict[str, float] = {}
+        total = 1
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found[sample.name] = found.get(sample.name, 0.0) + sample.value  # over data-parallel engines
+                if sample.name == "vllm:cache_config_info":
+                    blocks, size = sample.labels.get("num_gpu_blocks", ""), sample.labels.get("block_size", "")
+                    if blocks.isdecimal() and size.isdecimal():
+                        total = int(blocks) * int(size) * kv_bytes_per_token
+
+        def count(name: str) -> int:
+            return int(found.get(f"vllm:{name}", 0))
+
+        return Stats(
+            running=count("num_requests_running"), waiting=count("num_requests_waiting"),
+            kv_cache_used=int(found.get("vllm:kv_cache_usage_perc", 0.0) * total), kv_cache_total=total,
+            prefix_queries=count("prefix_cache_queries_total"), prefix_hits=count("prefix_cache_hits_total"),
+            preemptions=count("num_preemptions_total"), adapters=adapters,
+        )  # fmt: skip
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+
+_UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=None)

@@ -1,0 +1,164 @@
+"""What is known of base and adapters before vLLM starts: fetched, read, and checked against each other. Blocking."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from model_compose.engines import ModelOptions
+from model_compose.engines.parts import fetch_adapters, load_tokenizer
+from model_compose.engines.vllm.server import RANKS
+from model_compose.errors import AdapterError, InputError, LoadError
+from model_compose.lora.adapter import Factors, LoraAdapter, ModuleShape, check
+from model_compose.lora.blend import Blend, Blends
+from model_compose.progress import Report
+from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
+
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+"""What the tokenizer and the shapes need of a base whose weights another server has."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Everything of the base but its weights. eos: ids that end a text; vocabulary: the width of the logits."""
+
+    base: Fetched
+    config: Any
+    tokenizer: Any
+    eos: tuple[int, ...]
+    shapes: Mapping[str, ModuleShape]
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.config.get_text_config().vocab_size)
+
+
+def load(
+    options: ModelOptions, base_dir: Path, report: Report, *, trust_remote_code: bool, weights: bool
+) -> tuple[Loaded, dict[str, LoraAdapter]]:
+    """weights: whether the base's are needed here. Raises SourceError, AdapterError, LoadError."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from model_compose.engines.huggingface.model import base_config, load_errors, on_meta
+    from model_compose.lora.layers import module_shapes
+
+    transformers_logging.set_verbosity_error()
+    name, meta = describe(options.model), torch.device("meta")
+    adapters = {adapter.name: adapter for adapter in fetch_adapters(options, base_dir, report)}
+    # The configs come first, and decide whether the weights are worth fetching.
+    small = SMALL_FILES if isinstance(options.model, HuggingfaceSource) else None
+    base = fetch(options.model, base_dir=base_dir, only=small, report=report)
+    if base.file is not None:
+        raise LoadError(
+            f"{name} is a single file, and vllm takes a folder of safetensors; for GGUF use driver: llamacpp"
+        )
+    with load_errors(name, meta):
+        config = base_config(base, trust_remote_code)
+        shapes = module_shapes(on_meta(config, trust_remote_code))
+        for adapter in adapters.values():
+            check_adapter(adapter, shapes)
+        tokenizer = load_tokenizer(base, trust_remote_code)
+        eos = _eos(base, config, tokenizer)
+    if weights and small is not None:
+        base = fetch(options.model, base_dir=base_dir, report=report)
+    return Loaded(base, config, tokenizer, eos, shapes), adapters
+
+
+def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> None:
+    """That it fits the base, and is nothing but factors. Raises AdapterError."""
+    check(adapter, shapes)
+    if adapter.copies:
+        raise AdapterError(
+            f"adapter '{adapter.name}': it brings its own '{next(iter(adapter.copies))}', which vllm would ignore; save it "
+            "with save_embedding_layers=False if that is the base's, or use driver: huggingface, which compares them"
+        )
+
+
+def zero_adapter(adapters: Iterable[LoraAdapter], shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
+    """An adapter that adds nothing, on one module: of the other adapters, as vLLM takes those."""
+    import torch
+
+    paths = [*(path for adapter in adapters for path in adapter.modules), *shapes]
+    path = next(path for path in paths if shapes[path].kind == "linear")
+    shape = shapes[path]
+    factors = Factors(torch.zeros(1, shape.inputs), torch.zeros(shape.outputs, 1), 1.0)
+    return LoraAdapter("none", {path: factors}, digest="none")
+
+
+def _eos(base: Fetched, config: Any, tokenizer: Any) -> tuple[int, ...]:
+    from transformers import GenerationConfig
+
+    try:
+        listed = GenerationConfig.from_pretrained(base.folder, local_files_only=True).eos_token_id
+    except OSError:  # no generation_config.json
+        listed = config.get_text_config().eos_token_id
+    ids = listed if isinstance(listed, list) else [listed]
+    return tuple({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
+
+
+def dtype_name(precision: str, config: Any, *, on_cpu: bool) -> str:
+    """`precision` as vLLM's --dtype; its own auto would turn a float32 checkpoint into half of that."""
+    import torch
+
+    from model_compose.engines.huggingface.model import pick_dtype
+
+    chosen = pick_dtype(precision, torch.device("cpu" if on_cpu else "cuda"))
+    chosen = config.dtype if chosen == "auto" else chosen
+    return str(chosen).removeprefix("torch.") if isinstance(chosen, torch.dtype) else "auto"
+
+
+def kv_bytes_per_token(config: Any, dtype: str) -> int:
+    import torch
+
+    from model_compose.engines.huggingface import sizes
+
+    return sizes.kv_bytes_per_token(config, getattr(torch, dtype, torch.float16))
+
+
+# Ranks: vLLM allocates for the largest one when it starts.
+
+
+def rank(blend: Blend, adapters: Mapping[str, LoraAdapter]) -> int:
+    """The rank of the blend as one stacked adapter: the most that adapters add up to in a module."""
+    ranks: dict[str, int] = {}
+    for name in blend.active:
+        for path, factors in adapters[name].modules.items():
+            ranks[path] = ranks.get(path, 0) + factors.rank
+    return max(ranks.values(), default=0)
+
+
+def choose_rank(blends: Blends, adapters: Mapping[str, LoraAdapter], limit: int | None) -> int:
+    """The server's largest rank: `limit`, else enough for all adapters at once, or the most that vLLM allows.
+
+    Raises LoadError where a blend of the file, or an adapter alone, would not fit.
+    """
+    every = Blend(dict.fromkeys(adapters, 1.0))
+    chosen = limit or next((allowed for allowed in RANKS if allowed >= rank(every, adapters)), RANKS[-1])
+    single = (Blend({name: 1.0}, name) for name in adapters)
+    for blend in (blends.default, *blends.named.values(), *single):
+        if problem := too_large(blend, adapters, chosen):
+            raise LoadError(problem)
+    return chosen
+
+
+def check_rank(blend: Blend, adapters: Mapping[str, LoraAdapter], limit: int) -> None:
+    """Raises InputError for a blend that the server has no room for."""
+    if problem := too_large(blend, adapters, limit):
+        raise InputError(problem, field="blend")
+
+
+def too_large(blend: Blend, adapters: Mapping[str, LoraAdapter], limit: int) -> str | None:
+    """What is wrong with a blend of too large a rank, and the remedy."""
+    needed = rank(blend, adapters)
+    if needed <= limit:
+        return None
+    parts = " + ".join(f"{name} {rank(Blend({name: 1.0}), adapters)}" for name in blend.active)
+    named = f"the blend '{blend.name}'" if blend.name else "this blend"
+    larger = next((allowed for allowed in RANKS if allowed >= needed), None)
+    remedies = ["fewer adapters"]
+    if larger:
+        remedies.append(f"options.max_lora_rank: {larger}")
+    if blend.name:
+        remedies.append("the blend as a model of its own (model-compose export --format merged)")
+    return f"{named} has the rank {needed} ({parts}), and vllm was started for {limit}; use {', or '.join(remedies)}"

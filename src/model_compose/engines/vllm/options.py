@@ -1,0 +1,84 @@
+"""`options` of `driver: vllm`, and the other drivers' options that it refuses."""
+
+from typing import Literal, Self
+
+from pydantic import ByteSize, Field, SecretStr, model_validator
+
+from model_compose.engines import ModelOptions
+from model_compose.schema import Options, Seconds
+from model_compose.sources import HuggingfaceSource, LocalSource
+
+FILE_ENDINGS = (".gguf", ".bin", ".safetensors", ".pt")
+START_SECONDS = 600.0
+
+
+class VllmOptions(Options):
+    """`options` of vLLM."""
+
+    python: str | None = Field(
+        default=None, min_length=1, description="Interpreter of an environment with vLLM; that of `setup` if unset"
+    )
+    base_url: str | None = Field(
+        default=None, pattern=r"^https?://", description="A vLLM server that runs already, such as http://host:8000"
+    )
+    api_key: SecretStr | None = Field(default=None, description="Of the server at base_url")
+    adapter_folder: str | None = Field(
+        default=None, min_length=1, description="Where blends are written for the server at base_url to read"
+    )
+    max_loras: int = Field(default=4, ge=1, description="Different blends at once; further ones wait")
+    max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] | None = Field(
+        default=None, description="Largest sum of ranks of a blend; enough for all adapters together if unset"
+    )
+    max_batch_size: int = Field(default=64, ge=1, description="Sequences that share a step; further ones wait")
+    max_queue: int = Field(default=256, ge=0, description="Texts that may wait; one more request is answered 429")
+    max_context: int | None = Field(
+        default=None, ge=1, description="Longest prompt plus answer, in tokens; what fits if unset"
+    )
+    kv_cache: ByteSize | None = Field(
+        default=None, ge=1, description="Memory for keys and values, such as 2GiB; vLLM's own choice on a GPU if unset"
+    )
+    prefix_cache: bool = Field(default=True, description="Keep keys and values for prompts that start alike")
+    trust_remote_code: bool = Field(default=False, description="Run Python code that the model's repository brings")
+    start_timeout: Seconds = Field(default=START_SECONDS, gt=0, description="Seconds in which the server must answer")
+
+    @model_validator(mode="after")
+    def _one_server(self) -> Self:
+        of_own = ("python", "max_batch_size", "kv_cache", "prefix_cache", "start_timeout")
+        of_other = ("api_key", "adapter_folder")
+        for key in sorted(self.model_fields_set):
+            if self.base_url is not None and key in of_own:
+                raise ValueError(f"'{key}' is for a server that model-compose starts; leave it or 'base_url' out")
+            if self.base_url is None and key in of_other:
+                raise ValueError(f"'{key}' is for a server at 'base_url'; leave it out")
+        return self
+
+
+def refuse(options: ModelOptions) -> None:
+    """Raises ValueError for a valid option of every driver that vLLM cannot honour."""
+    own, model = options.options, options.model
+    assert isinstance(own, VllmOptions)
+    file = model.filename if isinstance(model, HuggingfaceSource) else None
+    if isinstance(model, LocalSource) and model.path.endswith(FILE_ENDINGS):
+        file = model.path
+    refused = {
+        "model": (file is not None, f"{file} is a single file, and it takes a folder of safetensors; for GGUF use "
+                  "driver: llamacpp"),
+        "device": (options.device != "auto", "it runs where its build does; choose cards by CUDA_VISIBLE_DEVICES"),
+        "quantization": (options.quantization is not None, "give it a checkpoint that is quantised (AWQ, GPTQ, FP8)"),
+        "precision": (
+            own.base_url is not None and options.precision != "auto", "the server at base_url has its own; leave it out"
+        ),
+        "fast_tokenizer": (not options.fast_tokenizer, "streaming needs the fast tokenizer; leave it out"),
+        "preload": (not options.preload, "models load when the service starts; leave it out"),
+        "on_demand": (bool(options.on_demand), "models stay loaded; leave it out"),
+        "runtime_spec": (options.runtime_spec is not None, "it would have no effect; leave it out"),
+        "peft_adapters.device": (
+            any(adapter.device is not None for adapter in options.peft_adapters), "adapters compute where the base does"
+        ),
+        "peft_adapters.precision": (
+            any(adapter.precision != "auto" for adapter in options.peft_adapters), "adapters compute as the base does"
+        ),
+    }  # fmt: skip
+    for key, (given, remedy) in refused.items():
+        if given:
+            raise ValueError(f"driver vllm cannot honour '{key}': {remedy}")

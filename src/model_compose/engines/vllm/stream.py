@@ -1,0 +1,177 @@
+"""One request to vLLM's /v1/completions, in token ids, and what comes back as Chunks.
+
+Text, stop strings and the end of a text are decided here, by the embedded engine's code; vLLM only decides tokens.
+"""
+
+import json
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from model_compose.engines.huggingface.text import Detokenizer, StopStrings
+from model_compose.errors import InputError, NotReady, RunError
+from model_compose.generation import Chunk, Finish, ResponseFormat, Sampling, TokenLogprob
+
+GREEDY_BELOW = 1e-5
+"""Temperatures that the embedded engine takes for 0."""
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request as the server is asked. model: what it calls the blend; room: how many tokens the context has left;
+    eos: the tokens that end a text."""
+
+    model: str
+    tokens: list[int]
+    sampling: Sampling
+    room: int
+    eos: tuple[int, ...]
+
+    @property
+    def budget(self) -> int:
+        """The most tokens of a text."""
+        return min(self.sampling.max_output_length or self.room, self.room)
+
+
+def body(prompt: Prompt) -> dict[str, Any]:
+    """The request's JSON. All of the sampling is said, so that no default of the server's applies."""
+    sampling = prompt.sampling
+    greedy = not sampling.do_sample or sampling.temperature < GREEDY_BELOW
+    least = sampling.min_output_length if sampling.min_output_length > 1 else 0
+    said: dict[str, Any] = {
+        "model": prompt.model,
+        "prompt": prompt.tokens,
+        "max_tokens": prompt.budget,
+        "min_tokens": min(least, prompt.budget),
+        "n": sampling.num_return_sequences,
+        "temperature": 0.0 if greedy else sampling.temperature,
+        "top_p": 1.0 if greedy else sampling.top_p,
+        "top_k": 0 if greedy else sampling.top_k,
+        "min_p": 0.0 if greedy else sampling.min_p,
+        **{name: getattr(sampling, name) for name in PENALTIES},
+        "seed": sampling.seed,
+        "stop": list(sampling.stop_sequences),
+        "stop_token_ids": list(prompt.eos),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "logprobs": sampling.logprobs,
+    }
+    if sampling.logit_bias:
+        said["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+    if sampling.response_format is not None:
+        said["structured_outputs"] = _structured(sampling.response_format)
+    return said
+
+
+def _structured(format: ResponseFormat) -> dict[str, Any]:
+    if format.kind == "json_object":
+        return {"json_object": True}
+    return {"regex" if format.kind == "regex" else "json": format.text}
+
+
+class Text:
+    """One sequence: tokens in, text out, as sequence.py of the embedded engine does it."""
+
+    def __init__(self, index: int, prompt: Prompt, tokenizer: Any) -> None:
+        self.generated = 0
+        self.finish: Finish | None = None
+        self._index, self._tokenizer, self._eos, self._budget = index, tokenizer, prompt.eos, prompt.budget
+        self._text = Detokenizer(tokenizer, prompt.tokens)
+        self._stops = StopStrings(prompt.sampling.stop_sequences)
+        self._alternatives = prompt.sampling.logprobs or 0
+
+    def take(self, choice: dict[str, Any]) -> Chunk:
+        """What a choice of the stream adds. Raises RunError where the server gave the text up."""
+        logprobs: list[TokenLogprob] = []
+        text = ""
+        for position, token in enumerate(choice["token_ids"] or ()):
+            self.generated += 1
+            if token in self._eos:
+                self.finish, text = "stop", text + self._stops.flush()
+                break
+            ready, stopped = self._stops.push(self._text.push(token))
+            text += ready
+            if choice.get("logprobs"):
+                logprobs.append(self._logprob(token, choice["logprobs"], position))
+            if stopped:
+                self.finish = "stop"
+                break
+            if self.generated >= self._budget:
+                self.finish, text = "length", text + self._stops.flush()
+                break
+        if self.finish is None and choice["finish_reason"] is not None:
+            self.finish, text = _finish(choice["finish_reason"]), text + self._stops.flush()
+        return Chunk(self._index, text, self.finish, tuple(logprobs))
+
+    def _logprob(self, token: int, told: dict[str, Any], position: int) -> TokenLogprob:
+        best = sorted(told["top_logprobs"][position].items(), key=lambda item: -item[1])[: self._alternatives]
+        top = tuple((self._tokenizer.decode([int(name.removeprefix("token_id:"))]), value) for name, value in best)
+        return TokenLogprob(self._tokenizer.decode([token]), told["token_logprobs"][position], top)
+
+
+def _finish(reason: str) -> Finish:
+    if reason in ("stop", "length"):
+        return "stop" if reason == "stop" else "length"
+    raise RunError(f"vLLM gave the request up ({reason}); its log has the details")
+
+
+async def complete(client: httpx.AsyncClient, prompt: Prompt, texts: Sequence[Text]) -> AsyncGenerator[Chunk | int]:
+    """The chunks of all texts, at last how many tokens of the prompt came out of vLLM's prefix cache.
+
+    Closing the iterator closes the connection, which makes vLLM stop. Raises InputError, NotReady, RunError, and httpx's
+    TransportError where the connection breaks.
+    """
+    said_all = [False] * len(texts)
+    async with client.stream("POST", "/v1/completions", json=body(prompt)) as response:
+        if not response.is_success:
+            await response.aread()
+            raise refusal(response.status_code, error_of(response))
+        async for line in response.aiter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if error := event.get("error"):
+                raise refusal(int(error.get("code") or 500), str(error.get("message")))
+            for choice in event["choices"]:
+                text = texts[choice["index"]]
+                said_all[choice["index"]] = choice["finish_reason"] is not None
+                if text.finish is None:
+                    chunk = text.take(choice)
+                    if chunk.text or chunk.logprobs or chunk.finish:
+                        yield chunk
+            if all(text.finish for text in texts) and not all(said_all):
+                break  # ended by a stop string that vLLM would go on behind
+            if usage := event.get("usage"):
+                yield int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+                return
+    if not all(text.finish for text in texts):
+        raise RunError("vLLM's answer ended too early; its log has the details")
+    yield 0
+
+
+def error_of(response: httpx.Response) -> str:
+    """The server's own words, of a response that has been read."""
+    try:
+        said = response.json()
+        return str(said["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"HTTP {response.status_code}: {response.text[:200]}"
+
+
+def refusal(status: int, message: str) -> InputError | NotReady | RunError:
+    """The error for a status that vLLM answers with."""
+    if status == 404:
+        return NotReady("vLLM has lost this blend's adapter, which is loaded again: try again in a moment")
+    if status in (400, 422):
+        grammar = message.startswith("Grammar error") or "grammar" in message.lower()
+        field = "response_format" if grammar else None
+        said = (
+            f"the response_format cannot be kept to: {message}" if grammar else f"vLLM refuses the request: {message}"
+        )
+        return InputError(said, field=field)
+    return RunError(f"vLLM failed while generating: {message}")
