@@ -83,7 +83,12 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
-ENGINES: Registry[type[Engine]] = Registry({"huggingface": "model_compose.engines.huggingface:HuggingfaceEngine"})
+ENGINES: Registry[type[Engine]] = Registry(
+    {
+        "huggingface": "model_compose.engines.huggingface:HuggingfaceEngine",
+        "llamacpp": "model_compose.engines.llamacpp:LlamacppEngine",
+    }
+)
 
 
 class AdapterOptions(Options):

@@ -42,7 +42,7 @@ ADAPTED = frozenset(
 class Architecture:
     """What of a base decides where an adapter's factors go.
 
-    name: GGUF's general.architecture. tied: whether the output head is the embedding's tensor.
+    name: GGUF's general.architecture, one of PERMUTED or PLAIN. tied: whether the output head is the embedding's tensor.
     """
 
     name: str
@@ -55,8 +55,7 @@ class Architecture:
     def of_config(cls, config: Any) -> Self:
         """From a transformers config. Raises AdapterError for one that this module does not know."""
         config = config.get_text_config()
-        name = MODEL_TYPES.get(config.model_type, config.model_type)
-        _check_known(name)
+        name = checked_name(MODEL_TYPES.get(config.model_type, config.model_type))
         heads = int(config.num_attention_heads)
         kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
         return cls(name, int(config.num_hidden_layers), heads, kv_heads, bool(config.tie_word_embeddings))
@@ -64,11 +63,10 @@ class Architecture:
     def tensor(self, path: str) -> tuple[str, str] | None:
         """A module's path in transformers -> its kind (a name in ADAPTED) and the name of its weight in GGUF.
 
-        None for what llama.cpp has not got, or cannot adapt. Raises AdapterError for an unknown architecture.
+        None for what llama.cpp has not got, or cannot adapt.
         """
         import gguf
 
-        _check_known(self.name)
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
         found = gguf.get_tensor_name_map(arch, self.layers).get_type_and_name(path)
         return (found[0].name, f"{found[1]}.weight") if found and found[0].name in ADAPTED else None
@@ -138,9 +136,11 @@ def permute(rows: "torch.Tensor", heads: int) -> "torch.Tensor":
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _check_known(architecture: str) -> None:
+def checked_name(architecture: str) -> str:
+    """The name itself. Raises AdapterError for an architecture that is in neither list."""
     if architecture not in PERMUTED | PLAIN:
         raise AdapterError(
             f"adapters for the architecture {architecture} cannot be converted to GGUF, as the order of its rows there is "
             f"not known; known: {', '.join(sorted(PERMUTED | PLAIN))}"
         )
+    return architecture
