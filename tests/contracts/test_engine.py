@@ -1,7 +1,8 @@
 """What every engine promises. A new driver adds one line to DRIVERS and must pass all of it."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import importlib.util
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,30 @@ from model_compose.errors import InputError
 from model_compose.generation import Chunk, Message, Request, Sampling, collect
 from model_compose.lora.blend import Blend
 from model_compose.progress import Progress, silent
-from tests import tiny
+from tests import gguf_base, tiny
 
-DRIVERS = ("huggingface",)
+DRIVERS: Mapping[str, Mapping[str, Any]] = {"huggingface": {}, "llamacpp": {"model": "./base.gguf"}}
+"""What the settings of `make` are for each driver instead."""
+SKIPPED = {} if importlib.util.find_spec("llama_cpp") else {"llamacpp": "llama-cpp-python is not installed"}
+EVERY_DRIVER = [
+    pytest.param(driver, marks=pytest.mark.skipif(driver in SKIPPED, reason=SKIPPED.get(driver, "")))
+    for driver in DRIVERS
+]
 GREEDY = Sampling(max_output_length=16, min_output_length=16, do_sample=False)
 BLENDS = [Blend(), Blend({"alpaca": 1.0}), Blend({"pirate": 1.5}), Blend({"alpaca": 0.7, "pirate": -0.8})]
 
 
 def make(driver: str, folder: Path, **changes: Any) -> Engine:
     adapters = [{"type": "lora", "name": name, "model": f"./{name}"} for name in ("alpaca", "pirate")]
-    settings = {"type": "model", "task": "text-generation", "model": "./base", "precision": "float32"} | changes
-    options = TextGenerationOptions.model_validate({"driver": driver, "peft_adapters": adapters, **settings})
+    settings = {"type": "model", "task": "text-generation", "model": "./base", "precision": "float32"}
+    settings |= {"driver": driver, "peft_adapters": adapters, **DRIVERS[driver], **changes}
+    if settings["model"] == "./base.gguf" and not (folder / "base.gguf").exists():
+        gguf_base.save_gguf(folder / "base", folder / "base.gguf")
+    options = TextGenerationOptions.model_validate(settings)
     return ENGINES[driver](options, options.to_blends(), folder)
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=EVERY_DRIVER)
 async def engine(request: pytest.FixtureRequest, project: Path) -> AsyncIterator[Engine]:
     made = make(request.param, project.parent)
     await made.open(silent)
@@ -128,8 +138,9 @@ async def test_closing_the_stream_stops_the_computation(engine: Engine) -> None:
     assert before == await text(engine, "Hello")
 
 
-async def test_close_ends_what_runs(project: Path) -> None:
-    engine = make(DRIVERS[0], project.parent)
+@pytest.mark.parametrize("driver", EVERY_DRIVER)
+async def test_close_ends_what_runs(driver: str, project: Path) -> None:
+    engine = make(driver, project.parent)
     await engine.open(silent)
     chunks = engine.generate(Request("Hello", BLENDS[1], Sampling(min_output_length=10_000)))
     await anext(chunks)
@@ -139,7 +150,7 @@ async def test_close_ends_what_runs(project: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("driver", EVERY_DRIVER)
 async def test_loading_reports_progress(driver: str, project: Path) -> None:
     reports: list[Progress] = []
     engine = make(driver, project.parent)
@@ -149,11 +160,12 @@ async def test_loading_reports_progress(driver: str, project: Path) -> None:
     assert any(report.total and report.done == report.total for report in reports)
 
 
-async def test_text_comes_in_whole_characters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("driver", EVERY_DRIVER)
+async def test_text_comes_in_whole_characters(driver: str, tmp_path: Path) -> None:
     """A model that can only say 'é', one byte a token: never half of it, in no chunk."""
     folder = tiny.save_project(tmp_path).parent
     tiny.teach_to_say(folder / "base", "é€👍")
-    engine = make(DRIVERS[0], folder)
+    engine = make(driver, folder)
     await engine.open(silent)
     chunks: list[Chunk] = [c async for c in engine.generate(Request("é€👍", Blend(), Sampling(27, do_sample=False)))]
     await engine.close()
