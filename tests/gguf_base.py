@@ -13,8 +13,11 @@ VOCABULARY = tiny.VOCABULARY + 1
 """GGUF cannot say "no merges", so that there is one: of two control characters."""
 
 
-def save_gguf(folder: Path, file: Path, *, permuted: bool = True) -> Path:
-    """The model of `folder` in float32. permuted: the rows of q and k in llama.cpp's order, as for a Llama."""
+FLOAT32 = gguf.GGMLQuantizationType.F32
+
+
+def save_gguf(folder: Path, file: Path, *, permuted: bool = True, kind: gguf.GGMLQuantizationType = FLOAT32) -> Path:
+    """The model of `folder`. permuted: the rows of q and k in llama.cpp's order, as for a Llama. kind: of its matrices."""
     config: Any = AutoConfig.from_pretrained(folder)
     name = {"llama": "llama", "qwen2": "qwen2"}[config.model_type]
     writer = gguf.GGUFWriter(file, name)
@@ -33,12 +36,14 @@ def save_gguf(folder: Path, file: Path, *, permuted: bool = True) -> Path:
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if permuted else {}
     for key, tensor in AutoModelForCausalLM.from_pretrained(folder).float().state_dict().items():
-        module, _, kind = key.rpartition(".")
+        module, _, ending = key.rpartition(".")
         if len(tensor) == tiny.VOCABULARY:
-            tensor = torch.cat([tensor, torch.zeros(1, tensor.shape[1])])
+            tensor = torch.cat([tensor, torch.zeros(1, tensor.shape[1])])  # of the merge's token
         if (count := heads.get(module.rpartition(".")[2])) is not None:
             tensor = pairs_for_halves(tensor, count)
-        writer.add_tensor(f"{names.get_name(module)}.{kind}", tensor.contiguous().numpy())
+        stored = kind if tensor.ndim == 2 else FLOAT32
+        values = gguf.quantize(tensor.contiguous().numpy(), stored)
+        writer.add_tensor(f"{names.get_name(module)}.{ending}", values, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -68,10 +73,3 @@ def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path) -> None:
     writer.add_add_bos_token(False)
     if (folder / "chat_template.jinja").exists():
         writer.add_chat_template(tiny.CHAT_TEMPLATE)
-
-
-def save_project(folder: Path) -> Path:
-    """The folder of tests/tiny.py with base.gguf beside the base. Returns the folder."""
-    tiny.save_project(folder)
-    save_gguf(folder / "base", folder / "base.gguf")
-    return folder

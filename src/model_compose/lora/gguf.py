@@ -75,8 +75,8 @@ class Architecture:
 def write_gguf(adapter: "LoraAdapter", base: Architecture, path: Path) -> None:
     """Writes the adapter in float32, its scalings folded into B, so that at weight 1 llama.cpp adds Σ s B A itself.
 
-    The file stands under `path` only once it is whole. adapter.lora.alpha is 0, by which llama.cpp takes the weight alone as
-    its scale (llama-adapter.h, get_scale): alpha / r would be wrong where ranks differ between modules.
+    The file stands under `path` only once it is whole. adapter.lora.alpha is 0, by which llama.cpp takes the weight alone
+    as its scale (llama-adapter.h, get_scale): alpha / r would be wrong where ranks differ between modules.
 
     Raises AdapterError for an architecture or a module that cannot be converted exactly.
     """

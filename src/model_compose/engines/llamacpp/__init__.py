@@ -8,7 +8,7 @@ import asyncio
 import logging
 import tempfile
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 class LlamacppOptions(Options):
     """`options` of the llama.cpp driver."""
 
+    later: ClassVar[Mapping[str, Any]] = {"server": None}
     n_threads: int | None = Field(default=None, ge=1, description="As many as the machine has cores, if unset")
     max_batch_size: int = Field(
         default=8, ge=1, le=256, description="Texts that run at once; those of one blend share a step"
@@ -58,8 +59,13 @@ class LlamacppOptions(Options):
         default=None, ge=1, description="Memory for keys and values, shared by all texts; one whole context if unset"
     )
     n_batch: int = Field(default=512, ge=1, description="Tokens of a step: one of each text, the others of prompts")
-    n_gpu_layers: int | None = Field(default=None, ge=0, description="Layers on the GPU, where there is one; all if unset")
-    flash_attn: bool | None = Field(default=None, description="llama.cpp decides if unset")
+    n_gpu_layers: int | None = Field(
+        default=None, ge=0, description="Layers on the GPU, where there is one; all if unset"
+    )
+    flash_attn: bool | None = Field(
+        default=None,
+        description="llama.cpp decides if unset; not with precision: float32, which it would round to float16",
+    )
     max_queue: int = Field(default=256, ge=0, description="Requests that may wait; one more is answered 429")
 
 
@@ -289,11 +295,11 @@ def _room(options: ModelOptions, base: "Base", token_bytes: int) -> tuple[int, i
     if own.kv_cache is not None:
         budget = int(own.kv_cache)
     cells = budget // token_bytes
-    if cells < (context if own.max_context is not None else 1):
+    least = context if own.max_context is not None else 1
+    if cells < least:
         raise LoadError(
-            f"a KV cache of {size_text(budget)} holds {cells} tokens of this model, which takes {size_text(token_bytes)} for "
-            f"each, and one text needs {context if own.max_context is not None else 1}; set a larger kv_cache, or a smaller "
-            "max_context"
+            f"a KV cache of {size_text(budget)} holds {cells} tokens of this model, which takes {size_text(token_bytes)} "
+            f"for each, and one text needs {least}; set a larger kv_cache, or a smaller max_context"
         )
     if cells < context:
         log.warning(
@@ -310,9 +316,10 @@ def _settings(options: ModelOptions, cells: int) -> "Settings":
 
     own = options.options
     assert isinstance(own, LlamacppOptions)
+    float32 = options.precision == "float32"
     gpu_layers = 0 if options.device == "cpu" else -1 if own.n_gpu_layers is None else own.n_gpu_layers
     return Settings(
         cells=cells, rows=own.max_batch_size, tokens_per_step=own.n_batch,
         threads=own.n_threads or torch.get_num_threads(), gpu_layers=gpu_layers,
-        kv_float32=options.precision == "float32", flash_attention=own.flash_attn,
+        kv_float32=float32, flash_attention=False if float32 and own.flash_attn is None else own.flash_attn,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_compose.errors import AdapterError, LoadError
+from model_compose.errors import LoadError
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
 from model_compose.lora.gguf import Architecture, checked_name
 
@@ -55,7 +55,9 @@ class Base:
                     inputs, outputs = self.sizes[own]
                     embedding = kind == "TOKEN_EMBD"  # its matrix has a row for each token
                     shapes[path] = (
-                        ModuleShape("embedding", outputs, inputs) if embedding else ModuleShape("linear", inputs, outputs)
+                        ModuleShape("embedding", outputs, inputs)
+                        if embedding
+                        else ModuleShape("linear", inputs, outputs)
                     )
         check(adapter, shapes)
 

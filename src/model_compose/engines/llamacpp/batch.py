@@ -154,7 +154,9 @@ class Batch:
 
         Rows that share cells count alone, so there may be more room than this sees, never less.
         """
-        while self.used + sum(tokens for _, tokens in work) > self._llama.cells - sum(len(k.tokens) for k in self._kept):
+        while self.used + sum(tokens for _, tokens in work) > self._llama.cells - sum(
+            len(k.tokens) for k in self._kept
+        ):
             if self._kept:
                 self._drop(self._kept[0])
                 continue
@@ -200,7 +202,9 @@ class Batch:
         self._llama.use(work[0][0].blend.active)
         return self._llama.compute(
             [
-                Piece(self._rows[sequence], sequence.tokens[sequence.cached : sequence.cached + tokens], sequence.cached)
+                Piece(
+                    self._rows[sequence], sequence.tokens[sequence.cached : sequence.cached + tokens], sequence.cached
+                )
                 for sequence, tokens in work
             ]
         )

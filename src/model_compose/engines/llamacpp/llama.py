@@ -28,7 +28,7 @@ Adapter = Any
 
 @dataclass(frozen=True)
 class Settings:
-    """cells: tokens that all rows hold together. kv_float32: keys and values are float16 otherwise. gpu_layers: -1 is all."""
+    """cells: tokens that all rows hold together. gpu_layers: -1 is all. kv_float32: keys and values, else float16."""
 
     cells: int
     rows: int
