@@ -1,6 +1,7 @@
 """What every engine promises. A new driver adds one line to DRIVERS and must pass all of it."""
 
 import asyncio
+import importlib.util
 import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -17,16 +18,17 @@ from model_compose.errors import InputError
 from model_compose.generation import Chunk, Message, Request, Sampling, collect
 from model_compose.lora.blend import Blend
 from model_compose.progress import Progress, silent
-from tests import tiny
+from tests import gguf_base, tiny
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # some engines take half a minute to open: one serves all tests
 
 
 @dataclass(frozen=True)
 class Driver:
-    """What a driver needs here. missing: why it cannot be tested; options: its own; sizes: of the tiny base."""
+    """What a driver needs here. missing: why it cannot be tested; model: the base; options: its own; sizes: of the base."""
 
     missing: str | None = None
+    model: str = "./base"
     options: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
 
@@ -36,8 +38,12 @@ KNOWN = {
     "huggingface": Driver(),
     "vllm": Driver(
         None if VLLM else "MODEL_COMPOSE_VLLM_PYTHON names no Python with vLLM (make test-vllm)",
-        {"python": VLLM, "kv_cache": "256MiB"},
-        {"head_dim": 32},  # the smallest that vLLM has kernels for
+        options={"python": VLLM, "kv_cache": "256MiB"},
+        sizes={"head_dim": 32},  # the smallest that vLLM has kernels for
+    ),
+    "llamacpp": Driver(
+        None if importlib.util.find_spec("llama_cpp") else "llama-cpp-python is not installed (make test-llamacpp)",
+        model="./base.gguf",
     ),
 }
 DRIVERS = [
@@ -50,8 +56,11 @@ BLENDS = [Blend(), Blend({"alpaca": 1.0}), Blend({"pirate": 1.5}), Blend({"alpac
 
 def make(driver: str, folder: Path, **changes: Any) -> Engine:
     adapters = [{"type": "lora", "name": name, "model": f"./{name}"} for name in ("alpaca", "pirate")]
-    settings = {"type": "model", "task": "text-generation", "model": "./base", "precision": "float32"} | changes
+    settings = {"type": "model", "task": "text-generation", "model": KNOWN[driver].model, "precision": "float32"}
+    settings |= changes
     settings["options"] = KNOWN[driver].options | settings.get("options", {})
+    if settings["model"] == "./base.gguf" and not (folder / "base.gguf").exists():
+        gguf_base.save_gguf(folder / "base", folder / "base.gguf")
     options = TextGenerationOptions.model_validate({"driver": driver, "peft_adapters": adapters, **settings})
     return ENGINES[driver](options, options.to_blends(), folder)
 
@@ -178,11 +187,12 @@ async def test_loading_reports_progress(opened: Opened) -> None:
     assert any(report.total and report.done == report.total for report in opened.reports)
 
 
-async def test_text_comes_in_whole_characters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_text_comes_in_whole_characters(driver: str, tmp_path: Path) -> None:
     """A model that can only say 'é', one byte a token: never half of it, in no chunk."""
-    folder = tiny.save_project(tmp_path).parent
+    folder = tiny.save_project(tmp_path, config=tiny.llama_config(**KNOWN[driver].sizes)).parent
     tiny.teach_to_say(folder / "base", "é€👍")
-    engine = make("huggingface", folder)
+    engine = make(driver, folder)
     await engine.open(silent)
     chunks: list[Chunk] = [c async for c in engine.generate(Request("é€👍", Blend(), Sampling(27, do_sample=False)))]
     await engine.close()

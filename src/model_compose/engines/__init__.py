@@ -88,6 +88,7 @@ ENGINES: Registry[type[Engine]] = Registry(
     {
         "huggingface": "model_compose.engines.huggingface:HuggingfaceEngine",
         "vllm": "model_compose.engines.vllm:VllmEngine",
+        "llamacpp": "model_compose.engines.llamacpp:LlamacppEngine",
     }
 )
 

@@ -13,6 +13,19 @@ from model_compose.sources import Fetched, HuggingfaceSource, ModelSource, fetch
 CONFIG_FILES = ("*.json",)
 
 
+def refuse_common(options: ModelOptions) -> None:
+    """Raises ValueError for what no driver can honour."""
+    refused = {
+        "fast_tokenizer": (not options.fast_tokenizer, "streaming needs the fast tokenizer; leave it out"),
+        "preload": (not options.preload, "models load when the service starts; leave it out"),
+        "on_demand": (bool(options.on_demand), "models stay loaded; leave it out"),
+        "runtime_spec": (options.runtime_spec is not None, "it would have no effect; leave it out"),
+    }
+    for key, (given, remedy) in refused.items():
+        if given:
+            raise ValueError(f"driver {options.driver} cannot honour '{key}': {remedy}")
+
+
 def fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> list[LoraAdapter]:
     """All adapters of the file. Blocking. Raises SourceError, AdapterError."""
     named = zip(options.adapter_names, options.peft_adapters, strict=True)
@@ -71,6 +84,16 @@ def tokenize(tokenizer: Any, context: int, request: Request) -> list[int]:
             field="prompt",
         )
     return ids
+
+
+def check_logit_bias(request: Request, vocabulary: int) -> None:
+    """Raises InputError for a token that the model has not got."""
+    for token, _ in request.sampling.logit_bias:
+        if token >= vocabulary:
+            raise InputError(
+                f"logit_bias names the token {token}, and this model has the tokens 0 to {vocabulary - 1}",
+                field="logit_bias",
+            )
 
 
 def _render_chat(tokenizer: Any, request: Request) -> str:

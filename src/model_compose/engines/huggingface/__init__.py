@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -10,9 +11,9 @@ from pydantic import ByteSize, Field
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
-from model_compose.engines.parts import fetch_adapter, tokenize
+from model_compose.engines.parts import check_logit_bias, fetch_adapter, refuse_common, tokenize
 from model_compose.errors import Conflict, InputError, NotReady, Overloaded
-from model_compose.generation import Chunk, Request, ResponseFormat, Usage
+from model_compose.generation import Chunk, Request, ResponseFormat
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.schema import Options
@@ -69,15 +70,7 @@ class HuggingfaceEngine:
 
     @classmethod
     def refuse(cls, options: ModelOptions) -> None:
-        refused = {
-            "fast_tokenizer": (not options.fast_tokenizer, "streaming needs the fast tokenizer; leave it out"),
-            "preload": (not options.preload, "models load when the service starts; leave it out"),
-            "on_demand": (bool(options.on_demand), "models stay loaded; leave it out"),
-            "runtime_spec": (options.runtime_spec is not None, "it would have no effect; leave it out"),
-        }
-        for key, (given, remedy) in refused.items():
-            if given:
-                raise ValueError(f"driver huggingface cannot honour '{key}': {remedy}")
+        refuse_common(options)
         assert isinstance(options.options, HuggingfaceOptions)
         if options.allow_runtime_adapters and options.options.fold == "always":
             raise ValueError(
@@ -125,7 +118,7 @@ class HuggingfaceEngine:
         )  # fmt: skip
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        from model_compose.engines.huggingface.loop import Mailbox
+        from model_compose.engines.huggingface.loop import Mailbox, stream
         from model_compose.engines.huggingface.sequence import Prompt, Sequence
 
         loaded, loop = self._loaded, self._loop  # both are None once closed, which may happen while this runs
@@ -149,21 +142,9 @@ class HuggingfaceEngine:
             for index, constraint in enumerate(constraints)
         ]
         self._check_room(loop)  # others may have come meanwhile
-        loop.add(sequences)
-        try:
-            unfinished = len(sequences)
-            while unfinished:
-                chunk = await mailbox.get()
-                unfinished -= chunk.finish is not None
-                if unfinished:
-                    yield chunk
-            made = sum(sequence.generated for sequence in sequences)
-            reused = sequences[0].reused
-            usage = Usage(len(tokens), made, time.perf_counter() - start, reused)
-            yield Chunk(chunk.index, chunk.text, chunk.finish, chunk.logprobs, usage)
-        finally:
-            for sequence in sequences:
-                sequence.done = True  # the thread drops it before its next step
+        async with aclosing(stream(loop, mailbox, sequences, len(tokens), start)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     def identity(self, blend: Blend) -> str:
         if self._loaded is None:
@@ -238,12 +219,7 @@ class HuggingfaceEngine:
 
     def _check(self, request: Request, loaded: "Loaded") -> None:
         """Raises InputError for what this model cannot do."""
-        for token, _ in request.sampling.logit_bias:
-            if token >= loaded.vocabulary:
-                raise InputError(
-                    f"logit_bias names the token {token}, and this model has the tokens 0 to {loaded.vocabulary - 1}",
-                    field="logit_bias",
-                )
+        check_logit_bias(request, loaded.vocabulary)
         if self._own.fold == "always" and request.blend.active != self._blends.default.active:
             raise InputError(
                 "this model has its default blend folded in (options.fold: always) and takes no other; leave 'blend' out, "

@@ -2,13 +2,15 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import Sequence as List
 from concurrent.futures import Future
+from typing import Protocol
 
-from model_compose.engines.huggingface.batch import Batch
 from model_compose.engines.huggingface.sequence import Sequence
 from model_compose.errors import ComposeError, NotReady
-from model_compose.generation import Chunk
+from model_compose.generation import Chunk, Usage
 
 
 class Mailbox:
@@ -30,10 +32,21 @@ class Mailbox:
         return item
 
 
+class Steps(Protocol):
+    """What a batch is to the loop: sequences are added, then step by step computed."""
+
+    @property
+    def sequences(self) -> list[Sequence]: ...
+    @property
+    def idle(self) -> bool: ...
+    def add(self, sequences: Iterable[Sequence]) -> None: ...
+    def step(self) -> None: ...
+
+
 class Loop:
     """Runs sequences until they are done. Sequences join and leave between any two steps."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Steps) -> None:
         self._batch = batch
         self._joining: list[Sequence] = []
         self._calls: list[tuple[Callable[[], None], Future[None]]] = []
@@ -100,6 +113,29 @@ class Loop:
             except Exception as error:
                 future.set_exception(error)
         return not self._closed
+
+
+async def stream(
+    loop: Loop, mailbox: Mailbox, sequences: List[Sequence], prompt_tokens: int, start: float
+) -> AsyncGenerator[Chunk]:
+    """Runs the sequences of one request, which emit into the mailbox; the last chunk has the usage. start: by perf_counter.
+
+    Closing it drops them before the next step. Raises NotReady once the loop is closed, and what ends a sequence.
+    """
+    loop.add(sequences)
+    try:
+        unfinished = len(sequences)
+        while unfinished:
+            chunk = await mailbox.get()
+            unfinished -= chunk.finish is not None
+            if unfinished:
+                yield chunk
+        made = sum(sequence.generated for sequence in sequences)
+        usage = Usage(prompt_tokens, made, time.perf_counter() - start, sequences[0].reused)
+        yield Chunk(chunk.index, chunk.text, chunk.finish, chunk.logprobs, usage)
+    finally:
+        for sequence in sequences:
+            sequence.done = True  # the thread drops it before its next step
 
 
 def _shutting_down() -> NotReady:

@@ -1,0 +1,120 @@
+"""What a GGUF base says of itself: its architecture, its modules' shapes, its context. Reads headers, no weights."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model_compose.errors import LoadError
+from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
+from model_compose.lora.gguf import Architecture, checked_name
+
+if TYPE_CHECKING:
+    import gguf
+
+_SHARD = re.compile(r"(.+-)\d{5}(-of-\d{5}\.gguf)$")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A GGUF base. file: the first one where it is split. sizes: (inputs, outputs) of its matrices by GGUF name.
+
+    head: keys' and values' sizes together, in one layer and token.
+    """
+
+    file: Path
+    name: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head: int
+    context: int
+    sizes: Mapping[str, tuple[int, int]]
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Raises AdapterError where adapters cannot be converted for it."""
+        tied = "output.weight" not in self.sizes
+        return Architecture(checked_name(self.name), self.layers, self.heads, self.kv_heads, tied)
+
+    def kv_bytes_per_token(self, item_bytes: int) -> int:
+        """Keys and values of one token in all layers."""
+        return self.layers * self.kv_heads * self.head * item_bytes
+
+    def check(self, adapter: LoraAdapter) -> None:
+        """The preflight: every module of the adapter exists here and fits. Raises AdapterError."""
+        shapes = {}
+        for path in adapter.modules:
+            if found := self.architecture.tensor(path):
+                kind, name = found
+                # The head has a tensor of its own only where it is not the embedding's.
+                own = "token_embd.weight" if kind == "OUTPUT" and self.architecture.tied else name
+                if own in self.sizes:
+                    inputs, outputs = self.sizes[own]
+                    embedding = kind == "TOKEN_EMBD"  # its matrix has a row for each token
+                    shapes[path] = (
+                        ModuleShape("embedding", outputs, inputs)
+                        if embedding
+                        else ModuleShape("linear", inputs, outputs)
+                    )
+        check(adapter, shapes)
+
+
+def read_base(file: Path) -> Base:
+    """Reads the header, of a split base all of them. Takes seconds: GGUF holds the vocabulary there.
+
+    Raises LoadError for what is no GGUF file, or no language model.
+    """
+    import gguf
+
+    try:
+        readers = [gguf.GGUFReader(path) for path in _shards(file)]
+    except (ValueError, OSError, IndexError) as error:
+        raise LoadError(f"{file} is no GGUF file that can be read ({error}); download it again") from error
+    fields = readers[0].fields
+    name = _value(fields, "general.architecture", file)
+    heads = _number(fields, f"{name}.attention.head_count", file)
+    kv_heads = _number(fields, f"{name}.attention.head_count_kv", file, heads)
+    size = _number(fields, f"{name}.embedding_length", file) // heads
+    keys = _number(fields, f"{name}.attention.key_length", file, size)
+    values = _number(fields, f"{name}.attention.value_length", file, size)
+    return Base(
+        file, name, _number(fields, f"{name}.block_count", file), heads, kv_heads, keys + values,
+        _number(fields, f"{name}.context_length", file, 2048), _sizes(readers),
+    )  # fmt: skip
+
+
+def check_all(base: Base, adapters: Iterable[LoraAdapter]) -> None:
+    """Raises AdapterError for the first adapter that does not fit."""
+    for adapter in adapters:
+        base.check(adapter)
+
+
+def _shards(file: Path) -> list[Path]:
+    match = _SHARD.match(file.name)
+    return sorted(file.parent.glob(f"{match[1]}?????{match[2]}")) if match else [file]
+
+
+def _sizes(readers: "Iterable[gguf.GGUFReader]") -> dict[str, tuple[int, int]]:
+    return {
+        tensor.name: (int(tensor.shape[0]), int(tensor.shape[1]))
+        for reader in readers
+        for tensor in reader.tensors
+        if len(tensor.shape) == 2
+    }
+
+
+def _value(fields: Mapping[str, Any], key: str, file: Path) -> Any:
+    if key not in fields:
+        raise LoadError(f"{file} has no '{key}', so it is no language model that can be served; use another GGUF file")
+    return fields[key].contents()
+
+
+def _number(fields: Mapping[str, Any], key: str, file: Path, default: int | None = None) -> int:
+    """Where layers differ, the largest."""
+    if default is not None and key not in fields:
+        return default
+    value = _value(fields, key, file)
+    return max(int(each) for each in value) if isinstance(value, list) else int(value)

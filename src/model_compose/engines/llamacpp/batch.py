@@ -1,0 +1,242 @@
+"""The scheduler on llama.cpp: whose turn it is, and one pass for all texts of that blend.
+
+A pass of llama.cpp has one blend, so blends take turns: each gets some passes, in which all its texts share a batch. Texts
+join in the order in which they came. A row's keys and values stay when its text has ended, for texts of the same blend that
+start alike; they give way when there is no room, then the youngest text does, which is computed again later.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from model_compose.engines.huggingface.prefix import common
+from model_compose.engines.huggingface.sampling import draw
+from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.engines.llamacpp.llama import Llama, Piece
+
+log = logging.getLogger(__name__)
+
+TURN = 8
+"""Passes before another blend has its turn: a change costs llama.cpp about as much as a pass of a small model."""
+
+WORTH_WAITING = 32
+"""A text waits for another's prompt to be read where that saves it so many tokens."""
+
+Work = tuple[Sequence, int]
+"""A sequence, and how many of its pending tokens to compute."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a row holds whose text has ended. The blend's identity is part of it: no other blend may use it."""
+
+    row: int
+    identity: str
+    tokens: list[int]
+
+
+class Batch:
+    """max_rows: texts that run at once. tokens_per_step: of all texts in a pass, at most."""
+
+    def __init__(self, llama: Llama, *, max_rows: int, tokens_per_step: int) -> None:
+        self._llama, self._tokens_per_step = llama, tokens_per_step
+        self._free = list(range(max_rows))
+        self._rows: dict[Sequence, int] = {}
+        self._kept: list[Kept] = []  # the oldest first
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self._turn, self._passes = "", 0
+        self._retired: set[str] = set()
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        self.waiting.extend(sequences)
+
+    def retire(self, adapter: str) -> None:
+        """Frees an adapter as soon as no sequence uses it."""
+        self._retired.add(adapter)
+        self._free_retired()
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All that run or wait and are not done."""
+        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.done]
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    @property
+    def used(self) -> int:
+        """Cells that running texts fill."""
+        return sum(sequence.cached for sequence in self.running)
+
+    def step(self) -> None:
+        """One pass of the blend whose turn it is."""
+        self._drop_done()
+        self._admit()
+        if self.running:
+            self._run(self._make_room(self._choose()))
+        self._drop_done()
+
+    def _admit(self) -> None:
+        """Gives waiting sequences a row, oldest first, as long as there is room for them.
+
+        One whose prompt starts as that of another that is just being read waits for it.
+        """
+        while self.waiting and (self._free or self._kept):
+            sequence = self.waiting[0]
+            fits = self.used + len(sequence.tokens) <= self._llama.cells or not self.running
+            if not fits or self._is_worth_waiting(sequence):
+                return
+            row, shared = self._take_row(sequence)
+            self._rows[sequence], sequence.cached = row, shared
+            self.running.append(self.waiting.popleft())
+            if not sequence.generated:
+                sequence.reused = shared
+                self.prefix_queries += len(sequence.tokens)
+                self.prefix_hits += shared
+
+    def _take_row(self, sequence: Sequence) -> tuple[int, int]:
+        """A row, and how many of the sequence's tokens it holds already."""
+        donor, shared = self._donor(sequence)
+        if not self._free:
+            others = [kept for kept in self._kept if kept.row != donor]
+            if not others:  # what is left is the donor's own row
+                self._kept.clear()
+                self._llama.cut(donor, shared)
+                return donor, shared
+            self._drop(others[0])
+        row = self._free.pop()
+        if shared:
+            self._llama.copy(donor, row, shared)
+        return row, shared
+
+    def _is_worth_waiting(self, sequence: Sequence) -> bool:
+        return self._llama.can_copy and any(
+            other.pending > 1
+            and other.identity == sequence.identity
+            and common(other.tokens, sequence.tokens[:-1]) >= other.cached + WORTH_WAITING
+            for other in self.running
+        )
+
+    def _donor(self, sequence: Sequence) -> tuple[int, int]:
+        """The row of this blend that starts most alike, and how many tokens it shares; 0 where there is none."""
+        if not self._llama.can_copy:
+            return -1, 0
+        held = [(kept.row, kept.tokens) for kept in self._kept if kept.identity == sequence.identity]
+        held += [(self._rows[s], s.tokens[: s.cached]) for s in self.running if s.identity == sequence.identity]
+        wanted = sequence.tokens[:-1]  # the last token is computed in any case, for its logits
+        shared = [(common(tokens, wanted), row) for row, tokens in held]
+        tokens, row = max(shared, default=(0, -1))
+        return row, tokens
+
+    def _choose(self) -> list[Work]:
+        """The blend whose turn it is: a token of each text that decodes, and as much of prompts as a pass holds."""
+        identities = list(dict.fromkeys(sequence.identity for sequence in self.running))
+        if self._turn not in identities or self._passes >= TURN:
+            at = identities.index(self._turn) + 1 if self._turn in identities else 0
+            self._turn, self._passes = identities[at % len(identities)], 0
+        self._passes += 1
+        mine = sorted((s for s in self.running if s.identity == self._turn), key=lambda s: s.pending > 1)
+        work, left = [], self._tokens_per_step
+        for sequence in mine:
+            if tokens := min(sequence.pending, left):
+                work.append((sequence, tokens))
+                left -= tokens
+        return work
+
+    def _make_room(self, work: list[Work]) -> list[Work]:
+        """The same, once there are cells for it: what ended texts left gives way, then the youngest running ones do.
+
+        Rows that share cells count alone, so there may be more room than this sees, never less.
+        """
+        while self.used + sum(tokens for _, tokens in work) > self._llama.cells - sum(
+            len(k.tokens) for k in self._kept
+        ):
+            if self._kept:
+                self._drop(self._kept[0])
+                continue
+            youngest = self.running[-1]  # one alone has room, as its context ends where the cells do
+            self._release(youngest)
+            self.waiting.appendleft(youngest)
+            self.preemptions += 1
+            work = [each for each in work if each[0] is not youngest]
+        return work
+
+    def _run(self, work: list[Work]) -> None:
+        """One pass, and a draw for each sequence whose tokens are all computed then.
+
+        Where the pass fails, each sequence is tried alone, so that only those that cause it end.
+        """
+        if not work:
+            return
+        try:
+            logits = self._compute(work)
+        except Exception as error:
+            if len(work) == 1:
+                work[0][0].fail(error)
+                return
+            log.warning("a step of %d sequences failed (%s); trying each alone", len(work), error)
+            for each in work:
+                self._run([each])
+            return
+        for sequence, tokens in work:
+            sequence.cached += tokens
+        ready = [number for number, (sequence, _) in enumerate(work) if not sequence.pending]
+        if not ready:
+            return
+        rows, sequences = logits[ready], [work[number][0] for number in ready]
+        for sequence, row, token in zip(sequences, rows, draw(rows, [s.chooser for s in sequences]), strict=True):
+            try:
+                if isinstance(token, Exception):
+                    raise token
+                sequence.take(token, row)
+            except Exception as error:
+                sequence.fail(error)
+
+    def _compute(self, work: list[Work]) -> Tensor:
+        self._llama.use(work[0][0].blend.active)
+        return self._llama.compute(
+            [
+                Piece(
+                    self._rows[sequence], sequence.tokens[sequence.cached : sequence.cached + tokens], sequence.cached
+                )
+                for sequence, tokens in work
+            ]
+        )
+
+    def _drop_done(self) -> None:
+        """Takes out sequences that have ended, or that nobody reads any more."""
+        self.waiting = deque(sequence for sequence in self.waiting if not sequence.done)
+        for sequence in [sequence for sequence in self.running if sequence.done]:
+            if self._llama.can_copy and sequence.cached and not sequence.failed:
+                kept = Kept(self._rows.pop(sequence), sequence.identity, sequence.tokens[: sequence.cached])
+                self._kept.append(kept)
+                self.running.remove(sequence)
+            else:
+                self._release(sequence)
+        self._free_retired()
+
+    def _release(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(self._rows.pop(sequence))
+        sequence.cached = 0
+
+    def _drop(self, kept: Kept) -> None:
+        self._kept.remove(kept)
+        self._give_back(kept.row)
+
+    def _give_back(self, row: int) -> None:
+        self._llama.cut(row, 0)
+        self._free.append(row)
+
+    def _free_retired(self) -> None:
+        if self._retired:
+            used = {name for sequence in self.sequences for name in sequence.blend.active}
+            for name in self._retired - used:
+                self._llama.free_adapter(name)
+            self._retired &= used

@@ -1,0 +1,222 @@
+"""llama.cpp in this process, by the C functions that llama-cpp-python wraps: a model, its context, and its adapters.
+
+A context has numbered rows, each one text's keys and values. Knows nothing of requests. One thread at a time.
+"""
+
+import ctypes
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model_compose.errors import AdapterError, LoadError
+from model_compose.progress import Progress, Report
+
+log = logging.getLogger(__name__)
+
+UBATCH = 512
+"""Tokens that llama.cpp computes at once; its buffers grow with it."""
+
+Adapter = Any
+"""llama.cpp's pointer to a loaded adapter."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """cells: tokens that all rows hold together. gpu_layers: -1 is all. kv_float32: keys and values, else float16."""
+
+    cells: int
+    rows: int
+    tokens_per_step: int
+    threads: int
+    gpu_layers: int
+    kv_float32: bool
+    flash_attention: bool | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one row, which has `start` tokens already."""
+
+    row: int
+    tokens: Sequence[int]
+    start: int
+
+
+class Llama:
+    """vocabulary: the logits' width. eos: what ends a text. cells: what all rows hold together, in tokens.
+
+    Raises LoadError with llama.cpp's reason.
+    """
+
+    def __init__(self, file: Path, settings: Settings, report: Report) -> None:
+        self._lib = import_llama_cpp()
+        self._used: dict[str, float] | None = None
+        self.adapters: dict[str, Adapter] = {}
+        """By the keys that callers chose."""
+        self._model = self._context = self._batch = None
+        lib = self._lib
+        try:
+            self._model = self._load(file, settings.gpu_layers, report)
+            self._context = self._open(file, settings)
+            self._memory = lib.llama_get_memory(self._context)
+            self._batch = lib.llama_batch_init(settings.tokens_per_step, 0, 1)
+        except BaseException:
+            self.close()
+            raise
+        vocabulary = lib.llama_model_get_vocab(self._model)
+        self.vocabulary = int(lib.llama_vocab_n_tokens(vocabulary))
+        ends = (lib.llama_vocab_eos(vocabulary), lib.llama_vocab_eot(vocabulary))
+        self.eos = tuple(sorted({token for token in ends if token >= 0}))
+        self.cells = int(lib.llama_n_ctx(self._context))
+        self.can_copy = not lib.llama_model_is_recurrent(self._model) and not lib.llama_model_is_hybrid(self._model)
+        """Whether a row's beginning can be given to another: a recurrent state has no beginning."""
+
+    def _load(self, file: Path, gpu_layers: int, report: Report) -> Any:
+        lib, reported = self._lib, [-1]
+
+        @lib.llama_progress_callback  # type: ignore[untyped-decorator]
+        def progress(share: float, _: object) -> bool:
+            if (percent := int(share * 100)) > reported[0]:
+                reported[0] = percent
+                report(Progress("loading weights", percent, 100, "%"))
+            return True
+
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers, params.progress_callback = gpu_layers, progress
+        errors.clear()
+        model = lib.llama_model_load_from_file(str(file).encode(), params)
+        if not model:
+            raise LoadError(f"llama.cpp cannot load {file}: {_reason()}")
+        return model
+
+    def _open(self, file: Path, settings: Settings) -> Any:
+        lib = self._lib
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.kv_unified = settings.cells, settings.rows, True
+        params.n_batch, params.n_ubatch = settings.tokens_per_step, min(UBATCH, settings.tokens_per_step)
+        params.n_outputs_max = settings.rows  # one for each piece; else its buffers hold logits of a whole batch
+        params.n_threads = params.n_threads_batch = settings.threads
+        params.type_k = params.type_v = lib.GGML_TYPE_F32 if settings.kv_float32 else lib.GGML_TYPE_F16
+        params.flash_attn_type = {None: -1, False: 0, True: 1}[settings.flash_attention]
+        params.offload_kqv = params.op_offload = settings.gpu_layers != 0
+        errors.clear()
+        context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise LoadError(
+                f"llama.cpp cannot open a context of {settings.cells} tokens for {file}: {_reason()}; set a smaller "
+                "max_context or kv_cache"
+            )
+        return context
+
+    def load_adapter(self, key: str, file: Path) -> None:
+        """Reads a GGUF adapter into memory; the file is not needed any more. Raises AdapterError."""
+        errors.clear()
+        adapter = self._lib.llama_adapter_lora_init(self._model, str(file).encode())
+        if not adapter:
+            raise AdapterError(f"adapter '{key}': llama.cpp does not take it: {_reason()}")
+        self.adapters[key] = adapter
+
+    def free_adapter(self, key: str) -> None:
+        # The context may still point to it, and another adapter may come to lie where it lay.
+        self.use({})
+        self._lib.llama_adapter_lora_free(self.adapters.pop(key))
+
+    def use(self, weights: Mapping[str, float]) -> None:
+        """The adapters of the passes from now on, by their keys. All at once: llama.cpp adds Σ w · B (A x)."""
+        if weights == self._used:
+            return
+        count = len(weights)
+        adapters = (self._lib.llama_adapter_lora_p_ctypes * count)(*(self.adapters[key] for key in weights))
+        self._used = None
+        self._lib.llama_set_adapters_lora(self._context, adapters, count, (ctypes.c_float * count)(*weights.values()))
+        self._used = dict(weights)
+
+    def compute(self, pieces: Sequence[Piece]) -> Tensor:
+        """One pass. Logits of the last token of each piece: (pieces, vocabulary), float32.
+
+        Raises RuntimeError; the rows then hold what they held before.
+        """
+        batch, number, last = self._batch, 0, []
+        assert batch is not None
+        for piece in pieces:
+            for position, token in enumerate(piece.tokens, piece.start):
+                batch.token[number], batch.pos[number] = token, position
+                batch.n_seq_id[number], batch.seq_id[number][0] = 1, piece.row
+                batch.logits[number] = 0
+                number += 1
+            batch.logits[number - 1] = 1
+            last.append(number - 1)
+        batch.n_tokens = number
+        errors.clear()
+        code = self._lib.llama_decode(self._context, batch)
+        if code != 0:
+            for piece in pieces:
+                self.cut(piece.row, piece.start)
+            raise RuntimeError(f"llama_decode returned {code}: {_reason()}")
+        pointers = [self._lib.llama_get_logits_ith(self._context, index) for index in last]
+        return torch.from_numpy(np.stack([np.ctypeslib.as_array(each, (self.vocabulary,)) for each in pointers]))
+
+    def copy(self, source: int, row: int, tokens: int) -> None:
+        """Gives the first tokens of a row to an empty one. They share the cells."""
+        self._lib.llama_memory_seq_cp(self._memory, source, row, 0, tokens)
+
+    def cut(self, row: int, tokens: int) -> None:
+        """Keeps the first tokens of a row alone."""
+        self._lib.llama_memory_seq_rm(self._memory, row, tokens, -1)
+
+    def close(self) -> None:
+        """Frees everything. The object is of no use afterwards."""
+        if self._batch is not None:
+            self._lib.llama_batch_free(self._batch)
+        if self._context is not None:
+            self._lib.llama_free(self._context)
+        if self._model is not None:
+            self._lib.llama_model_free(self._model)  # with its adapters
+        self._model = self._context = self._batch = None
+
+
+errors: list[str] = []
+"""What llama.cpp has called an error since this was last cleared: its functions return no reasons."""
+
+_callback: Any = None
+
+
+def import_llama_cpp() -> Any:
+    """The module, its log in ours. Raises LoadError where it is not installed."""
+    global _callback
+    try:
+        import llama_cpp
+    except ModuleNotFoundError as error:
+        if error.name != "llama_cpp":
+            raise
+        raise LoadError(
+            "driver llamacpp needs llama-cpp-python, which is not installed; pip install llama-cpp-python (it compiles for "
+            "some minutes; its documentation has prebuilt wheels and the builds for GPUs)"
+        ) from None
+    except (OSError, RuntimeError) as error:
+        raise LoadError(f"llama-cpp-python cannot be imported ({error}); install it again") from error
+    if _callback is None:
+        _callback = llama_cpp.llama_log_callback(_log)
+        llama_cpp.llama_backend_init()
+    llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
+    return llama_cpp
+
+
+def _log(level: int, text: bytes, _: object) -> None:
+    """A line of llama.cpp's own log. Errors reach people by the exceptions that follow them."""
+    line = text.decode("utf-8", "replace").strip()
+    if level == 3:  # GGML_LOG_LEVEL_ERROR
+        errors.append(line)
+    if line.strip("."):
+        log.debug("%s", line)
+
+
+def _reason() -> str:
+    """The first error, without the function that says it."""
+    return errors[0].partition(": ")[2] or errors[0] if errors else "it gives no reason"

@@ -1,0 +1,129 @@
+"""LoRA -> GGUF: every product of the file equals the adapter's own, in the rows where llama.cpp has the base's."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    FalconConfig,
+    GgufConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from model_compose.errors import AdapterError
+from model_compose.lora.adapter import LoraAdapter, read_adapter
+from model_compose.lora.blend import Blend, delta, stack
+from model_compose.lora.gguf import Architecture, permute, write_gguf
+from tests import gguf_base, tiny
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": tiny.VOCABULARY, "max_position_embeddings": 64, "bos_token_id": tiny.BOS,
+    "eos_token_id": tiny.EOS,
+}  # fmt: skip
+
+
+def tensors(file: Path) -> dict[str, np.ndarray[Any, Any]]:
+    return {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
+
+
+def made(folder: Path, config: PreTrainedConfig, **options: Any) -> tuple[LoraAdapter, Architecture]:
+    base = tiny.save_base(folder / "base", config)
+    adapter = read_adapter(tiny.save_adapter(folder / "adapter", base, **{"target_modules": ALL, **options}), "it")
+    return adapter, Architecture.of_config(AutoConfig.from_pretrained(base))
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**SIZES), Qwen2Config(**SIZES)], ids=lambda config: config.model_type)
+def test_products_lie_in_the_rows_that_a_converted_base_has(tmp_path: Path, config: PreTrainedConfig) -> None:
+    """The deltas themselves converted as weights of a base, against B A from the adapter's file."""
+    patterns = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
+    adapter, architecture = made(tmp_path, config, **patterns)
+    write_gguf(adapter, architecture, tmp_path / "adapter.gguf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for path in adapter.modules:
+        model.get_submodule(path).weight.data = delta(Blend({"it": 1.0}), {"it": adapter}, path)
+    model.save_pretrained(tmp_path / "base")
+    gguf_base.save_gguf(tmp_path / "base", tmp_path / "base.gguf", permuted=config.model_type == "llama")
+    factors, weights = tensors(tmp_path / "adapter.gguf"), tensors(tmp_path / "base.gguf")
+    assert len(factors) == 2 * len(adapter.modules) == 2 * 2 * len(ALL)
+    for name in {name.rpartition(".")[0] for name in factors}:
+        product = factors[f"{name}.lora_b"].astype(np.float64) @ factors[f"{name}.lora_a"]
+        assert np.abs(product - weights[name]).max() <= 1e-6 * np.abs(weights[name]).max()
+
+
+def test_transformers_reads_the_tests_base_as_it_was(tmp_path: Path) -> None:
+    """Its reader moves the rows of q and k back, independently of ours: so the base of these tests is a Llama's."""
+    base = tiny.save_base(tmp_path / "base", LlamaConfig(**SIZES))
+    file = gguf_base.save_gguf(base, tmp_path / "base.gguf")
+    before = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
+    )
+    for name, tensor in read.state_dict().items():
+        assert torch.equal(tensor[: len(before[name])], before[name]), name
+
+
+def test_permute_makes_halves_neighbours() -> None:
+    assert permute(torch.arange(12), 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
+    adapter, architecture = made(tmp_path, LlamaConfig(**SIZES))
+    write_gguf(adapter, architecture, tmp_path / "adapter.gguf")
+    fields = gguf.GGUFReader(tmp_path / "adapter.gguf").fields
+    said = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
+    assert said == {
+        "general.architecture": "llama", "general.type": "adapter", "general.name": "it", "adapter.type": "lora",
+        "adapter.lora.alpha": 0.0,
+    }  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_embedding_and_head_of_an_untied_base(tmp_path: Path) -> None:
+    """llama.cpp looks rows of A up: it wants A of an embedding with a row for each token."""
+    adapter, architecture = made(tmp_path, LlamaConfig(**SIZES), target_modules=["embed_tokens", "lm_head"])
+    write_gguf(adapter, architecture, tmp_path / "adapter.gguf")
+    found = {name: tensor.shape for name, tensor in tensors(tmp_path / "adapter.gguf").items()}
+    assert found == {
+        "token_embd.weight.lora_a": (tiny.VOCABULARY, 4), "token_embd.weight.lora_b": (32, 4),
+        "output.weight.lora_a": (4, 32), "output.weight.lora_b": (tiny.VOCABULARY, 4),
+    }  # fmt: skip
+    with pytest.raises(
+        AdapterError, match=r"one tensor for its embedding and its output head.*use the huggingface driver"
+    ):
+        write_gguf(adapter, replace(architecture, tied=True), tmp_path / "tied.gguf")
+    assert not (tmp_path / "tied.gguf").exists()
+
+
+def test_a_stacked_blend_is_written_like_any_adapter(tmp_path: Path) -> None:
+    one, architecture = made(tmp_path, LlamaConfig(**SIZES))
+    both = {"it": one, "other": read_adapter(tiny.save_adapter(tmp_path / "o", tmp_path / "base", seed=3), "other")}
+    blend = Blend({"it": 0.5, "other": -2.0})
+    write_gguf(stack(blend, both), architecture, tmp_path / "blend.gguf")
+    found = tensors(tmp_path / "blend.gguf")
+    product = found["blk.1.attn_q.weight.lora_b"] @ found["blk.1.attn_q.weight.lora_a"]
+    expected = delta(blend, both, "model.layers.1.self_attn.q_proj")
+    assert expected is not None
+    assert torch.allclose(torch.from_numpy(product), permute(expected, 4), atol=1e-6)
+
+
+def test_architectures_and_modules_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"architecture falcon cannot be converted.*known: gemma, .*llama"):
+        Architecture.of_config(FalconConfig())
+    with pytest.raises(AdapterError, match="architecture mixtral cannot be converted"):
+        Architecture.of_config(MixtralConfig())
+    adapter, architecture = made(tmp_path, LlamaConfig(**SIZES))
+    strange = replace(adapter, modules={"model.layers.0.mlp.router": next(iter(adapter.modules.values()))})
+    with pytest.raises(AdapterError, match=r"adapter 'it': llama.cpp takes no adapter on 'model.layers.0.mlp.router'"):
+        write_gguf(strange, architecture, tmp_path / "adapter.gguf")
+    assert not (tmp_path / "adapter.gguf").exists()
