@@ -40,9 +40,20 @@ class Blend:
         """Whether it is no LoRA, and thus runs folded into the weights only."""
         return isinstance(self.method, FullRank)
 
+    @property
+    def low_rank(self) -> bool:
+        """Whether it is another LoRA than the sum, which has to be made before it runs."""
+        return isinstance(self.method, LowRank)
+
     def equals(self, other: "Blend") -> bool:
         """Whether both are the same function, whatever they are called."""
         return self.method == other.method and self.active == other.active
+
+    @property
+    def described(self) -> str:
+        """For messages: 'merged' (ties)."""
+        name = f"'{self.name}'" if self.name else "without a name"
+        return name if self.method is None else f"{name} ({self.method.method})"
 
     def identity(self, base: str, adapters: Mapping[str, str]) -> str:
         """A digest over the base's identity, each active adapter's content digest, the weights and the method.
@@ -61,6 +72,15 @@ class Blends:
     adapters: tuple[str, ...]
     named: Mapping[str, Blend]
     default: Blend
+
+    @property
+    def full_rank(self) -> tuple[Blend, ...]:
+        """The named blends that are no LoRA; where one function has several names, once."""
+        found: list[Blend] = []
+        for blend in self.named.values():
+            if blend.full_rank and not any(blend.equals(other) for other in found):
+                found.append(blend)
+        return tuple(found)
 
     def resolve(self, value: Any, *, place: str = "blend") -> Blend:
         """A request's blend: None and "" are the default, a string is a named blend or one adapter at weight 1, a mapping
@@ -124,11 +144,9 @@ def stack(blend: Blend, adapters: Mapping[str, LoraAdapter]) -> LoraAdapter:
     without weighted blends load. Raises InputError for a method whose result is no LoRA.
     """
     if blend.full_rank:
-        assert blend.method is not None
-        which = f"the blend '{blend.name}'" if blend.name else "this blend"
         raise InputError(
-            f"{which} is combined by {blend.method.method}, whose result has full rank and is no LoRA: it runs folded "
-            "(driver: huggingface), or as an exported merged model",
+            f"the blend {blend.described} has full rank and is no LoRA: it runs folded (driver: huggingface), or as an "
+            "exported merged model",
             field="blend",
         )
     used = [(adapters[name], weight) for name, weight in blend.active.items()]

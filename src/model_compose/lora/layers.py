@@ -200,6 +200,12 @@ class LoraModel:
             self._originals[first] = swap(site.module, self._folded(weight.data, site, blend))
             page_out(self._originals[first])
 
+    def can_fold(self, blend: Blend) -> bool:
+        """Whether the weights that the blend touches are plain numbers; packed ones (bitsandbytes) are not."""
+        sites = [self._sites[path] for name in blend.active for path in self._placed[name].adapter.modules]
+        weights = [site.module.weight for site in sites]
+        return all(isinstance(weight, Tensor) and weight.is_floating_point() and weight.numel() for weight in weights)
+
     def fold_bytes(self, blend: Blend) -> int:
         """Of the weights that folding this blend would write anew."""
         paths = {path for name in blend.active for path in self._placed[name].adapter.modules}
