@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from model_compose.lora.blend import Blend, names_method
 from model_compose.lora.methods import METHODS, Method
-from model_compose.schema import Weight
+from model_compose.schema import Options, Weight
 
 Weights = dict[str, Weight]
 
@@ -21,25 +21,34 @@ def _in_use(weights: Weights) -> Weights:
     return weights
 
 
+class ByMethod(Options):
+    """What the YAML holds of a blend by a method, besides the method's own options."""
+
+    method: str
+    weights: Annotated[Weights, AfterValidator(_in_use)] = Field(description="{adapter: weight}")
+
+
 def _with_weights(method: type[Method]) -> type[Any]:
-    """The class of what the YAML holds: the method's options, and the weights."""
+    name: Any = method.model_fields["method"].annotation
     return create_model(
-        method.__name__, __base__=method, __doc__=method.__doc__, __module__=__name__,
-        method=(method.model_fields["method"].annotation, Field()),
-        weights=(Annotated[Weights, AfterValidator(_in_use)], Field(description="{adapter: weight}")),
-    )  # fmt: skip
+        method.__name__,
+        __base__=(ByMethod, method),
+        __doc__=method.__doc__,
+        __module__=__name__,
+        method=(name, Field()),
+    )
 
 
 def _shape(value: Any) -> str:
     if isinstance(value, Mapping):
         by_method = names_method(value) or isinstance(value.get("weights"), Mapping)
     else:
-        by_method = isinstance(value, Method)
+        by_method = isinstance(value, ByMethod)
     return "by a method" if by_method else "by weights"
 
 
 if TYPE_CHECKING:
-    BlendOptions: TypeAlias = Weights | Method
+    BlendOptions: TypeAlias = Weights | ByMethod
 else:
     _by_method = Union[tuple(_with_weights(METHODS[name]) for name in METHODS)]  # noqa: UP007
     # Tags become parts of an error's place: these can be no keys of the file.
@@ -51,13 +60,11 @@ else:
 
 
 def weights_of(written: BlendOptions) -> Weights:
-    if isinstance(written, Method):
-        return written.model_dump(include={"weights"})["weights"]
-    return written
+    return written.weights if isinstance(written, ByMethod) else written
 
 
 def to_blend(name: str, written: BlendOptions) -> Blend:
-    if isinstance(written, Method):
+    if isinstance(written, ByMethod):
         method = METHODS[written.method].model_validate(written.model_dump(exclude={"weights"}))
-        return Blend(weights_of(written), name, method)
+        return Blend(written.weights, name, method)
     return Blend(dict(written), name)

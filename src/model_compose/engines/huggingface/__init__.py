@@ -45,9 +45,9 @@ class HuggingfaceOptions(Options):
     )
     fold: Literal["auto", "never", "always"] = Field(
         default="auto",
-        description="Add a blend into the weights, which then costs nothing per token. auto: in float32, while all running "
-        "requests use the same, and a blend by a method of full rank whenever a request names it; always: the default blend, "
-        "and no other is taken",
+        description="Add a blend into the weights, which then costs nothing per token. auto: in float32, while all "
+        "running requests use the same, and a blend by a method of full rank whenever it is asked for; always: the "
+        "default blend, and no other is taken",
     )
 
 
@@ -93,9 +93,9 @@ class HuggingfaceEngine:
         from model_compose.engines.huggingface.compiled import Compiled
         from model_compose.engines.huggingface.loop import Loop
 
-        self._loaded, batch = await in_daemon_thread(lambda: self._load(report))
-        self._batch, self._loop = batch, Loop(batch)
-        self._compiled = Compiled(self._loaded.lora, batch, self._loop)
+        loaded, batch = await in_daemon_thread(lambda: self._load(report))
+        self._loaded, self._batch, self._loop = loaded, batch, Loop(batch)
+        self._compiled = Compiled(loaded.lora, batch, self._loop)
 
     def _load(self, report: Report) -> tuple["Loaded", "Batch"]:
         import torch
@@ -251,8 +251,8 @@ class HuggingfaceEngine:
                 )
         if request.blend.full_rank and not any(request.blend.equals(blend) for blend in self._blends.full_rank):
             raise InputError(
-                f"the blend {request.blend.described} has full rank and runs folded into the weights only, in a copy that is "
-                "made when the model loads; put it under the file's 'blends'",
+                f"the blend {request.blend.described} has full rank and runs folded into the weights only, in a copy that "
+                "is made when the model loads; put it under the file's 'blends'",
                 field="blend",
             )
         if self._own.fold == "always" and not request.blend.equals(self._blends.default):
