@@ -50,10 +50,12 @@ class Projection:
 
     module: nn.Module
     branch: Branch
+    dtype: torch.dtype | None = None
 
     def __call__(self, x: Tensor, mix: Mix | None) -> Tensor:
-        """x: (tokens, in) -> (tokens, out); the fused modules' outputs stand side by side."""
+        """x: (tokens, in) -> (tokens, out) in dtype, or the module's own; the fused modules' outputs stand side by side."""
         y: Tensor = self.module(x)
+        y = y if self.dtype is None else y.to(self.dtype)
         return y if mix is None else self.branch.add(x, y, mix)
 
 
@@ -63,12 +65,13 @@ class LoraModel:
     The base's module tree, names and parameters stay as they were; only forward hooks are added, and `fuse` takes some of
     them away again. One thread at a time. Raises AdapterError where an adapter does not fit.
 
-    max_on_device: how many adapters' factors stay on their device, if those in use are not more; None keeps all.
+    max_on_device: how many adapters' factors stay on their device, if those in use are not more; None keeps all. dtype: of
+    the activations, where that is not the weights'.
     """
 
     def __init__(
         self, model: nn.Module, adapters: Iterable[LoraAdapter] = (), placements: Mapping[str, Placement] | None = None,
-        *, max_on_device: int | None = None,
+        *, max_on_device: int | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.model = model
         self.folded: Blend | None = None
@@ -85,7 +88,7 @@ class LoraModel:
         self._rested: dict[Method | None, tuple[Blend, dict[str, Tensor]]] = {}
         """Folded weights that are kept for later, with their blend: one for each method, the sum (None) among them."""
         self._shapes = module_shapes(model)
-        self._dtype = _compute_dtype(model)
+        self._dtype = dtype or _compute_dtype(model)
         for adapter in adapters:
             self.load(adapter, (placements or {}).get(adapter.name, Placement()))
 
@@ -151,7 +154,7 @@ class LoraModel:
         branch = Branch(members, rows[-1].stop, self._placed, layouts=self._layouts)
         linear = modules[0] if len(modules) == 1 else _fused(modules)
         site = Site(make(linear), members, branch)
-        if site.module is not linear:  # nothing else may hold on to the plain weights; a tied embedding keeps its own
+        if site.module.weight is not linear.weight:  # nothing else may hold on to the plain ones; a tied embedding may
             for module in modules:
                 module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         for path in paths:
@@ -162,13 +165,13 @@ class LoraModel:
         return Projection(site.module, branch)
 
     def embedding(self, path: str) -> Projection:
-        """An embedding, its adapters acting in what is returned, no longer in the module."""
+        """An embedding, its adapters acting in what is returned, no longer in the module. In the activations' dtype."""
         if path not in self._sites:
             self._attach(path)
         site = self._sites[path]
         if site.handle is not None:
             site.handle.remove()
-        return Projection(site.module, site.branch)
+        return Projection(site.module, site.branch, self._dtype)
 
     def fold(self, blend: Blend) -> None:
         """Adds the blend into the weights; the live way then rests until `unfold`. A swap where it `keeps` the blend."""

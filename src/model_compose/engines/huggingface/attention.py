@@ -31,7 +31,7 @@ class Decode:
         self.block, first, count = rows[0].block, rows[0].index, len(rows)
         self.tokens, self.rows, self.longest = slice(at, at + count), slice(first, first + count), max(starts) + 1
         self._row_index = torch.arange(first, first + count, device=device)
-        self._starts = torch.tensor(starts, device=device)
+        self.starts = torch.tensor(starts, device=device)
         self._ragged = min(starts) + 1 < self.longest
         self._masks: dict[int | None, Tensor | None] = {}
 
@@ -40,13 +40,13 @@ class Decode:
         if len(new) == 1:  # an index tensor costs more than the copy
             kept[self.rows.start, :, self.longest - 1] = new[0]
         else:
-            kept[self._row_index, :, self._starts] = new
+            kept[self._row_index, :, self.starts] = new.to(kept.dtype)
         return kept[self.rows, :, : self.longest]
 
     def mask(self, window: int | None) -> Tensor | None:
         """(n, 1, 1, longest): where each row may look; None where all may look everywhere."""
         if window not in self._masks:
-            keys, at = torch.arange(self.longest, device=self._starts.device), self._starts[:, None, None, None]
+            keys, at = torch.arange(self.longest, device=self.starts.device), self.starts[:, None, None, None]
             if window is not None and window < self.longest:
                 self._masks[window] = (keys <= at) & (keys > at - window)
             else:
@@ -92,7 +92,8 @@ class Prefill:
 class Pass:
     """The tokens of one forward pass, in the order in which they stand, and `attend` for its layers.
 
-    order: the pieces' numbers, as given, in the order of the pass. last: where each of them ends.
+    order: the pieces' numbers, as given, in the order of the pass. last: where each of them ends. groups: what attends at
+    once.
     """
 
     def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
@@ -104,7 +105,7 @@ class Pass:
         self.tokens = torch.tensor([token for piece in ordered for token in piece.tokens], device=device)
         self.positions = torch.cat([torch.arange(p.start, p.start + len(p.tokens)) for p in ordered]).to(device)
         self.last = torch.tensor(self.counts).cumsum(0).to(device) - 1
-        self._groups = _groups(ordered, device)
+        self.groups = _groups(ordered, device)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float | None = None, window: int | None = None,
@@ -114,12 +115,18 @@ class Pass:
 
         Stores k and v in the cache. window: how far back a token looks. cap: scores become cap · tanh(score / cap).
         """
-        parts = []
-        for group in self._groups:
-            keys = group.store(group.block.keys[layer], k[group.tokens])
-            values = group.store(group.block.values[layer], v[group.tokens])
-            parts.append(group.attend(q[group.tokens], keys, values, scaling, window, cap))
+        parts = [attend_group(group, layer, q, k, v, scaling, window, cap) for group in self.groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attend_group(
+    group: Decode | Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None = None,
+    window: int | None = None, cap: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """`Pass.attend` for one group, of the pass's q, k and v. The cache may have a narrower dtype than they."""
+    keys = group.store(group.block.keys[layer], k[group.tokens]).to(k.dtype)
+    values = group.store(group.block.values[layer], v[group.tokens]).to(v.dtype)
+    return group.attend(q[group.tokens], keys, values, scaling, window, cap)
 
 
 def _groups(pieces: Sequence[Piece], device: torch.device) -> list[Decode | Prefill]:

@@ -1,7 +1,8 @@
 """Logits of a pass from a lean decoder of the Llama family: the same function as transformers' code, in fewer operations.
 
 q, k, v are one product, and so are gate and up; positions are rotated once for q and k together. It takes its weights
-from a transformers model. Rotary embeddings, whatever their scaling, are that model's own.
+from a transformers model. Rotary embeddings, whatever their scaling, are that model's own. What lies between the products
+is torch's, or native.c's on a CPU: activations are float32 then.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_compose.engines.huggingface.attention import Pass
+from model_compose.engines.huggingface.attention import Decode, Pass, attend_group
 from model_compose.engines.huggingface.cache import LayerShape
-from model_compose.engines.huggingface.quantized import quantize
+from model_compose.engines.huggingface.quantized import NativeLinear, quantize
 from model_compose.lora.layers import LoraModel, Projection
 from model_compose.lora.live import Mix
+from model_compose.native import KINDS, Kernels, kernels
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -37,35 +39,44 @@ class Layer:
 
 
 class LlamaForward:
-    """quantization: int8 or int4, what the Linears' weights become."""
+    """quantization: int8 or int4, what the Linears' weights become. native: what `native_for` found; None: by torch."""
 
-    def __init__(self, lora: LoraModel, quantization: str | None = None) -> None:
+    def __init__(self, lora: LoraModel, quantization: str | None = None, native: Kernels | None = None) -> None:
         def make(linear: nn.Linear, *, head: bool = False) -> nn.Module:
-            return linear if quantization is None else quantize(quantization, linear, head=head)
+            if quantization is not None:
+                return quantize(quantization, linear, head=head)
+            return linear if native is None else NativeLinear(native, linear)
 
         model: Any = lora.model
         config, inner = model.config, model.model
         first = inner.layers[0].self_attn
-        self._heads, self._keys, self._dim = config.num_attention_heads, config.num_key_value_heads, first.head_dim
-        self._eps, self._act, self._rotary = config.rms_norm_eps, inner.layers[0].mlp.act_fn, inner.rotary_emb
+        heads, keys, dim = config.num_attention_heads, config.num_key_value_heads, first.head_dim
+        sizes = Sizes(heads, keys, dim, config.rms_norm_eps)
+        self._between = TorchBetween(sizes, inner.layers[0].mlp.act_fn) if native is None else Between(sizes, native)
+        self._heads, self._keys, self._dim, self._rotary = heads, keys, dim, inner.rotary_emb
+        self._dtype = None if native is None else torch.float32
         self._layers = [self._layer(lora, number, layer, make) for number, layer in enumerate(inner.layers)]
-        self._embed, self._norm = lora.embedding("model.embed_tokens"), inner.norm.weight
+        self._embed, self._norm = lora.embedding("model.embed_tokens"), self._own(inner.norm.weight)
         self._head = lora.fuse(["lm_head"], partial(make, head=True))
         weight = inner.embed_tokens.weight
-        shape = LayerShape(self._keys, self._dim, self._dim, weight.dtype, weight.device)
+        shape = LayerShape(keys, dim, dim, weight.dtype, weight.device)
         self.layers = [shape] * len(self._layers)
+
+    def _own(self, weight: Tensor) -> Tensor:
+        """A small weight in the activations' dtype."""
+        return weight.detach() if self._dtype is None else weight.detach().to(self._dtype).contiguous()
 
     def _layer(self, lora: LoraModel, number: int, layer: Any, make: Callable[[nn.Linear], nn.Module]) -> Layer:
         path, attention = f"model.layers.{number}", layer.self_attn
         norm = None
         if hasattr(attention, "q_norm"):
             norms = [attention.q_norm.weight] * self._heads + [attention.k_norm.weight] * self._keys
-            norm = torch.stack([weight.data for weight in norms])
+            norm = self._own(torch.stack([weight.data for weight in norms]))
         return Layer(
-            layer.input_layernorm.weight,
+            self._own(layer.input_layernorm.weight),
             lora.fuse([f"{path}.self_attn.{name}_proj" for name in "qkv"], make),
             lora.fuse([f"{path}.self_attn.o_proj"], make),
-            layer.post_attention_layernorm.weight,
+            self._own(layer.post_attention_layernorm.weight),
             lora.fuse([f"{path}.mlp.gate_proj", f"{path}.mlp.up_proj"], make),
             lora.fuse([f"{path}.mlp.down_proj"], make),
             norm,
@@ -74,22 +85,104 @@ class LlamaForward:
 
     @torch.inference_mode()
     def __call__(self, step: Pass, mix: Mix | None) -> Tensor:
-        tokens, heads, keys, dim = len(step.tokens), self._heads, self._keys, self._dim
-        x = self._embed(step.tokens, mix)
-        cos, sin = (part[0, :, None] for part in self._rotary(x[None], step.positions[None]))
+        between, dim = self._between, self._dim
+        x, y = self._embed(step.tokens, mix), None
+        cosine, sine = (part[0] for part in self._rotary(x[None], step.positions[None]))
         # Rotating halves is a roll, with the first half's sign in the sine.
-        sin = torch.cat([-sin[..., : dim // 2], sin[..., dim // 2 :]], dim=-1)
+        turn = (cosine.contiguous(), torch.cat([-sine[:, : dim // 2], sine[:, dim // 2 :]], dim=-1))
         for number, layer in enumerate(self._layers):
-            qkv = layer.qkv(F.rms_norm(x, x.shape[-1:], layer.norm, self._eps), mix).view(tokens, -1, dim)
-            qk = qkv[:, : heads + keys]
-            if layer.qk_norm is not None:
-                qk = F.rms_norm(qk, (dim,), None, self._eps) * layer.qk_norm
-            qk = torch.addcmul(qk * cos, torch.roll(qk, dim // 2, -1), sin)
-            attended = step.attend(number, qk[:, :heads], qk[:, heads:], qkv[:, heads + keys :], window=layer.window)
-            x = x + layer.out(attended.reshape(tokens, heads * dim), mix)
-            gate, up = layer.gate_up(F.rms_norm(x, x.shape[-1:], layer.mlp_norm, self._eps), mix).chunk(2, -1)
-            x = x + layer.down(self._act(gate) * up, mix)
-        return self._head(F.rms_norm(x[step.last], x.shape[-1:], self._norm, self._eps), mix)
+            x, normed = between.add_norm(x, y, layer.norm)
+            attended = between.attend(step, number, layer, layer.qkv(normed, mix), turn)
+            x, normed = between.add_norm(x, layer.out(attended, mix), layer.mlp_norm)
+            y = layer.down(between.gate(layer.gate_up(normed, mix)), mix)
+        last = None if y is None else y[step.last]
+        _, normed = between.add_norm(x[step.last], last, self._norm)
+        return self._head(normed, mix)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """heads: of queries; keys: of keys and of values; dim: of a head; eps: of the norms."""
+
+    heads: int
+    keys: int
+    dim: int
+    eps: float
+
+
+Turn = tuple[Tensor, Tensor]
+"""Cosine and sine for each token, (tokens, dim); the sine of the first half negative."""
+
+
+class TorchBetween:
+    """What lies between the products of a layer, by torch."""
+
+    def __init__(self, sizes: Sizes, act: Callable[[Tensor], Tensor]) -> None:
+        self._sizes, self._act = sizes, act
+
+    def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, and its norm."""
+        x = x if y is None else x + y
+        return x, F.rms_norm(x, x.shape[-1:], weight, self._sizes.eps)
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        """(tokens, 2 · size) -> (tokens, size)"""
+        gate, up = gate_up.chunk(2, -1)
+        return self._act(gate) * up
+
+    def attend(self, step: Pass, number: int, layer: Layer, qkv: Tensor, turn: Turn) -> Tensor:
+        """(tokens, (heads + 2 · keys) · dim) -> (tokens, heads · dim)"""
+        return step.attend(number, *self._rotated(layer, qkv, turn), window=layer.window).reshape(len(qkv), -1)
+
+    def _rotated(self, layer: Layer, qkv: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v: (tokens, heads, dim) each."""
+        heads, keys, dim = self._sizes.heads, self._sizes.keys, self._sizes.dim
+        cosine, sine = (part[:, None] for part in turn)
+        qkv = qkv.view(len(qkv), -1, dim)
+        qk = qkv[:, : heads + keys]
+        if layer.qk_norm is not None:
+            qk = F.rms_norm(qk, (dim,), None, self._sizes.eps) * layer.qk_norm
+        qk = torch.addcmul(qk * cosine, torch.roll(qk, dim // 2, -1), sine)
+        return qk[:, :heads], qk[:, heads:], qkv[:, heads + keys :]
+
+
+class Between(TorchBetween):
+    """The same by native.c, whose activation is silu. Prompts attend by torch, which is made for many tokens."""
+
+    def __init__(self, sizes: Sizes, native: Kernels) -> None:
+        super().__init__(sizes, F.silu)
+        self._native = native
+
+    def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return x, self._native.add_norm(x, y, weight, self._sizes.eps)
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        return self._native.silu_mul(gate_up)
+
+    def attend(self, step: Pass, number: int, layer: Layer, qkv: Tensor, turn: Turn) -> Tensor:
+        sizes = self._sizes
+        out = torch.empty(len(qkv), sizes.heads * sizes.dim)
+        prompts = None
+        for group in step.groups:
+            at = group.tokens
+            if isinstance(group, Decode):
+                self._native.attend(
+                    qkv[at], turn[0][at], turn[1][at], layer.qk_norm, sizes.eps,
+                    group.block.keys[number][group.rows], group.block.values[number][group.rows], group.starts,
+                    layer.window, sizes.dim**-0.5, out[at],
+                )  # fmt: skip
+            else:
+                prompts = prompts or self._rotated(layer, qkv, turn)
+                out[at] = attend_group(group, number, *prompts, window=layer.window).reshape(-1, out.shape[1])
+        return out
+
+
+def native_for(model: nn.Module, device: torch.device) -> Kernels | None:
+    """The kernels for a model that the lean decoder takes; None where torch computes it."""
+    config: Any = model.config
+    dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
+    fits = device.type == "cpu" and takes(model) and dtype in KINDS and config.hidden_act == "silu"
+    return kernels() if fits else None
 
 
 def takes(model: nn.Module) -> bool:

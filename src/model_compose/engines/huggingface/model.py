@@ -16,11 +16,11 @@ from torch import nn
 
 from model_compose.engines import AdapterOptions, ModelOptions
 from model_compose.engines.huggingface import memory, sizes
-from model_compose.engines.huggingface.decoder import LlamaForward, takes
+from model_compose.engines.huggingface.decoder import LlamaForward, native_for, takes
 from model_compose.engines.huggingface.forward import NAME as ATTENTION
 from model_compose.engines.huggingface.forward import Forward, TransformersForward, own_attention
 from model_compose.engines.huggingface.free import free_memory
-from model_compose.engines.huggingface.quantized import quantize_modules
+from model_compose.engines.huggingface.quantized import multiplies_bfloat16, quantize_modules
 from model_compose.engines.parts import CONFIG_FILES, fetch_adapters, load_tokenizer
 from model_compose.errors import AdapterError, LoadError
 from model_compose.lora.adapter import LoraAdapter, check
@@ -90,16 +90,20 @@ def load(
         by_kernel = options.quantization if device.type == "cpu" else None
         if by_kernel is not None and not takes(model):
             quantize_modules(model, by_kernel)
-        lora = LoraModel(model, adapters, placements, max_on_device=max_adapters)
+        native = native_for(model, device)
+        lora = LoraModel(
+            model, adapters, placements, max_on_device=max_adapters, dtype=None if native is None else torch.float32
+        )
         report(Progress("attaching adapters", len(adapters), len(adapters), "adapters"))
         forward: Forward
         if takes(model):
-            forward = LlamaForward(lora, by_kernel)
+            forward = LlamaForward(lora, by_kernel, native)
         else:
             forward = TransformersForward(model, device, describe(options.model))
     context = sizes.context_length(model.config, options.max_seq_length)
     loaded = Loaded(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
-    _warn_of_slow_dtype(loaded)
+    if native is None:
+        _warn_of_slow_dtype(loaded)
     return loaded
 
 
@@ -127,8 +131,7 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype | str:
         return DTYPES[precision]
     if device.type != "cpu":
         return "auto"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
 
 
 def _warn_of_slow_dtype(loaded: Loaded) -> None:
