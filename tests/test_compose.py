@@ -240,6 +240,12 @@ async def test_blends_change_the_text_and_an_empty_one_is_the_base(compose: Comp
     assert len({texts["None"], texts["{}"], texts["strong"], texts["alpaca"]}) == 4
 
 
+BY_METHOD = (
+    "a request mixes by weights alone; a blend by a method (ties, dare_linear, dare_ties, magnitude_prune, svd) stands in "
+    "the file under 'blends', and a request says its name"
+)
+
+
 @pytest.mark.parametrize(
     ("blend", "expected"),
     [
@@ -251,6 +257,8 @@ async def test_blends_change_the_text_and_an_empty_one_is_the_base(compose: Comp
         ({"alpaca": "inf"}, "blend.alpaca: a weight must be a finite number, not 'inf'"),
         ({"alpaca": "heavy"}, "blend: there is no model component 'alpaca'; known: __component__. Weights of adapters are "
          "numbers, blends of components are names or mappings"),
+        ({"method": "ties", "weights": {"alpaca": 1}}, f"blend: {BY_METHOD}"),
+        ({"__component__": {"method": "ties", "density": 0.3}}, f"blend.__component__: {BY_METHOD}"),
         ({"other": {}}, "blend: there is no model component 'other'; known: __component__. Weights of adapters are "
          "numbers, blends of components are names or mappings"),
         ({"__component__": {"alpacca": 1}}, "blend.__component__: unknown adapter 'alpacca'; did you mean 'alpaca'? known: "

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 from model_compose.errors import ConfigError
 from model_compose.loading import Loaded, environment, find_files, load
+from model_compose.lora.blend import Blend
+from model_compose.lora.methods.svd import Svd
+from model_compose.lora.methods.ties import Ties
 from tests.tiny import YAML
 
 FILE = "model-compose.yml"
@@ -136,6 +139,59 @@ def test_wrong_value_names_place_value_and_what_was_expected(
     message: Message, old: str, new: str, expected: str
 ) -> None:
     assert message(old, new) == f"{FILE}:{expected}"
+
+
+METHOD = "m: {method: ties, density: 0.3, weights: {alpaca: 1, pirate: 0.5}}"
+METHODS = [
+    ("ties,", "tise,", "component.blends.m: unknown method 'tise'; did you mean 'ties'?"),
+    ("method: ties, ", "", "component.blends.m: the key 'method' is missing"),
+    ("density", "densty", "component.blends.m: unknown key 'densty'; did you mean 'density'?"),
+    ("density: 0.3, ", "", "component.blends.m: the key 'density' is missing"),
+    ("0.3", "0", "component.blends.m.density: must be greater than 0, not 0"),
+    ("0.3", "0.3, rank: 4", "component.blends.m: unknown key 'rank'; valid: density, majority_sign_method, method, w"),
+    ("0.3", "0.3, majority_sign_method: totl", "component.blends.m.majority_sign_method: expected 'total' or 'frequency', "
+     "not 'totl'; did you mean 'total'?"),
+    ("weights: {alpaca: 1, pirate: 0.5}", "alpaca: 1", "component.blends.m: unknown key 'alpaca'; valid: density, "),
+    (", weights: {alpaca: 1, pirate: 0.5}", "", "component.blends.m: the key 'weights' is missing"),
+    ("alpaca: 1", "alpaca: x", "component.blends.m.weights.alpaca: a weight must be a finite number, not 'x'"),
+    ("alpaca: 1, pirate: 0.5", "alpaca: 0", "component.blends.m.weights: a method needs an adapter whose weight is not 0"),
+    ("pirate: 0.5", "pirat: 0.5", "component: blend 'm' names the unknown adapter 'pirat'; known: alpaca, pirate"),
+    ("0.5}}", "0.5}}\n    n: {method: dare_linear, density: 0.3, weights: {alpaca: 1}}",
+     "component: the blends 'm' (ties) and 'n' (dare_linear) have full rank"),
+    (METHOD, METHOD + "\n  options: {fold: never}", "component: the blend 'm' (ties) has full rank and runs folded into "
+     "the weights only, and fold is never; use method: svd, or set fold: auto"),
+    (METHOD, METHOD + "\n  quantization: int8", "component: the blend 'm' (ties) has full rank and runs folded into the "
+     "weights only, and a quantised base is never folded; use method: svd, or leave quantization out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), METHODS, ids=[case[2] for case in METHODS])
+def test_a_blend_by_a_method_that_cannot_be(message: Message, old: str, new: str, expected: str) -> None:
+    told = message("plain: {}", METHOD.replace(old, new, 1))
+    line = 19 if "dare_linear" in expected else 18
+    assert told.startswith(f"{FILE}:{line}: {expected}")
+    assert "\n" not in told
+
+
+def test_blends_by_methods_load(read: Callable[..., Loaded]) -> None:
+    small = "small: {method: svd, rank: 4, weights: {pirate: '${env.W}'}}"
+    same = "same: {method: ties, density: 0.3, weights: {pirate: 0.5, alpaca: 1.0}}"
+    yaml = YAML.replace("plain: {}", "\n    ".join((METHOD, small, same)))
+    component: Any = read(yaml, W="0.25").config.component
+    blends = component.to_blends()
+    assert blends.named["m"] == Blend({"alpaca": 1.0, "pirate": 0.5}, "m", Ties(density=0.3))
+    assert blends.named["small"] == Blend({"pirate": 0.25}, "small", Svd(rank=4))
+    assert [blend.name for blend in blends.full_rank] == ["m"], "two names of one function are one copy"
+
+
+def test_an_adapter_may_be_called_method(read: Callable[..., Loaded]) -> None:
+    yaml = YAML.replace("pirate", "method").replace("plain: {}", "m: {method: 0.5}\n    n: {method: '1', alpaca: 2}")
+    component: Any = read(yaml).config.component
+    named = component.to_blends().named
+    assert named["m"] == Blend({"method": 0.5}, "m")
+    assert named["n"] == Blend({"method": 1.0, "alpaca": 2.0}, "n")
+    both: Any = read(yaml.replace("{method: 0.5}", "{method: svd, rank: 1, weights: {method: 0.5}}")).config.component
+    assert both.to_blends().named["m"] == Blend({"method": 0.5}, "m", Svd(rank=1))
 
 
 def test_unknown_driver_lists_the_known_ones(message: Message) -> None:

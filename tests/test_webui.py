@@ -46,6 +46,7 @@ component:
     - {type: lora, name: pirate, model: ./pirate, weight: 0.8}
   blends:
     strong: {alpaca: 2.0}
+    merged: {method: ties, density: 0.4, weights: {alpaca: 2.0}}
   actions:
     - id: short
       default: true
@@ -244,6 +245,14 @@ def test_the_picker_sets_the_sliders(page: Any) -> None:
     assert page.get_by_role("slider", name="alpaca").input_value() == "2"
     run(page, "Ahoy")
     finished(page, "alpaca 2 (strong)")
+    choose("merged (ties)")  # other text under the same numbers
+    run(page, "Ahoy")
+    finished(page, "alpaca 2 (merged, ties)")
+    page.get_by_label("alpaca weight").fill("1.9")
+    page.get_by_label("alpaca weight").fill("2")  # typed weights are their sum
+    playwright.expect(page.get_by_role("combobox", name="Blend")).to_have_value("strong")
+    choose("merged (ties)")
+    playwright.expect(page.get_by_role("combobox", name="Blend")).to_have_value("merged (ties)")
     choose("Bare base")
     assert wait_for(lambda: weights() == ["0", "0"], 3)
     run(page, "Ahoy")

@@ -9,8 +9,11 @@ import pytest
 from model_compose.compose import Compose
 from model_compose.errors import InputError
 from model_compose.loading import load
+from model_compose.lora.blend import Blend, Blends
+from model_compose.lora.methods.ties import Ties
 from model_compose.servers import webui_runs, webui_snippets
-from model_compose.servers.webui_form import Form, draw_form
+from model_compose.servers.tasks import usage_and_blend
+from model_compose.servers.webui_form import Form, _draw_mixer, draw_form
 from model_compose.servers.webui_snippets import Call
 from tests import tiny
 
@@ -87,13 +90,28 @@ def test_input_nests_and_leaves_out_what_is_empty(form: Form) -> None:
 
 def test_untouched_sliders_leave_the_blend_to_the_file(form: Form) -> None:
     fields = [None] * len(form.fields)
-    presets = [number.value for mixer in form.mixers for number in mixer.numbers]
-    assert presets == [-0.5, 2.0]  # the second is what the editor's action says
+    presets = [widget.value for mixer in form.mixers for widget in mixer.widgets]
+    assert presets == [-0.5, "0", 2.0, "0"]  # 2 is what the editor's action says
     assert form.read_blend([*fields, *presets]) is None
-    assert form.read_blend([*fields, -0.5, 0.3]) == {"editor": {"pirate": 0.3}}
-    assert form.read_blend([*fields, 0, 1]) == {"writer": {}, "editor": "pirate"}
+    assert form.read_blend([*fields, -0.5, "0", 0.3, "custom"]) == {"editor": {"pirate": 0.3}}
+    assert form.read_blend([*fields, 0, "custom", 1, "custom"]) == {"writer": {}, "editor": "pirate"}
     with pytest.raises(InputError, match="weight of alpaca is empty"):
-        form.read_blend([*fields, None, 2.0])
+        form.read_blend([*fields, None, "0", 2.0, "0"])
+
+
+def test_weights_mean_their_sum_and_the_picker_alone_means_a_method() -> None:
+    ties = Ties(density=0.3)
+    named = {"merged": Blend({"a": 1.0, "b": 0.5}, "merged", ties), "mix": Blend({"a": 2.0}, "mix")}
+    with gr.Blocks(analytics_enabled=False):
+        mixer = _draw_mixer("llm", Blends(("a", "b"), named, Blend({"a": 0.7}, "default")), None, titled=False)
+    labels = [choice.label for choice in mixer.choices]
+    assert labels == ["Default (YAML)", "merged (ties)", "mix", "a alone", "b alone", "Bare base"]
+    assert mixer.read([1, 0.5, "1"]) == "merged"
+    assert mixer.shown([1, 0.5, "1"]) == "a 1 · b 0.5 (ties)"
+    assert mixer.read([1, 0.5, "custom"]) == {"a": 1.0, "b": 0.5}
+    assert mixer.shown([1, 0.5, "custom"]) == "a 1 · b 0.5"
+    assert mixer.read([1, 0.6, "1"]) == {"a": 1.0, "b": 0.6}
+    assert mixer.read([2, 0, "1"]) == "mix"
 
 
 async def test_two_models_are_labelled_and_called_by_component(chain: Compose) -> None:
@@ -112,6 +130,32 @@ async def test_two_models_are_labelled_and_called_by_component(chain: Compose) -
     call = Call(chain.config.all_workflows[0], input, done.answers)
     assert '"blend": {"writer": {"alpaca": 1.5}, "editor": "loud"}' in webui_snippets.curl(chain, "http://x", call)
     assert webui_snippets.openai(chain, "http://x", call) is None
+
+
+async def test_answers_and_calls_tell_the_method(project: Path, tmp_path: Path) -> None:
+    """`lora` of the same weights would be their sum: the call names the blend instead."""
+    for name in ("base", "alpaca", "pirate"):
+        (tmp_path / name).symlink_to(project.parent / name)
+    merged = "merged: {method: ties, density: 0.4, weights: {alpaca: 2.0}}"
+    (tmp_path / "model-compose.yml").write_text(tiny.YAML.replace("plain: {}", merged))
+    async with Compose.open(tmp_path / "model-compose.yml") as compose:
+        done = await compose.answer({"prompt": "Ahoy"}, blend="merged")
+        exact = await compose.answer({"prompt": "Ahoy"}, blend="strong")
+    (answer,), (other,) = done.answers, exact.answers
+    assert usage_and_blend(answer)["blend"] == {
+        "name": "merged", "weights": {"alpaca": 2.0}, "method": "ties", "approximate": True,
+        "options": {"density": 0.4, "majority_sign_method": "total"}, "identity": answer.identity,
+    }  # fmt: skip
+    assert usage_and_blend(other)["blend"].keys() == {"name", "weights", "identity"}
+    assert webui_runs.blend_shown(answer) == "alpaca 2 (merged, ties)"
+    assert answer.identity != other.identity
+    assert done.output != exact.output
+    call = Call(compose.config.all_workflows[0], {"prompt": "Ahoy"}, done.answers)
+    assert '"blend": "merged"' in webui_snippets.curl(compose, "http://x", call)
+    shown = webui_snippets.openai(compose, "http://x", call)
+    assert shown is not None
+    assert 'model="default:merged"' in shown
+    assert "lora" not in shown
 
 
 def test_text_is_never_markup() -> None:

@@ -17,7 +17,7 @@ from model_compose.config import Config
 from model_compose.errors import InputError, NotFound, NotReady
 from model_compose.generation import Chunk, Request
 from model_compose.loading import Loaded, find_files, load
-from model_compose.lora.blend import Blend
+from model_compose.lora.blend import Blend, names_method
 from model_compose.progress import Progress, Report, silent
 from model_compose.workflow import runner, variables
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
@@ -179,7 +179,8 @@ class Compose:
         Raises InputError."""
         if blend is None or blend == "":
             return {}
-        if isinstance(blend, Mapping) and any(_names_blend(value) for value in blend.values()):
+        by_component = isinstance(blend, Mapping) and any(_names_blend(value) for value in blend.values())
+        if by_component and ("method" in self.models or not names_method(blend)):
             if unknown := [id for id in blend if id not in self.models]:
                 raise InputError(
                     f"blend: there is no model component '{unknown[0]}'; known: {', '.join(self.models)}. Weights of "

@@ -126,7 +126,8 @@ def _culprit(node: Node, item: Any) -> Node | None:
     if kind in ("unknown_key", "unsupported_key"):
         return _last(keys(node), context["key"])
     if kind == "unknown_adapter":
-        return _last(keys(child(child(node, "blends"), context["blend"])), context["key"])
+        blend = child(child(node, "blends"), context["blend"])
+        return _last([*keys(blend), *keys(child(blend, "weights"))], context["key"])
     if kind in ("duplicate_name", "name"):  # the second of the two
         adapters = child(node, "peft_adapters")
         names = [child(adapter, "name") for adapter in (adapters.value if adapters is not None else ())]

@@ -315,6 +315,7 @@ def _parts(model: ModelPlan, needs: "Needs") -> list[tuple[str, int, str]]:
         *((f"adapter {name}", size, "") for name, size in needs.adapters.items()),
         ("adapters as stored", needs.kept, "stay in main memory, for folding"),
         ("folded", needs.folded, f"the weights that the default blend touches, once more (fold: {needs.fold})"),
+        ("folded ahead", needs.full_rank, "the weights that the blend of full rank touches, once more"),
         ("while loading", needs.loading, "the base is converted whole before it is quantised"),
         ("KV cache", needs.kv_cache, f"{per_token}, {context}"),
         ("working memory", needs.working, "besides, while it computes (an estimate)"),

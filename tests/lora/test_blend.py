@@ -44,6 +44,11 @@ def test_a_request_replaces_the_default_whole(value: Any, weights: dict[str, flo
         ({"alpaca": "much"}, "blend.alpaca: a weight must be a finite number, not 'much'"),
         ({"alpaca": float("nan")}, "blend.alpaca: a weight must be a finite number, not nan"),
         ({"alpaca": None}, "blend.alpaca: a weight must be a finite number, not null"),
+        (
+            {"method": "ties", "weights": {"alpaca": 1}},
+            "blend: a request mixes by weights alone; a blend by a method (ties, ",
+        ),
+        ({"method": 1, "alpaca": 1}, "unknown adapter 'method'"),
         ([1], "blend must be a name or a mapping"),
         (1.5, "blend must be a name or a mapping"),
     ],

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, fie
 from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 
+from model_compose.engines.blends import BlendOptions, to_blend, weights_of
 from model_compose.generation import Chunk, Request
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
@@ -139,7 +140,10 @@ class ModelOptions(Options):
     on_demand: Any = False
     runtime_spec: Any = None
     peft_adapters: tuple[AdapterOptions, ...] = ()
-    blends: dict[str, dict[str, Weight]] = Field(default_factory=dict, description="Named blends: {adapter: weight}")
+    blends: dict[str, BlendOptions] = Field(
+        default_factory=dict,
+        description="Named blends: {adapter: weight}, or {method, weights, …} for another than the sum",
+    )
     allow_runtime_adapters: bool = Field(default=False, description="Let clients load and unload adapters by /v1")
     runtime_adapter_sources: SourcePatterns = Field(
         default=("./",),
@@ -188,8 +192,8 @@ class ModelOptions(Options):
             if ":" in name:
                 raise PydanticCustomError("name", "a blend's name holds no ':'; got '{key}'", {"key": name})
             seen.add(name)
-        for blend, weights in self.blends.items():
-            for adapter in weights:
+        for blend, written in self.blends.items():
+            for adapter in weights_of(written):
                 if adapter not in self.adapter_names:
                     raise PydanticCustomError(
                         "unknown_adapter",
@@ -206,5 +210,5 @@ class ModelOptions(Options):
     def to_blends(self) -> Blends:
         """The vocabulary of blends: the adapters, the named blends, and the default from the adapters' weights."""
         weights = {name: adapter.weight for name, adapter in zip(self.adapter_names, self.peft_adapters, strict=True)}
-        named = {name: Blend(dict(weights), name) for name, weights in self.blends.items()}
+        named = {name: to_blend(name, written) for name, written in self.blends.items()}
         return Blends(self.adapter_names, named, Blend(weights, "default"))

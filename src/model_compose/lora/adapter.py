@@ -82,6 +82,13 @@ class Factors:
     def rank(self) -> int:
         return int(self.a.shape[0])
 
+    def product(self, weight: float = 1.0, device: "torch.device | None" = None) -> "torch.Tensor":
+        """weight · scaling · B A, (out, in), float32, on `device` (where the factors are if None)."""
+        import torch
+
+        a, b = (factor.to(device, torch.float32) for factor in (self.a, self.b))
+        return (weight * self.scaling) * (b @ a)
+
 
 @dataclass(frozen=True)
 class LoraAdapter:

@@ -2,13 +2,10 @@
 
 Live: each adapted module adds what its branch computes (live.py), by a hook or, where modules are fused, in a Projection.
 
-Folded: W + Σ w s B A, summed in float32 and rounded once to W's dtype. The originals stay referenced (mapped, where the
-checkpoint is mapped) and are put back on unfold; nothing is ever subtracted.
+Folded: W + Σ w s B A (or what another method makes of the s B A), summed in float32 and rounded once to W's dtype. The
+originals stay referenced (mapped, where the checkpoint is mapped) and are put back on unfold; nothing is ever subtracted.
 """
 
-import ctypes
-import mmap
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,14 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from model_compose.errors import AdapterError
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
-from model_compose.lora.blend import Blend
+from model_compose.lora.blend import Blend, delta
+from model_compose.lora.folding import add_in_blocks, page_out, swap, untie
 from model_compose.lora.live import Branch, Layout, Mix, Placed
-
-MADV_PAGEOUT = 21
-"""<asm-generic/mman-common.h>; Linux 5.4 and newer."""
-
-FOLD_ROWS_BYTES = 64 << 20
-"""A fold works on row blocks whose float32 sum is at most this large, so that memory stays flat."""
+from model_compose.lora.methods import Method
 
 IDLE_USES = 64
 """An adapter leaves the stack after so many passes without a request for it: the next one often comes soon."""
@@ -92,7 +85,8 @@ class LoraModel:
         self._idle_uses = 0
         self._sites: dict[str, Site] = {}
         self._originals: dict[str, Tensor] = {}
-        self._rested: tuple[Blend, dict[str, Tensor]] | None = None
+        self._rested: dict[Method | None, tuple[Blend, dict[str, Tensor]]] = {}
+        """Folded weights that are kept for later, with their blend: one for each method, the sum (None) among them."""
         self._shapes = module_shapes(model)
         self._dtype = dtype or _compute_dtype(model)
         for adapter in adapters:
@@ -128,9 +122,9 @@ class LoraModel:
         self._stack -= {name}
         for site in self._sites.values():
             site.branch.drop(name)
-        for blend in (self.folded, self._rested[0] if self._rested else None):
-            if blend is not None and name in blend.active:
-                self.unfold()
+        if self.folded is not None and name in self.folded.active:
+            self.unfold()
+        self._rested = {method: kept for method, kept in self._rested.items() if name not in kept[0].active}
 
     @contextmanager
     def use(self, rows: Sequence[Blend], counts: Sequence[int] | None = None) -> Iterator[Mix | None]:
@@ -139,11 +133,12 @@ class LoraModel:
         counts: where all tokens stand in one line, how many belong to each row.
         """
         if self.folded is None:
+            assert all(row.method is None for row in rows), "only sums run live"
             mix = Mix(rows, counts)
             self._choose_stack(mix)
             self.mix = mix if mix.active else None
         else:
-            assert all(row.active == self.folded.active for row in rows), "another blend is folded in"
+            assert all(row.equals(self.folded) for row in rows), "another blend is folded in"
         try:
             yield self.mix
         finally:
@@ -182,12 +177,16 @@ class LoraModel:
         return Projection(site.module, site.branch, self._dtype)
 
     def fold(self, blend: Blend) -> None:
-        """Adds the blend into the weights; the live way then rests until `unfold`."""
-        if self._rested is not None and self.keeps(blend):
-            self._originals = {path: _swap(self._sites[path].module, new) for path, new in self._rested[1].items()}
-            self.folded, self._rested = blend, None
+        """Adds the blend into the weights; the live way then rests until `unfold`. A swap where it `keeps` the blend."""
+        if self.folded is not None and self.folded.equals(blend):
             return
-        self.unfold()
+        self.unfold(keep=True)
+        rested = self._rested.pop(blend.method, None)
+        if rested is not None and rested[0].equals(blend):
+            self._originals = {path: swap(self._sites[path].module, new) for path, new in rested[1].items()}
+            self.folded = blend
+            return
+        del rested  # its memory is needed now
         try:
             self._fold(blend)
         except Exception:  # no memory for a copy: some weights folded and some not would be another function
@@ -201,11 +200,17 @@ class LoraModel:
             first = next(iter(site.members))
             if first in self._originals:  # a fused weight is folded once for all its members
                 continue
-            _untie(self.model, site.module)
+            untie(self.model, site.module)
             weight = site.module.weight
             assert isinstance(weight, nn.Parameter)
-            self._originals[first] = _swap(site.module, self._folded(weight.data, site, blend))
-            _page_out(self._originals[first])
+            self._originals[first] = swap(site.module, self._folded(weight.data, site, blend))
+            page_out(self._originals[first])
+
+    def can_fold(self, blend: Blend) -> bool:
+        """Whether the weights that the blend touches are plain numbers; packed ones (bitsandbytes) are not."""
+        sites = [self._sites[path] for name in blend.active for path in self._placed[name].adapter.modules]
+        weights = [site.module.weight for site in sites]
+        return all(isinstance(weight, Tensor) and weight.is_floating_point() and weight.numel() for weight in weights)
 
     def fold_bytes(self, blend: Blend) -> int:
         """Of the weights that folding this blend would write anew."""
@@ -215,24 +220,31 @@ class LoraModel:
 
     def keeps(self, blend: Blend) -> bool:
         """Whether folding this blend is but a swap."""
-        return self._rested is not None and self._rested[0].active == blend.active
+        rested = self._rested.get(blend.method)
+        return rested is not None and rested[0].equals(blend)
 
     def unfold(self, *, keep: bool = False) -> None:
         """Puts the original weights back.
 
-        keep: hold on to the folded ones, so that folding the same blend again, or unfolding, is but a swap.
+        keep: hold on to the folded ones, so that folding the same blend again is but a swap, until another blend by the
+        same method is folded.
         """
-        swapped = {path: _swap(self._sites[path].module, original) for path, original in self._originals.items()}
-        if self.folded is not None:
-            self._rested = (self.folded, swapped)
-        if not keep:
-            self._rested = None
+        swapped = {path: swap(self._sites[path].module, original) for path, original in self._originals.items()}
+        if self.folded is not None and keep:
+            self._rested[self.folded.method] = (self.folded, swapped)
         self._originals = {}
         self.folded = None
 
     def _folded(self, weight: Tensor, site: Site, blend: Blend) -> Tensor:
         """A new tensor W + Σ w s B A (its transpose for Conv1D and embeddings, whose weights are (in, out))."""
         result = torch.empty_like(weight)
+        if blend.method is not None:
+            for path, rows in site.members.items():
+                whole = delta(blend, self.adapters, path, weight.device)
+                if whole is not None and self._shapes[path].kind != "linear":
+                    whole = whole.T
+                result[rows] = weight[rows] if whole is None else whole.add_(weight[rows])
+            return result
         for path, rows in site.members.items():
             parts = [
                 (self._placed[name].adapter.modules[path], w)
@@ -247,7 +259,7 @@ class LoraModel:
                 [factors.b.to(weight.device, torch.float32) * (w * factors.scaling) for factors, w in parts], dim=1
             )
             left, right = (a.T, b.T) if self._shapes[path].kind != "linear" else (b, a)
-            _add_in_blocks(weight[rows], left, right, result[rows])
+            add_in_blocks(weight[rows], left, right, result[rows])
         return result
 
     def _choose_stack(self, mix: Mix) -> None:
@@ -296,22 +308,6 @@ class LoraModel:
         self._sites[path] = Site(module, members, branch, module.register_forward_hook(add))
 
 
-def _swap(module: nn.Module, new: Tensor) -> Tensor:
-    """Gives the module another weight; returns the one it had."""
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    old, weight.data = weight.data, new
-    return old
-
-
-def _add_in_blocks(weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> None:
-    """result = weight + left right, summed in float32, some rows at a time."""
-    step = max(1, FOLD_ROWS_BYTES // (4 * weight.shape[1]))
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        result[rows] = torch.addmm(weight[rows].float(), left[rows], right)
-
-
 def _slices(sizes: Iterable[int]) -> list[slice]:
     """Slices of these sizes, one behind the other."""
     ends = list(accumulate(sizes))
@@ -331,7 +327,7 @@ def _fused(modules: Sequence[nn.Linear]) -> nn.Linear:
         ]
         fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
     for module, part in zip(modules, rows, strict=True):
-        _page_out(module.weight.data)
+        page_out(module.weight.data)
         module.weight.data = fused.weight.data[part]
     return fused
 
@@ -370,28 +366,6 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     """The dtype in which the model's activations are: that of what is not quantised, most often the embedding."""
     found = (parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point)
     return next(found, torch.float32)
-
-
-def _untie(model: nn.Module, module: nn.Module) -> None:
-    """Gives the module a parameter of its own where another module shares it: a fold of one must not touch the other."""
-    shared = [
-        other for other in model.modules() if other is not module and other._parameters.get("weight") is module.weight
-    ]
-    if shared:
-        assert isinstance(module.weight, Tensor)
-        module.weight = nn.Parameter(module.weight.data, requires_grad=False)
-
-
-def _page_out(tensor: Tensor) -> None:
-    """Tells the kernel that a tensor will not be read for long: pages that are mapped from a checkpoint leave memory and
-    come back from the file when read. Advice only; harmless for any other memory, and where the kernel has none."""
-    if tensor.device.type != "cpu" or sys.platform != "linux":
-        return
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes - start) // page * page
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_PAGEOUT)
 
 
 def _check_copies(adapter: LoraAdapter, model: nn.Module) -> None:

@@ -23,10 +23,14 @@ class Usage(BaseModel):
 
 
 class UsedBlend(BaseModel):
-    """The blend that answered. identity: a digest over base, adapters' contents, weights and method."""
+    """The blend that answered. identity: a digest over base, adapters' contents, weights and method. method, options and
+    approximate: of a blend that is not the exact sum."""
 
     name: str | None = None
     weights: dict[str, float]
+    method: str | None = None
+    options: dict[str, Any] | None = None
+    approximate: bool | None = None
     identity: str
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from model_compose.components import Answer, Delta
 from model_compose.compose import Compose
 from model_compose.errors import Cancelled, ComposeError, Conflict, NotFound, RunError
+from model_compose.lora.blend import Blend
 from model_compose.workflow.runner import Done
 
 log = logging.getLogger(__name__)
@@ -94,8 +95,17 @@ def usage_and_blend(answer: Answer) -> dict[str, Any]:
             "completion_tokens": usage.completion_tokens,
             "tokens_per_second": usage.tokens_per_second,
         },
-        "blend": {"name": blend.name, "weights": dict(blend.weights), "identity": answer.identity},
+        "blend": {"name": blend.name, "weights": dict(blend.weights), **_method(blend), "identity": answer.identity},
     }
+
+
+def _method(blend: Blend) -> dict[str, Any]:
+    """How the adapters were combined, where it was not by the exact sum."""
+    method = blend.method
+    if method is None:
+        return {}
+    options = method.model_dump(exclude={"method"})
+    return {"method": method.method, "options": options, "approximate": method.approximate}
 
 
 class Tasks:

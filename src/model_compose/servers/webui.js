@@ -1,13 +1,16 @@
 // Runs in the browser: keeps sliders, number boxes and the picker of blends in step, and copies text.
-// choices: a row of weights for each entry of the picker, in the adapters' order.
+// choices: a row of weights for each entry of the picker, in the adapters' order. approximate: which entries are not the sum
+// of these weights, so that only the picker chooses them, never the weights alone.
 window.modelCompose = {
   clamp: (weight) => Math.min(Math.max(Number(weight) || 0, 0), 2),
   pick(choices, choice, weights) {
     const chosen = choices[choice] ?? weights; // "custom" changes nothing
     return [...chosen, ...chosen.map(this.clamp)];
   },
-  match(choices, weights) {
-    const found = choices.findIndex((row) => row.every((weight, at) => weight === weights[at]));
+  match(choices, approximate, choice, weights) {
+    const equal = (row) => row?.every((weight, at) => weight === weights[at]);
+    if (equal(choices[choice])) return choice;
+    const found = choices.findIndex((row, at) => !approximate[at] && equal(row));
     return found < 0 ? "custom" : String(found);
   },
 };

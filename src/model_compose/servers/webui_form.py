@@ -1,7 +1,8 @@
 """The page's form: a widget for each input of a workflow, and a mixer of sliders for each model's blend.
 
 A mixer's truth is its number boxes, which take any number; the sliders follow as far as 0 to 2. Both, and the picker of
-named blends, are kept in step inside the browser (webui.js), so that no click is ahead of the server.
+named blends, are kept in step inside the browser (webui.js), so that no click is ahead of the server. Weights mean their
+sum; a blend by another method is what the picker says, as long as the numbers are its own.
 """
 
 import json
@@ -18,6 +19,7 @@ from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
 from model_compose.expressions import Type
 from model_compose.lora.blend import Blend, Blends
+from model_compose.lora.methods import Method
 from model_compose.servers.webui_runs import mixed
 from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.variables import Variable
@@ -50,11 +52,12 @@ class Field:
 
 @dataclass(frozen=True)
 class Choice:
-    """One entry of the picker. value: what a run is sent for it."""
+    """One entry of the picker. value: what a run is sent for it. method: of a blend that is not the sum."""
 
     label: str
     value: Any
     weights: tuple[float, ...]
+    method: Method | None = None
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,39 @@ class Mixer:
     adapters: tuple[str, ...]
     choices: tuple[Choice, ...]
     numbers: tuple[Any, ...]
+    picker: Any
+
+    @property
+    def widgets(self) -> list[Any]:
+        return [*self.numbers, self.picker]
 
     def read(self, values: Sequence[Any]) -> Any:
-        """The blend for a run: None as the file says, a name, or {adapter: weight}. Raises InputError."""
-        for adapter, value in zip(self.adapters, values, strict=True):
+        """The blend for a run, by the values of `widgets`: None as the file says, a name, or {adapter: weight}.
+
+        Raises InputError.
+        """
+        for adapter, value in zip(self.adapters, values, strict=False):
             if value is None:
                 raise InputError(
                     f"the weight of {adapter} is empty; type a number, 0 leaves the adapter out", field="blend"
                 )
-        weights = tuple(map(float, values))
-        named = next((choice for choice in self.choices if choice.weights == weights), None)
-        if named is not None:
-            return named.value
+        weights = tuple(map(float, values[:-1]))
+        chosen = self._chosen(weights, values[-1])
+        if chosen is not None:
+            return chosen.value
         return {adapter: weight for adapter, weight in zip(self.adapters, weights, strict=True) if weight}
+
+    def shown(self, values: Sequence[Any]) -> str:
+        """The blend in words, by the values of `widgets`."""
+        weights = tuple(float(value or 0) for value in values[:-1])
+        chosen = self._chosen(weights, values[-1])
+        method = f" ({chosen.method.method})" if chosen and chosen.method else ""
+        return mixed(dict(zip(self.adapters, weights, strict=True))) + method
+
+    def _chosen(self, weights: tuple[float, ...], picked: str) -> Choice | None:
+        """The entry that is picked, if the weights are still its own; else the one whose sum they are."""
+        alike = {str(at): choice for at, choice in enumerate(self.choices) if choice.weights == weights}
+        return alike.get(picked) or next((choice for choice in alike.values() if choice.method is None), None)
 
 
 @dataclass(frozen=True)
@@ -91,7 +114,7 @@ class Form:
     @property
     def widgets(self) -> list[Any]:
         """What a run reads, in the order in which `read` takes the values."""
-        return [field.widget for field in self.fields] + [number for mixer in self.mixers for number in mixer.numbers]
+        return [field.widget for field in self.fields] + [widget for mixer in self.mixers for widget in mixer.widgets]
 
     def read_input(self, values: Sequence[Any]) -> Any:
         """The workflow's input: one value without a name, or an object; fields left empty are not in it."""
@@ -108,18 +131,20 @@ class Form:
         return result
 
     def mixed(self, values: Sequence[Any]) -> str:
-        """The weights that the sliders show, in words."""
-        rest = iter(values[len(self.fields) :])
-        mixes = [mixed({adapter: next(rest) or 0 for adapter in mixer.adapters}) for mixer in self.mixers]
-        return "; ".join(mixes)
+        """The blends that the mixers show, in words."""
+        return "; ".join(mixer.shown(part) for mixer, part in self._by_mixer(values))
 
     def read_blend(self, values: Sequence[Any]) -> Any:
         """What Compose.run takes as `blend`. Raises InputError."""
-        rest = iter(values[len(self.fields) :])
-        blends = {mixer.component: mixer.read([next(rest) for _ in mixer.adapters]) for mixer in self.mixers}
+        blends = {mixer.component: mixer.read(part) for mixer, part in self._by_mixer(values)}
         if self.by_component:
             return {id: blend for id, blend in blends.items() if blend is not None} or None
         return next(iter(blends.values()), None)
+
+    def _by_mixer(self, values: Sequence[Any]) -> Iterator[tuple[Mixer, list[Any]]]:
+        rest = iter(values[len(self.fields) :])
+        for mixer in self.mixers:
+            yield mixer, [next(rest) for _ in mixer.widgets]
 
 
 def draw_form(compose: Compose, workflow: WorkflowOptions) -> Form:
@@ -220,6 +245,7 @@ def _draw_mixer(component: str, blends: Blends, preset: Blend | None, *, titled:
             rows.append((slider, number))
     sliders, numbers = [slider for slider, _ in rows], [number for _, number in rows]
     table = json.dumps([choice.weights for choice in choices])
+    approximate = json.dumps([choice.method is not None for choice in choices])
     in_browser: dict[str, Any] = {"fn": None, "queue": False, "show_progress": "hidden", "api_visibility": "private"}
     for slider, number in rows:
         slider.input(inputs=slider, outputs=number, js="(weight) => weight", **in_browser)
@@ -229,27 +255,31 @@ def _draw_mixer(component: str, blends: Blends, preset: Blend | None, *, titled:
         js=f"(choice, ...weights) => modelCompose.pick({table}, choice, weights)", **in_browser,
     )  # fmt: skip
     gr.on(
-        [number.change for number in numbers], inputs=numbers, outputs=picker,
-        js=f"(...weights) => modelCompose.match({table}, weights)", **in_browser,
+        [number.change for number in numbers], inputs=[picker, *numbers], outputs=picker,
+        js=f"(choice, ...weights) => modelCompose.match({table}, {approximate}, choice, weights)", **in_browser,
     )  # fmt: skip
-    return Mixer(component, blends.adapters, choices, tuple(numbers))
+    return Mixer(component, blends.adapters, choices, tuple(numbers), picker)
 
 
 def _choices(blends: Blends, preset: Blend | None) -> Iterator[Choice]:
-    """The file's own blend first, then the named ones, each adapter alone, and the bare base; equal weights only once."""
+    """The file's own blend first, then the named ones, each adapter alone, and the bare base; each function only once."""
 
     def row(blend: Blend) -> tuple[float, ...]:
         return tuple(float(blend.weights.get(adapter, 0)) for adapter in blends.adapters)
 
     default = preset or blends.default
     offered = [
-        Choice("Default (YAML)", None if preset else dict(default.weights), row(default)),
-        *(Choice(name, name, row(blend)) for name, blend in blends.named.items()),
+        Choice("Default (YAML)", None if preset else dict(default.weights), row(default), default.method),
+        *(Choice(_label(blend), name, row(blend), blend.method) for name, blend in blends.named.items()),
         *(Choice(f"{name} alone", name, row(Blend({name: 1.0}))) for name in blends.adapters),
         Choice("Bare base", {}, row(Blend({}))),
     ]
     taken = set()
     for choice in offered:
-        if choice.weights not in taken:
-            taken.add(choice.weights)
+        if (choice.weights, choice.method) not in taken:
+            taken.add((choice.weights, choice.method))
             yield choice
+
+
+def _label(blend: Blend) -> str:
+    return str(blend.name) if blend.method is None else f"{blend.name} ({blend.method.method})"

@@ -123,11 +123,12 @@ def _facts_of(run: Run, answer: Answer, *, named: bool) -> str:
 
 
 def blend_shown(answer: Answer) -> str:
-    """Such as "alpaca 0.7 · assistant 0.8 (default)"."""
+    """Such as "alpaca 0.7 · assistant 0.8 (default)", or "alpaca 1 · pirate 0.5 (merged, ties)"."""
     blend = answer.blend
     if not blend.active:
         return mixed({}) if blend.name in (None, "default") else f"{mixed({})} ({blend.name})"
-    return f"{mixed(blend.weights)} ({blend.name or 'custom'})"
+    method = f", {blend.method.method}" if blend.method else ""
+    return f"{mixed(blend.weights)} ({blend.name or 'custom'}{method})"
 
 
 def mixed(weights: Mapping[str, float]) -> str:

@@ -58,9 +58,12 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
     route, prompt, shown = _asking(prompts[0])
     plain, extra = _sampling(asked.sampling, model.sampling())
     lora = [{"name": name, "scale": weight} for name, weight in answer.blend.weights.items() if weight]
-    if model.blends.adapters:
+    id = public_id(answer.component)
+    if answer.blend.method is not None:  # `lora` would be the sum
+        id += f":{answer.blend.name}"
+    elif model.blends.adapters:
         extra = {"lora": lora, **extra}
-    arguments = {"model": public_id(answer.component), **prompt, **plain, **({"extra_body": extra} if extra else {})}
+    arguments = {"model": id, **prompt, **plain, **({"extra_body": extra} if extra else {})}
     needs_key = compose.config.serving.server is not None and bool(compose.config.serving.server.api_keys)
     key = f'os.environ["{KEY}"]' if needs_key else '"none"'
     return "\n".join(

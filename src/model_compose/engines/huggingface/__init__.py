@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -12,15 +13,16 @@ from pydantic import ByteSize, Field
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
 from model_compose.engines.parts import check_logit_bias, fetch_adapter, refuse_common, tokenize
-from model_compose.errors import Conflict, InputError, NotReady, Overloaded
+from model_compose.errors import Conflict, InputError, LoadError, NotReady, Overloaded
 from model_compose.generation import Chunk, Request, ResponseFormat
 from model_compose.lora.blend import Blend, Blends
-from model_compose.progress import Report
+from model_compose.progress import Progress, Report
 from model_compose.schema import Options
 
 if TYPE_CHECKING:
     from model_compose.engines.huggingface.batch import Batch
     from model_compose.engines.huggingface.cache import KVCache
+    from model_compose.engines.huggingface.compiled import Compiled
     from model_compose.engines.huggingface.grammar import Grammars
     from model_compose.engines.huggingface.loop import Loop
     from model_compose.engines.huggingface.model import Loaded
@@ -44,8 +46,9 @@ class HuggingfaceOptions(Options):
     )
     fold: Literal["auto", "never", "always"] = Field(
         default="auto",
-        description="Add a blend into the weights, which then costs nothing per token. auto: in float32, while all running "
-        "requests use the same; always: the default blend, and no other is taken",
+        description="Add a blend into the weights, which then costs nothing per token. auto: in float32, while all "
+        "running requests use the same, and a blend by a method of full rank whenever it is asked for; always: the "
+        "default blend, and no other is taken",
     )
 
 
@@ -61,6 +64,7 @@ class HuggingfaceEngine:
         self._loaded: Loaded | None = None
         self._batch: Batch | None = None
         self._loop: Loop | None = None
+        self._compiled: Compiled
         self._cache: KVCache | None = None
         self._grammars: Grammars
         self._context = 0
@@ -80,12 +84,15 @@ class HuggingfaceEngine:
             raise ValueError(
                 "fold: always cannot be with 'quantization': a quantised base is never folded; leave fold out"
             )
+        _refuse_full_rank(options, options.options.fold)
 
     async def open(self, report: Report) -> None:
+        from model_compose.engines.huggingface.compiled import Compiled
         from model_compose.engines.huggingface.loop import Loop
 
-        self._loaded, batch = await in_daemon_thread(lambda: self._load(report))
-        self._batch, self._loop = batch, Loop(batch)
+        loaded, batch = await in_daemon_thread(lambda: self._load(report))
+        self._loaded, self._batch, self._loop = loaded, batch, Loop(batch)
+        self._compiled = Compiled(loaded.lora, batch, self._loop)
 
     def _load(self, report: Report) -> tuple["Loaded", "Batch"]:
         import torch
@@ -101,6 +108,8 @@ class HuggingfaceEngine:
             self._options, self._base_dir, report, trust_remote_code=own.trust_remote_code,
             max_adapters=own.max_adapters_on_device,
         )  # fmt: skip
+        for blend in self._blends.full_rank:
+            _fold_ahead(loaded, blend, report)
         # In fewer bits a fold would round small deltas away. It takes a second copy of the weights that it touches.
         auto = own.fold == "auto" and loaded.dtype == torch.float32 and self._options.quantization is None
         free = free_memory(loaded.device)
@@ -131,11 +140,15 @@ class HuggingfaceEngine:
         format = request.sampling.response_format
         texts = range(request.sampling.num_return_sequences)
         constraints = [await asyncio.to_thread(self._grammars.start, format) if format else None for _ in texts]
-        # Nothing is awaited from here until the thread has the sequences: an adapter that is unloaded in between would be
-        # gone from under them.
+        # Nothing is awaited from here until the thread has the sequences, but for the adapter that an svd is made into: one
+        # that is unloaded in between would be gone from under them.
         mailbox = Mailbox()
         identity = self.identity(request.blend)
-        blend = Blend({self._keys[name]: weight for name, weight in request.blend.active.items()})
+        blend = replace(
+            request.blend, weights={self._keys[name]: weight for name, weight in request.blend.active.items()}
+        )
+        if blend.low_rank:
+            blend = await self._compiled.blend(identity, blend)
         prompt = Prompt(tokens, blend, identity, request.sampling, self._context)
         sequences = [
             Sequence(prompt, index, loaded.eos, loaded.tokenizer, constraint, mailbox.put)
@@ -220,9 +233,57 @@ class HuggingfaceEngine:
     def _check(self, request: Request, loaded: "Loaded") -> None:
         """Raises InputError for what this model cannot do."""
         check_logit_bias(request, loaded.vocabulary)
-        if self._own.fold == "always" and request.blend.active != self._blends.default.active:
+        if request.blend.full_rank and not any(request.blend.equals(blend) for blend in self._blends.full_rank):
+            raise InputError(
+                f"the blend {request.blend.described} has full rank and runs folded into the weights only, in a copy that "
+                "is made when the model loads; put it under the file's 'blends'",
+                field="blend",
+            )
+        if self._own.fold == "always" and not request.blend.equals(self._blends.default):
             raise InputError(
                 "this model has its default blend folded in (options.fold: always) and takes no other; leave 'blend' out, "
                 "or set fold: never",
                 field="blend",
             )
+
+
+def _refuse_full_rank(options: ModelOptions, fold: str) -> None:
+    """A blend of full rank runs folded, in a copy of the weights. Raises ValueError where it cannot."""
+    blends = options.to_blends().full_rank
+    if not blends:
+        return
+    which = f"the blend {blends[0].described} has full rank and runs folded into the weights only"
+    if len(blends) > 1:
+        raise ValueError(
+            f"the blends {' and '.join(blend.described for blend in blends)} have full rank and run folded into a copy of "
+            "the weights, and a component holds one such copy; keep one of them, use method: svd, or give the others a "
+            "component of their own"
+        )
+    if options.quantization is not None:
+        raise ValueError(f"{which}, and a quantised base is never folded; use method: svd, or leave quantization out")
+    if fold == "always":
+        raise ValueError(f"{which}, but fold: always takes the default blend alone; use method: svd, or set fold: auto")
+    if fold == "never":
+        raise ValueError(f"{which}, and fold is never; use method: svd, or set fold: auto")
+
+
+def _fold_ahead(loaded: "Loaded", blend: Blend, report: Report) -> None:
+    """Makes the weights of a blend of full rank and lays them aside, so that a request for it only swaps them in.
+
+    Raises LoadError.
+    """
+    from model_compose.engines.huggingface.memory import size_text
+
+    lora, which = loaded.lora, f"the blend {blend.described}"
+    if not lora.can_fold(blend):
+        raise LoadError(f"{which} runs folded only, and this base is quantised, which is never folded; use method: svd")
+    report(Progress(f"folding {which}", 0, 1, "blends"))
+    try:
+        lora.fold(blend)
+    except (RuntimeError, MemoryError) as error:  # torch says by a RuntimeError that memory is short
+        size = size_text(lora.fold_bytes(blend))
+        raise LoadError(
+            f"no memory for {which}, whose weights take {size} besides the base's; use method: svd"
+        ) from error
+    lora.unfold(keep=True)
+    report(Progress(f"folding {which}", 1, 1, "blends"))

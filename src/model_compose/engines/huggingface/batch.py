@@ -1,8 +1,9 @@
 """The scheduler: which sequences run, how many tokens of each, and one forward pass for all of them a step.
 
 A step gives every sequence that decodes one token, and shares PREFILL_TOKENS among the prompts that are being read, so
-that a long prompt stalls nobody and a short one overtakes it. Sequences join in the order in which they came. When the KV
-cache is full, old prefixes go first, then the youngest sequence, which is computed again later.
+that a long prompt stalls nobody and a short one overtakes it. Sequences join in the order in which they came; one whose
+blend runs folded only waits until all that run have its blend, and those behind it wait too, so that nobody starves. When
+the KV cache is full, old prefixes go first, then the youngest sequence, which is computed again later.
 """
 
 import logging
@@ -131,7 +132,7 @@ class Batch:
                 kept.append(sequence)
                 continue
             try:
-                fits = not self._too_many_adapters(sequence) and self._give_row(sequence)
+                fits = self._goes_with_running(sequence) and self._give_row(sequence)
             except Exception as error:  # no memory for the row
                 sequence.fail(error)
                 continue
@@ -149,9 +150,15 @@ class Batch:
             for other in self.running
         )
 
-    def _too_many_adapters(self, sequence: Sequence) -> bool:
+    def _goes_with_running(self, sequence: Sequence) -> bool:
+        """A blend that only runs folded has the batch to itself; of others, there may be a limit of adapters."""
+        if not self.running:
+            return True
+        first = self.running[0].blend
+        if first.full_rank or sequence.blend.full_rank:
+            return first.equals(sequence.blend)
         used = {name for other in (*self.running, sequence) for name in other.blend.active}
-        return self._max_adapters is not None and len(used) > self._max_adapters and bool(self.running)
+        return self._max_adapters is None or len(used) <= self._max_adapters
 
     def _give_row(self, sequence: Sequence) -> bool:
         """A row with whatever is known of the beginning of the sequence's tokens. False where there is no room."""
@@ -210,19 +217,22 @@ class Batch:
 
     def _fold_or_not(self, sequences: List[Sequence]) -> None:
         """With `fold: auto`: folded while all use the same blend; live as soon as one uses another."""
-        if not self._auto_fold:
+        first, folded = sequences[0].blend, self._lora.folded
+        if folded is not None and folded.full_rank and not folded.equals(first):
+            self._lora.unfold(keep=True)
+            folded = None
+        if not self._auto_fold or first.full_rank:
             return
-        first = sequences[0].blend.active
-        alike = all(sequence.blend.active == first for sequence in sequences)
-        if self._lora.folded is not None:
-            if not alike or self._lora.folded.active != first:
+        alike = all(sequence.blend.equals(first) for sequence in sequences)
+        if folded is not None:
+            if not alike or not folded.equals(first):
                 self._lora.unfold(keep=True)
                 self._same = 0
             return
-        self._same = self._same + 1 if alike and first else 0
-        if self._same > FOLD_AFTER or (self._same and self._lora.keeps(sequences[0].blend)):
+        self._same = self._same + 1 if alike and first.active else 0
+        if self._same > FOLD_AFTER or (self._same and self._lora.keeps(first)):
             try:
-                self._lora.fold(sequences[0].blend)
+                self._lora.fold(first)
             except (RuntimeError, MemoryError) as error:  # live serves as well
                 log.warning("no memory to fold the blend, it stays live: %s", error)
                 self._auto_fold = False
@@ -261,6 +271,8 @@ class Batch:
 
     def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
         """Logits (sequences, vocabulary) in the order that comes with them: numbers into `work`."""
+        if work[0][0].blend.full_rank:  # and thus all of them
+            self._lora.fold(work[0][0].blend)
         pieces = []
         for sequence, count in work:
             assert sequence.row is not None

@@ -24,6 +24,8 @@ from model_compose.engines.huggingface.sizes import (
     weight_of,
 )
 from model_compose.errors import LoadError
+from model_compose.lora.blend import Blend
+from model_compose.lora.methods import LowRank
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +49,7 @@ class Needs:
 
     kept: factors of adapters as stored, for folding and for adapters whose turn on the device comes later. folded: the
     second copy of the weights that the default blend's fold touches; 0 where the originals are mapped and give way.
+    full_rank: the copy of those that the blend of full rank touches, which is always there.
     loading: the base before it is quantised, where it is converted whole; else 0.
     working: what a step holds besides; an estimate. smaller: settings that would shrink the base, and to what.
     """
@@ -60,6 +63,7 @@ class Needs:
     adapters_at_once: int | None = None
     kept: int = 0
     folded: int = 0
+    full_rank: int = 0
     loading: int = 0
     fold: Literal["auto", "never", "always"] = "never"
     context: int = 0
@@ -78,7 +82,7 @@ class Needs:
     @property
     def weights(self) -> int:
         """All that is there before the first request."""
-        return self.base + self.adapters_held + self.kept + self.folded
+        return self.base + self.adapters_held + self.kept + self.folded + self.full_rank
 
     @property
     def least(self) -> int:
@@ -172,11 +176,13 @@ def needs(
     own, shapes = checkpoint_dtype(model, checkpoint), module_shapes(model)
     compute = dtype if isinstance(dtype, torch.dtype) else own
     in_place = device.type == "cpu" and checkpoint.format == "safetensors" and compute == own
-    folding = options.to_blends().default.active
-    touched = {path for adapter in adapters.keys() & folding for path in adapters[adapter].ranks}
+    blends = options.to_blends()
+    touched = _touched(blends.default, adapters)
+    copied = {path for blend in blends.full_rank for path in _touched(blend, adapters)}
     base = replace(
         Needs(name, device_name(device), free(device)),
         **_base_needs(options, model, touched, in_place, device, compute, checkpoint),
+        full_rank=sum(weight_of(model, path).numel() for path in copied) * compute.itemsize,
     )
     found = {base.device: base}
 
@@ -189,12 +195,35 @@ def needs(
             itemsize = (compute if adapter.precision == "auto" else getattr(torch, adapter.precision)).itemsize
             size = parameters(adapters[adapter_name].ranks, shapes) * itemsize
             found[there.device] = replace(there, adapters={**there.adapters, adapter_name: size})
-    if kept := sum(adapter.stored for adapter in adapters.values()):
+    kept = sum(adapter.stored for adapter in adapters.values())
+    for blend in blends.named.values():
+        if ranks := _compressed(blend, adapters):
+            size = parameters(ranks, shapes)
+            there = found[base.device]
+            held = {**there.adapters, blend.described: size * compute.itemsize}
+            found[base.device] = replace(there, adapters=held)
+            kept += size * torch.float32.itemsize
+    if kept:
         found["cpu"] = replace(on(torch.device("cpu")), kept=kept)
     at_once = _own(options).max_adapters_on_device
     found = {key: replace(there, adapters_at_once=at_once) for key, there in found.items()}
     found[base.device] = _with_kv_cache(options, found[base.device], model.config, device, compute)
     return tuple(found.values())
+
+
+def _touched(blend: Blend, adapters: Mapping[str, AdapterSize]) -> set[str]:
+    """The modules that a blend changes."""
+    return {path for adapter in adapters.keys() & blend.active for path in adapters[adapter].ranks}
+
+
+def _compressed(blend: Blend, adapters: Mapping[str, AdapterSize]) -> dict[str, int]:
+    """Ranks by module of what a method of low rank makes of a blend; {} for any other blend."""
+    if not isinstance(blend.method, LowRank):
+        return {}
+    known = [adapters[name].ranks for name in adapters.keys() & blend.active]
+    return {
+        path: min(blend.method.rank, sum(ranks.get(path, 0) for ranks in known)) for path in _touched(blend, adapters)
+    }
 
 
 def check_fits(needs: Needs) -> None:
@@ -206,6 +235,7 @@ def check_fits(needs: Needs) -> None:
         "the base": needs.base,
         "adapters": needs.adapters_held + needs.kept,
         "folded weights": needs.folded if needs.fold == "always" else 0,
+        "the weights of the blend of full rank": needs.full_rank,
         "a KV cache" if needs.kv_given else f"a KV cache of {needs.least_tokens} tokens": needs.kv_least,
     }
     if needs.least > sum(parts.values()):

@@ -1,0 +1,51 @@
+"""DARE: drop entries at random, rescale the rest, and sum.
+
+    Σ w_i · m_i ⊙ D_i / density        m_i is 1 with probability `density`, else 0; the expected value is the exact sum
+
+Yu et al., Language Models are Super Mario, https://arxiv.org/abs/2311.03099. As PEFT's `dare_linear`, on deltas. The masks
+follow from the seed, the module's path and the adapter's place alone: one file is one function, every time it is loaded.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from model_compose.lora.methods import FullRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DareLinear(FullRank):
+    """The weighted sum of the adapters with entries dropped at random and the rest rescaled."""
+
+    method: Literal["dare_linear"] = "dare_linear"
+    density: float = Field(gt=0, le=1, description="The share of entries that is kept, at random")
+    seed: int = Field(default=0, ge=0, description="Another seed drops other entries")
+
+    def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
+        parts = zip(drop(deltas, self.density, self.seed, key), weights, strict=True)
+        first, weight = next(parts)
+        total = first.mul_(weight)
+        for delta, weight in parts:
+            total.add_(delta, alpha=weight)
+        return total
+
+
+def drop(deltas: "Sequence[Tensor]", density: float, seed: int, key: str) -> "list[Tensor]":
+    """New tensors m_i ⊙ D_i / density. The masks are drawn on the CPU, so that they are the same on every device."""
+    import torch
+
+    dropped = []
+    for place, delta in enumerate(deltas):
+        generator = torch.Generator().manual_seed(seed_of(seed, key, place))
+        mask = torch.bernoulli(torch.full(delta.shape, density), generator=generator)
+        dropped.append(delta * mask.to(delta.device) / density)
+    return dropped
+
+
+def seed_of(seed: int, key: str, place: int) -> int:
+    """Of one mask: for the module `key` and the adapter that stands at `place` among those that act on it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}:{place}".encode()).digest()[:8])

@@ -1,0 +1,37 @@
+"""Magnitude pruning: the weighted sum of what is largest in each adapter.
+
+    Σ w_i · top(D_i)        top keeps the ⌊density · n⌋ of the n entries that are largest in size, and makes the others 0
+
+Han et al., https://arxiv.org/abs/1506.02626; for merging, the first step of TIES. As PEFT's `magnitude_prune`, on deltas.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from model_compose.lora.methods import FullRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class MagnitudePrune(FullRank):
+    """The weighted sum of each adapter's largest changes."""
+
+    method: Literal["magnitude_prune"] = "magnitude_prune"
+    density: float = Field(gt=0, le=1, description="The share of each module's entries that is kept")
+
+    def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
+        pruned = (top(delta, self.density).mul_(weight) for delta, weight in zip(deltas, weights, strict=True))
+        total = next(pruned)
+        for part in pruned:
+            total += part
+        return total
+
+
+def top(delta: "Tensor", density: float) -> "Tensor":
+    """A new tensor with the ⌊density · n⌋ entries of largest size, 0 elsewhere."""
+    flat = delta.flatten()
+    kept = flat.abs().topk(int(density * len(flat)), sorted=False).indices
+    return flat.new_zeros(len(flat)).index_copy_(0, kept, flat[kept]).view_as(delta)
