@@ -16,6 +16,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from model_compose import __version__
+from model_compose.commands.export import export
+from model_compose.commands.options import (
+    EnvFiles,
+    EnvPairs,
+    Files,
+    Verbose,
+    all_files,
+    global_files,
+    load_files,
+    log_to_stderr,
+    parse_json,
+)
 from model_compose.errors import ComposeError, ConfigError, Conflict, InputError, LoadError
 from model_compose.progress import Progress, silent
 
@@ -33,20 +45,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]}, rich_markup_mode=None,
     help="Serve a base language model with several weighted LoRA adapters, blended exactly, from one YAML file.",
 )  # fmt: skip
-
-Files = Annotated[
-    list[Path] | None,
-    typer.Option("--file", "-f", metavar="FILE", help="YAML file; repeatable, later ones win (model-compose.yml)"),
-]
-EnvFiles = Annotated[
-    list[Path] | None, typer.Option("--env-file", metavar="FILE", help="File of NAME=VALUE lines (.env); repeatable")
-]
-EnvPairs = Annotated[
-    list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="One variable; repeatable")
-]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More in the log, and tracebacks")]
-
-_global_files: list[Path] = []
 
 
 def main() -> NoReturn:
@@ -86,7 +84,7 @@ def options(
     if version:
         print(f"model-compose {__version__}")
         raise typer.Exit
-    _global_files[:] = files or []
+    global_files[:] = files or []
 
 
 @app.command()
@@ -98,7 +96,7 @@ def up(
     verbose: Verbose = False,
 ) -> None:
     """Load the models and serve until stopped."""
-    loaded = _load(files, env_files, env)
+    loaded = load_files(files, env_files, env)
     controller = loaded.config.serving
     if controller.server is None and controller.webui is None:
         raise ConfigError(
@@ -111,7 +109,7 @@ def up(
         pairs = dict(pair.split("=", 1) for pair in env or ())
         _detach(loaded, [*arguments, *(["--verbose"] if verbose else [])], pairs)
     else:
-        _log_to_stderr(verbose)
+        log_to_stderr(verbose)
         _serve(loaded)
 
 
@@ -121,7 +119,7 @@ def down(files: Files = None) -> None:
     from model_compose.loading import find_files
     from model_compose.running import find
 
-    found = find_files(_all_files(files))
+    found = find_files(all_files(files))
     record = find(found)
     if record is None:
         print(f"{found[0].name} is not up", file=sys.stderr)
@@ -161,13 +159,13 @@ def run(
     from model_compose.oneshot import run_here, run_there
     from model_compose.terminal import Printer, bars, render, write
 
-    value, mix = _json(_input_text(input), "--input"), _blend(blend)
-    loaded = _load(files, env_files, env)
+    value, mix = parse_json(_input_text(input), "--input"), _blend(blend)
+    loaded = load_files(files, env_files, env)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(
             f"--output: {output} is a folder" if output.is_dir() else f"--output: no folder {output.parent}"
         )
-    _log_to_stderr(verbose, level=logging.WARNING)
+    log_to_stderr(verbose, level=logging.WARNING)
     printer = Printer() if stream and output is None else None
     try:
         if record := _service(loaded):
@@ -190,7 +188,7 @@ def run(
 @app.command()
 def validate(files: Files = None, env_files: EnvFiles = None, env: EnvPairs = None) -> None:
     """Check the file without loading any model."""
-    config = _load(files, env_files, env).config
+    config = load_files(files, env_files, env).config
     server = config.serving.server
     counts = f"{len(config.all_components)} component(s), {len(config.all_workflows)} workflow(s)"
     print(f"✅ Configuration is valid (controller: {server.type if server else 'none'}, {counts})")
@@ -213,8 +211,8 @@ def plan(
     from model_compose.terminal import bars, render
 
     pretended = planning.parse_memory(memory or ())
-    loaded = _load(files, env_files, env)
-    _log_to_stderr(verbose, level=logging.WARNING)
+    loaded = load_files(files, env_files, env)
+    log_to_stderr(verbose, level=logging.WARNING)
     with bars() as report:
         made = planning.plan(loaded, pretended, report)
     if as_json:
@@ -234,19 +232,9 @@ def schema() -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
+app.command()(export)
 app.command("start", hidden=True)(up)
 app.command("stop", hidden=True)(down)
-
-
-def _all_files(files: list[Path] | None) -> list[Path]:
-    return [*_global_files, *(files or [])]
-
-
-def _load(files: list[Path] | None, env_files: list[Path] | None, env: list[str] | None) -> "Loaded":
-    from model_compose.loading import environment, find_files, load
-
-    found = find_files(_all_files(files))
-    return load(found, environment(env_files or (), env or ()))
 
 
 def _service(loaded: "Loaded") -> "Record | None":
@@ -366,18 +354,9 @@ def _input_text(given: str) -> str:
     return given
 
 
-def _json(text: str, option: str) -> Any:
-    from model_compose.expressions import strict_json
-
-    try:
-        return strict_json(text)
-    except ValueError as error:
-        raise InputError(f'{option} is not valid JSON: {error}; example: \'{{"prompt": "Hello"}}\'') from None
-
-
 def _blend(given: str | None) -> Any:
     """A name as it is; anything that starts like JSON as JSON."""
-    return _json(given, "--blend") if given and given.lstrip()[:1] in "{[" else given
+    return parse_json(given, "--blend") if given and given.lstrip()[:1] in "{[" else given
 
 
 def _complain(error: Exception) -> None:
@@ -389,8 +368,3 @@ def _complain(error: Exception) -> None:
     print(
         f"❌ {error}" if known else f"❌ unexpected {type(error).__name__}: {error} (-v shows where)", file=sys.stderr
     )
-
-
-def _log_to_stderr(verbose: bool, level: int = logging.INFO) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)-8s %(message)s", stream=sys.stderr)
-    logging.getLogger("model_compose").setLevel(logging.DEBUG if verbose else level)
