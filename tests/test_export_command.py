@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from model_compose.cli import app
 from model_compose.commands.export import parse_blend
 from model_compose.errors import InputError
 from model_compose.export.destination import check_free, whole
@@ -66,15 +68,14 @@ def test_empty_folder_may_be_the_destination(project: Path, folder: Path) -> Non
         (("--format", "merged", "-o", "."), "is not empty"),
     ],
 )
-def test_wrong_order_is_refused_in_one_line(
-    project: Path, folder: Path, arguments: tuple[str, ...], complaint: str
+def test_wrong_order_is_refused(
+    project: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], complaint: str
 ) -> None:
+    monkeypatch.chdir(folder)
     (folder / "here").touch()
     output = () if "-o" in arguments else ("-o", "out")
-    code, out, err = cli("export", *arguments, *output, "-f", str(project), cwd=folder)
-    assert (code, out) == (1, "")
-    assert complaint in err
-    assert err.count("\n") == 1
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        app(["export", *arguments, *output, "-f", str(project)], standalone_mode=False)
     assert [path.name for path in folder.iterdir()] == ["here"]
 
 
@@ -168,15 +169,30 @@ def test_folder_that_cannot_be_written(project: Path, folder: Path) -> None:
     assert "--output: /proc/out cannot be written" in err
 
 
-def test_two_at_once_do_not_remove_each_other(tmp_path: Path) -> None:
+def test_two_at_once_leave_each_other_alone(tmp_path: Path) -> None:
+    """The second to end finds the place taken."""
     with whole(tmp_path / "out") as first:
         first.mkdir()
-        with pytest.raises(InputError, match="nothing is left of it"), whole(tmp_path / "out") as second:
+        (first / "of the first").touch()
+        with whole(tmp_path / "out") as second:
             second.mkdir()
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "of somebody else").touch()
+            (second / "of the second").touch()
         assert first.is_dir()
-        (tmp_path / "out" / "of somebody else").unlink()
+        assert (tmp_path / "out" / "of the second").is_file()
+        (first / "of the first").unlink()
+        (tmp_path / "out" / "of the second").unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_place_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    def write() -> None:
+        with whole(tmp_path / "out") as path:
+            path.write_text("ours")
+            (tmp_path / "out").write_text("theirs")
+
+    with pytest.raises(InputError, match="exists"):
+        write()
+    assert (tmp_path / "out").read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -204,7 +204,9 @@ def _check_copies(export: Export) -> None:
     from model_compose.export.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(export.base, export.model)
+    tied = export.model.all_tied_weights_keys
+    other = {**tied, **{source: target for target, source in tied.items()}}
     for adapter in export.adapters.values():
         for key, copy in adapter.copies.items():
-            stored = checkpoint.stored(key)
+            stored = checkpoint.stored(key) or checkpoint.stored(other.get(key, key))
             check_copy(adapter, key, copy, None if stored is None else checkpoint.read(stored))

@@ -26,7 +26,7 @@ def whole(destination: Path) -> Iterator[Path]:
     Raises InputError where `destination` exists (but for an empty folder) or cannot be written.
     """
     destination = Path(os.path.abspath(destination))
-    _check_free(destination)
+    _check_vacant(destination)
     prefix = f".{destination.name}.partial-"
     try:
         _clear(destination.parent, prefix)
@@ -35,6 +35,7 @@ def whole(destination: Path) -> Iterator[Path]:
             with FileLock(hidden / LOCK):
                 yield hidden / destination.name
                 _sync(hidden)
+                _check_vacant(destination)
                 if destination.is_dir():
                     destination.rmdir()  # empty, or this fails; Windows renames onto nothing
                 os.rename(hidden / destination.name, destination)
@@ -57,7 +58,7 @@ def check_free(path: Path, size: int) -> None:
         )
 
 
-def _check_free(destination: Path) -> None:
+def _check_vacant(destination: Path) -> None:
     if not destination.parent.is_dir():
         raise InputError(f"--output: no folder {destination.parent}; make it first")
     if os.path.lexists(destination) and not (destination.is_dir() and not any(destination.iterdir())):
