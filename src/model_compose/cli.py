@@ -17,6 +17,7 @@ import typer
 
 from model_compose import __version__
 from model_compose.commands import adapters
+from model_compose.commands.export import export
 from model_compose.commands.options import (
     EnvFiles,
     EnvPairs,
@@ -255,6 +256,7 @@ def schema() -> None:
 
 
 app.add_typer(adapters.app, name="adapters")
+app.command()(export)
 app.command("start", hidden=True)(up)
 app.command("stop", hidden=True)(down)
 

@@ -192,6 +192,20 @@ def check(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> None:
             )
 
 
+def check_copy(adapter: LoraAdapter, name: str, copy: "torch.Tensor", weight: "torch.Tensor | None") -> None:
+    """PEFT may store the base's embedding along with its adapter; where it was trained, the sum would not be exact.
+
+    name: the parameter. weight: the base's own, None where it has none. Raises AdapterError where they differ.
+    """
+    import torch
+
+    if weight is None or weight.shape != copy.shape or not torch.equal(copy.to(weight.device, weight.dtype), weight):
+        raise AdapterError(
+            f"adapter '{adapter.name}': it brings its own '{name}', which differs from the base model's (a resized or "
+            "trained embedding). Replaced weights cannot be weighted; such an adapter is refused."
+        )
+
+
 def _read_tensors(path: Path, name: str) -> dict[str, "torch.Tensor"]:
     """Tensors by their stored names. A .bin is a pickle: read with weights_only=True, which executes nothing."""
     import pickle

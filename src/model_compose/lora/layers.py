@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from model_compose.errors import AdapterError
-from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
+from model_compose.lora.adapter import LoraAdapter, ModuleShape, check, check_copy
 from model_compose.lora.blend import Blend, delta
 from model_compose.lora.folding import add_in_blocks, page_out, swap, untie
 from model_compose.lora.live import Branch, Layout, Mix, Placed
@@ -369,16 +368,6 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _check_copies(adapter: LoraAdapter, model: nn.Module) -> None:
-    """PEFT may store the base's embedding along with its adapter; where it was trained, the sum would not be exact."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, copy in adapter.copies.items():
-        weight = parameters.get(name)
-        if (
-            weight is None
-            or weight.shape != copy.shape
-            or not torch.equal(copy.to(weight.device, weight.dtype), weight)
-        ):
-            raise AdapterError(
-                f"adapter '{adapter.name}': it brings its own '{name}', which differs from the base model's (a resized or "
-                "trained embedding). Replaced weights cannot be weighted; such an adapter is refused."
-            )
+        check_copy(adapter, name, copy, parameters.get(name))

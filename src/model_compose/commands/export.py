@@ -1,0 +1,100 @@
+"""`model-compose export`: a blend as files."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from model_compose.commands.options import (
+    EnvFiles,
+    EnvPairs,
+    Files,
+    Verbose,
+    load_files,
+    log_to_stderr,
+    parse_json,
+)
+from model_compose.errors import InputError
+
+if TYPE_CHECKING:
+    from model_compose.engines import Precision
+
+
+def export(
+    format: Annotated[str, typer.Option("--format", metavar="peft|merged|gguf|gguf-merged", help="What is written")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER|FILE.gguf", help="Where it goes; nothing is overwritten")
+    ],
+    component: Annotated[
+        str | None, typer.Option("--component", metavar="ID", help="Whose blend, where the file has several models")
+    ] = None,
+    blend: Annotated[
+        str | None,
+        typer.Option("--blend", "-b", metavar="NAME|JSON|A=0.7,B=0.8", help="Which; the default if left out"),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="DTYPE", help="float32, float16, bfloat16; auto keeps what there is")
+    ] = "auto",
+    shard_size: Annotated[
+        str | None, typer.Option("--shard-size", metavar="SIZE", help="Of the files of --format merged (5GB)")
+    ] = None,
+    files: Files = None,
+    env_files: EnvFiles = None,
+    env: EnvPairs = None,
+    verbose: Verbose = False,
+) -> None:
+    """Write a blend as one PEFT adapter, a merged model, or a GGUF file."""
+    from model_compose.export import Order
+    from model_compose.export import export as write
+    from model_compose.terminal import bars
+
+    order = Order(format, output, component, parse_blend(blend), _precision(precision), _size(shard_size))
+    loaded = load_files(files, env_files, env)
+    log_to_stderr(verbose, level=logging.WARNING)
+    with bars() as report:
+        write(loaded, order, report)
+    print(output)
+
+
+def parse_blend(given: str | None) -> Any:
+    """A name as it is; JSON, or a=0.7,b=0.8, as a mapping. Raises InputError."""
+    if not given:
+        return None
+    if given.lstrip().startswith(("{", "[")):
+        return parse_json(given, "--blend")
+    if "=" not in given:
+        return given
+    weights = {}
+    for pair in given.split(","):
+        name, equals, weight = pair.rpartition("=")
+        if not equals or not name.strip() or not weight.strip():
+            raise InputError(f"--blend: '{pair}' is not NAME=WEIGHT; example: --blend alpaca=0.7,pirate=0.8")
+        weights[name.strip()] = weight.strip()
+    return weights
+
+
+def _precision(given: str) -> "Precision":
+    from pydantic import TypeAdapter, ValidationError
+
+    from model_compose.engines import Precision
+
+    try:
+        found: Precision = TypeAdapter(Precision).validate_python(given)
+    except ValidationError:
+        raise InputError(f"--precision: unknown '{given}'; known: auto, float32, float16, bfloat16") from None
+    return found
+
+
+def _size(given: str | None) -> int | None:
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    if given is None:
+        return None
+    try:
+        size = int(TypeAdapter(ByteSize).validate_python(given))
+    except ValidationError:
+        size = 0
+    if size <= 0:
+        raise InputError(f"--shard-size: '{given}' is not a size; examples: 5GB, 500MB")
+    return size

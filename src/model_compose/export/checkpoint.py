@@ -1,0 +1,142 @@
+"""A base's weights, read one tensor at a time, by the names that they are stored under.
+
+A file is opened anew for each tensor: what has been read through a mapping counts as the process's memory until the
+mapping goes.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model_compose.errors import LoadError
+from model_compose.export.shards import Entry
+from model_compose.sources import Fetched
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STEMS = ("model.safetensors", "pytorch_model.bin")
+"""What transformers looks for in a folder, in this order; each may be an index of shards instead."""
+
+
+class Checkpoint(Protocol):
+    """The weights of a base."""
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What is stored, by stored name, in the files' order."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor that is stored under this name, as its entry says."""
+
+    def stored(self, key: str) -> str | None:
+        """The stored name of a parameter of the model; None where there is none that alone becomes this parameter."""
+
+
+def open_checkpoint(base: Fetched, model: "PreTrainedModel") -> Checkpoint:
+    """Raises LoadError for weights that are quantised, missing, or in another format."""
+    if base.file is not None:
+        from model_compose.export.gguf_checkpoint import GgufCheckpoint
+
+        return GgufCheckpoint(base.folder / base.file, model)
+    if (config := getattr(model.config, "quantization_config", None)) is not None:
+        method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+        raise LoadError(
+            f"{base} is stored quantised ({method or 'by an unnamed method'}), and adding to quantised weights would round "
+            "them anew; name the model that it was made from as the base"
+        )
+    files = next((found for stem in STEMS if (found := _files(base.folder, stem))), None)
+    if files is None:
+        raise LoadError(f"{base} has neither {' nor '.join(STEMS)}, nor an index of their shards")
+    return FolderCheckpoint(files, model)
+
+
+def _files(folder: Path, stem: str) -> list[Path]:
+    """The file, or its shards by their index."""
+    index = folder / f"{stem}.index.json"
+    if not index.is_file():
+        return [folder / stem] if (folder / stem).is_file() else []
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise LoadError(f"{index} names the shard {name}, which is not there; fetch the model again")
+    return [folder / name for name in names]
+
+
+class FolderCheckpoint:
+    """safetensors, or pickles: those are read with weights_only=True, which executes nothing."""
+
+    def __init__(self, files: Iterable[Path], model: "PreTrainedModel") -> None:
+        self.entries: dict[str, Entry] = {}
+        self._files: dict[str, Path] = {}
+        for file in files:
+            found = _entries(file)
+            self.entries |= found
+            self._files |= dict.fromkeys(found, file)
+        self._keys = _model_keys(model, self.entries)
+
+    def read(self, name: str) -> Tensor:
+        file = self._files[name]
+        if file.suffix != ".safetensors":
+            return _unpickled(file)[name]
+        from safetensors import safe_open
+
+        with safe_open(file, "pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+        return tensor
+
+    def stored(self, key: str) -> str | None:
+        return self._keys.get(key)
+
+
+def _entries(file: Path) -> dict[str, Entry]:
+    """Both formats are mapped, so that no tensor is read for this. Raises LoadError."""
+    if file.suffix != ".safetensors":
+        return {name: _entry(tensor) for name, tensor in _unpickled(file).items()}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return {name: _entry(opened.get_tensor(name)) for name in opened.offset_keys()}
+    except SafetensorError as error:
+        raise LoadError(f"{file} is damaged ({error}); fetch the model again") from None
+
+
+def _entry(tensor: Tensor) -> Entry:
+    return Entry(tensor.dtype, tuple(tensor.shape))
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
+    import pickle
+
+    try:
+        found: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LoadError(
+            f"{file} cannot be read ({reason}); convert it to safetensors (transformers: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
+        ) from None
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+
+
+def _model_keys(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
+    """Parameter of the model -> stored name, by the renaming that transformers does on loading (a prefix that is missing or
+    too many, names of older versions). What it would compute from several tensors is left out."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    parameters = model.state_dict()
+    keys = {}
+    for name in names:
+        key, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if converted is None and key in parameters:
+            keys[key] = name
+    return keys

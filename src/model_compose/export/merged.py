@@ -1,0 +1,177 @@
+"""A merged model: every weight W + Δ, summed in float32 and rounded once, tensor by tensor, as a transformers folder.
+
+The checkpoint's own tensors, names and dtypes are kept; what the blend does not touch is copied as it is.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model_compose.errors import AdapterError, InputError
+from model_compose.export import SHARD_SIZE, Export, Format
+from model_compose.export.card import write_card
+from model_compose.export.checkpoint import Checkpoint, open_checkpoint
+from model_compose.export.destination import check_free
+from model_compose.export.shards import Entry, write_shards
+from model_compose.lora.blend import delta
+from model_compose.progress import Progress, Report
+from model_compose.sources.choice import choose, has_weights
+
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""What licences ask to be passed on."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of the result: the checkpoint's tensor `stored`, plus the blend's delta of the module `path` if any.
+
+    turned: the weight is (in, out), the transpose of a delta (Conv1D, Embedding).
+    """
+
+    stored: str
+    path: str | None = None
+    turned: bool = False
+
+
+def write(export: Export, folder: Path, report: Report) -> None:
+    """Raises InputError, AdapterError, LoadError."""
+    checkpoint = open_checkpoint(export.base, export.model)
+    parts, untied = plan(export, checkpoint)
+    entries = {name: _entry(checkpoint.entries[part.stored], export.dtype) for name, part in parts.items()}
+    total = sum(entry.nbytes for entry in entries.values())
+    check_free(folder.parent, total)
+    folder.mkdir()
+    written = 0
+
+    def tell(size: int) -> None:
+        nonlocal written
+        written += size
+        report(Progress("writing", written, total))
+
+    def make(name: str) -> Tensor:
+        return _make(export, checkpoint, name, parts[name], entries[name].dtype)
+
+    report(Progress("writing", 0, total))
+    write_shards(folder, entries, make, export.order.shard_size or SHARD_SIZE, tell)
+    _copy_files(export, folder)
+    _write_config(folder / "config.json", _config_dtype(export, entries), untied=untied)
+    write_card(export, folder)
+
+
+def plan(export: Export, checkpoint: Checkpoint) -> tuple[dict[str, Part], bool]:
+    """The tensors to write, by name, and whether tied weights had to be untied. Raises AdapterError for a module whose
+    weight is no tensor of the checkpoint."""
+    parts = {name: Part(name) for name in checkpoint.entries}
+    names = {key: checkpoint.stored(key) for key in export.model.state_dict()}
+    touched = {path for adapter in export.adapters.values() for path in adapter.modules}
+    untied = False
+    for target, source in export.model.all_tied_weights_keys.items():
+        both = (names.get(target), names.get(source))
+        if both[0] is not None and both[1] is not None:
+            if not torch.equal(checkpoint.read(both[0]), checkpoint.read(both[1])):
+                continue  # transformers does not tie what differs
+            del parts[both[0]]
+        stored = both[1] or both[0]
+        if stored is None or not touched & {_module(target), _module(source)}:
+            continue
+        untied = True
+        names[target], names[source] = both[0] or target, both[1] or source
+        parts |= {names[target] or target: Part(stored), names[source] or source: Part(stored)}
+    for path in touched:
+        name = names.get(f"{path}.weight")
+        if name is None or name not in parts:
+            raise AdapterError(
+                f"the adapters act on {path}, but {export.base} stores no tensor that alone is its weight, so nothing can "
+                "be added to it"
+            )
+        parts[name] = _touched(export, path, parts[name], checkpoint)
+    return parts, untied
+
+
+def _module(key: str) -> str:
+    return key.removesuffix(".weight")
+
+
+def _touched(export: Export, path: str, part: Part, checkpoint: Checkpoint) -> Part:
+    """Raises AdapterError where the stored tensor has another shape than the module's weight."""
+    from model_compose.lora.layers import module_shapes
+
+    shape = module_shapes(export.model)[path]
+    turned = shape.kind != "linear"
+    expected = (shape.inputs, shape.outputs) if turned else (shape.outputs, shape.inputs)
+    found = checkpoint.entries[part.stored].shape
+    if found != expected:
+        raise AdapterError(f"{export.base} stores {part.stored} as {found}, but the weight of {path} is {expected}")
+    return Part(part.stored, path, turned)
+
+
+def _make(export: Export, checkpoint: Checkpoint, name: str, part: Part, dtype: torch.dtype) -> Tensor:
+    weight = checkpoint.read(part.stored)
+    change = None if part.path is None else delta(export.blend, export.adapters, part.path)
+    made = weight.to(dtype) if change is None else add(weight, change.T if part.turned else change, dtype)
+    if made.dtype == torch.float16 and (change is not None or weight.dtype != dtype) and not made.isfinite().all():
+        raise InputError(f"--precision: {name} has values beyond float16's 65504; export with --precision bfloat16")
+    return made
+
+
+def add(weight: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
+    """W + Δ in float32 (float64 where W is), rounded once to `dtype`. May write into `change`, to spare its size again."""
+    total = change.to(torch.promote_types(weight.dtype, torch.float32))
+    return total.add_(weight).to(dtype)
+
+
+def _entry(stored: Entry, dtype: torch.dtype | None) -> Entry:
+    return Entry(dtype, stored.shape) if dtype is not None and stored.dtype.is_floating_point else stored
+
+
+def _copy_files(export: Export, folder: Path) -> None:
+    """All that transformers reads beside the weights, and the terms of use; of a GGUF what is inside it."""
+    base = export.base
+    if base.file is not None:
+        from model_compose.engines.parts import load_tokenizer
+
+        model = export.model
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        load_tokenizer(base, export.trust_remote_code).save_pretrained(folder)
+        return
+    there = [path.relative_to(base.folder).as_posix() for path in base.folder.rglob("*") if path.is_file()]
+    small = choose(there, repository=str(base), filename=None, allow=None, only=None)
+    terms = [path.name for pattern in TERMS for path in base.folder.glob(pattern) if path.is_file()]
+    for name in {*small, *terms}:
+        if not has_weights([name]) and not name.endswith(".index.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(base.folder / name, folder / name)
+
+
+def _config_dtype(export: Export, entries: Mapping[str, Entry]) -> torch.dtype | None:
+    """What the config is to say; None leaves what it says. A GGUF's config says nothing, so most bytes decide."""
+    if export.dtype is not None or export.base.file is None:
+        return export.dtype
+    sizes: dict[torch.dtype, int] = {}
+    for entry in entries.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _write_config(path: Path, dtype: torch.dtype | None, *, untied: bool) -> None:
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    inner = config.get("text_config")
+    for level in (config, inner) if isinstance(inner, dict) else (config,):
+        if dtype is not None:
+            key = "torch_dtype" if "torch_dtype" in level else "dtype"  # the older spelling stays, for older readers
+            level[key] = str(dtype).removeprefix("torch.")
+        if untied:
+            level["tie_word_embeddings"] = False
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+FORMAT = Format(write, weights=True, sharded=True)
