@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 QUICKSTART := examples/quickstart/model-compose.yml
 
-.PHONY: quickstart up test lint train measure clean
+.PHONY: quickstart up test test-llamacpp lint train measure clean
 
 quickstart: .venv/installed  ## Install, fetch the weights, print a blended answer
 	$(BIN)/model-compose run -f $(QUICKSTART) --input '{"prompt": "Why do people read books?"}'
@@ -14,6 +14,10 @@ up: .venv/installed  ## Serve the quickstart: API on 8080, page on 8081
 
 test: .venv/dev lint  ## Everything: install, ruff, mypy, every test
 	$(BIN)/python -m pytest -q
+
+test-llamacpp: .venv/dev  ## What every driver promises, with llama.cpp too: compiles it first, some 8 minutes
+	$(PIP) --editable '.[llamacpp]'
+	$(BIN)/python -m pytest -q tests/contracts tests/lora/test_gguf.py tests/engines/test_llamacpp.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ BLENDS = [Blend(), Blend({"alpaca": 1.0}), Blend({"pirate": 1.5}), Blend({"alpac
 
 def make(driver: str, folder: Path, **changes: Any) -> Engine:
     adapters = [{"type": "lora", "name": name, "model": f"./{name}"} for name in ("alpaca", "pirate")]
-    settings = {"type": "model", "task": "text-generation", "model": "./base", "precision": "float32"}
+    settings: dict[str, Any] = {"type": "model", "task": "text-generation", "model": "./base", "precision": "float32"}
     settings |= {"driver": driver, "peft_adapters": adapters, **DRIVERS[driver], **changes}
     if settings["model"] == "./base.gguf" and not (folder / "base.gguf").exists():
         gguf_base.save_gguf(folder / "base", folder / "base.gguf")
