@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 QUICKSTART := examples/quickstart/model-compose.yml
 
-.PHONY: quickstart up test test-vllm lint train measure clean
+.PHONY: quickstart up test test-vllm test-llamacpp lint train measure clean
 
 quickstart: .venv/installed  ## Install, fetch the weights, print a blended answer
 	$(BIN)/model-compose run -f $(QUICKSTART) --input '{"prompt": "Why do people read books?"}'
@@ -18,6 +18,10 @@ test: .venv/dev lint  ## Everything: install, ruff, mypy, every test
 test-vllm: .venv/dev  ## Installs vLLM beside this, and runs what every engine must pass with it
 	MODEL_COMPOSE_VLLM_PYTHON=$$($(BIN)/model-compose setup vllm --folder .venv-vllm) \
 		$(BIN)/python -m pytest -q tests/contracts tests/engines/test_real_vllm.py -k vllm
+
+test-llamacpp: .venv/dev  ## What every driver promises, with llama.cpp too: compiles it first, some 8 minutes
+	$(PIP) --editable '.[llamacpp]'
+	$(BIN)/python -m pytest -q tests/contracts tests/lora/test_gguf.py tests/engines/test_llamacpp.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -155,6 +155,8 @@ def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory
         return replace(made, unknown=f"{options.driver} chooses its own memory")
     if base.fetched is None:
         return replace(made, unknown="the config comes with the weights, so memory can be told only once they are here")
+    if not isinstance(options.options, HuggingfaceOptions):
+        return replace(made, unknown=f"driver {options.driver} takes its memory outside this arithmetic")
     made = _measure(made, options, base, adapters, device, memory)
     for needs in made.needs:
         before = memory.taken(needs)

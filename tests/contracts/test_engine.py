@@ -56,8 +56,8 @@ BLENDS = [Blend(), Blend({"alpaca": 1.0}), Blend({"pirate": 1.5}), Blend({"alpac
 
 def make(driver: str, folder: Path, **changes: Any) -> Engine:
     adapters = [{"type": "lora", "name": name, "model": f"./{name}"} for name in ("alpaca", "pirate")]
-    settings = {"type": "model", "task": "text-generation", "model": KNOWN[driver].model, "precision": "float32"}
-    settings |= changes
+    settings: dict[str, Any] = {"type": "model", "task": "text-generation", "precision": "float32"}
+    settings |= {"model": KNOWN[driver].model, **changes}
     settings["options"] = KNOWN[driver].options | settings.get("options", {})
     if settings["model"] == "./base.gguf" and not (folder / "base.gguf").exists():
         gguf_base.save_gguf(folder / "base", folder / "base.gguf")

@@ -116,7 +116,7 @@ class LlamacppEngine:
             ),
             "precision": (
                 options.precision == "bfloat16",
-                "a GGUF file's weights stay as they are, and keys and values are float16 or float32; set one of these, or auto",
+                "a GGUF file's weights stay as they are, and keys and values are float16 or float32; set these, or auto",
             ),
             "quantization": (
                 options.quantization is not None,

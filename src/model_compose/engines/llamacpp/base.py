@@ -7,19 +7,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_compose.errors import LoadError
+from model_compose.errors import AdapterError, LoadError
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
 from model_compose.lora.gguf import Architecture, checked_name
 
 if TYPE_CHECKING:
     import gguf
+    import torch
 
 _SHARD = re.compile(r"(.+-)\d{5}(-of-\d{5}\.gguf)$")
 
 
 @dataclass(frozen=True)
 class Base:
-    """A GGUF base. file: the first one where it is split. sizes: (inputs, outputs) of its matrices by GGUF name.
+    """A GGUF base. file: the first one where it is split. matrices: by GGUF name, mapped from the file.
 
     head: keys' and values' sizes together, in one layer and token.
     """
@@ -31,12 +32,12 @@ class Base:
     kv_heads: int
     head: int
     context: int
-    sizes: Mapping[str, tuple[int, int]]
+    matrices: "Mapping[str, gguf.ReaderTensor]"
 
     @cached_property
     def architecture(self) -> Architecture:
         """Raises AdapterError where adapters cannot be converted for it."""
-        tied = "output.weight" not in self.sizes
+        tied = "output.weight" not in self.matrices
         return Architecture(checked_name(self.name), self.layers, self.heads, self.kv_heads, tied)
 
     def kv_bytes_per_token(self, item_bytes: int) -> int:
@@ -51,8 +52,8 @@ class Base:
                 kind, name = found
                 # The head has a tensor of its own only where it is not the embedding's.
                 own = "token_embd.weight" if kind == "OUTPUT" and self.architecture.tied else name
-                if own in self.sizes:
-                    inputs, outputs = self.sizes[own]
+                if own in self.matrices:
+                    inputs, outputs = map(int, self.matrices[own].shape)
                     embedding = kind == "TOKEN_EMBD"  # its matrix has a row for each token
                     shapes[path] = (
                         ModuleShape("embedding", outputs, inputs)
@@ -60,6 +61,26 @@ class Base:
                         else ModuleShape("linear", inputs, outputs)
                     )
         check(adapter, shapes)
+        for name, copy in adapter.copies.items():
+            if not self._holds(name, copy):
+                raise AdapterError(
+                    f"adapter '{adapter.name}': it brings its own '{name}', which differs from the base's, or cannot be "
+                    "compared as this base is quantised. Replaced weights cannot be weighted; such an adapter is refused."
+                )
+
+    def _holds(self, parameter: str, copy: "torch.Tensor") -> bool:
+        """Whether the base's matrix is that tensor, stored as the base stores it."""
+        import gguf
+
+        found = self.architecture.tensor(parameter.removesuffix(".weight"))
+        matrix = self.matrices.get(found[1]) if found else None
+        if matrix is None or tuple(map(int, matrix.shape)) != tuple(copy.shape)[::-1]:
+            return False
+        try:
+            stored = gguf.quantize(copy.float().numpy(), matrix.tensor_type)
+        except NotImplementedError:
+            return False
+        return bool((stored.reshape(matrix.data.shape) == matrix.data).all())
 
 
 def read_base(file: Path) -> Base:
@@ -74,6 +95,7 @@ def read_base(file: Path) -> Base:
     except (ValueError, OSError, IndexError) as error:
         raise LoadError(f"{file} is no GGUF file that can be read ({error}); download it again") from error
     fields = readers[0].fields
+    matrices = {tensor.name: tensor for reader in readers for tensor in reader.tensors if len(tensor.shape) == 2}
     name = _value(fields, "general.architecture", file)
     heads = _number(fields, f"{name}.attention.head_count", file)
     kv_heads = _number(fields, f"{name}.attention.head_count_kv", file, heads)
@@ -82,7 +104,7 @@ def read_base(file: Path) -> Base:
     values = _number(fields, f"{name}.attention.value_length", file, size)
     return Base(
         file, name, _number(fields, f"{name}.block_count", file), heads, kv_heads, keys + values,
-        _number(fields, f"{name}.context_length", file, 2048), _sizes(readers),
+        _number(fields, f"{name}.context_length", file, 2048), matrices,
     )  # fmt: skip
 
 
@@ -95,15 +117,6 @@ def check_all(base: Base, adapters: Iterable[LoraAdapter]) -> None:
 def _shards(file: Path) -> list[Path]:
     match = _SHARD.match(file.name)
     return sorted(file.parent.glob(f"{match[1]}?????{match[2]}")) if match else [file]
-
-
-def _sizes(readers: "Iterable[gguf.GGUFReader]") -> dict[str, tuple[int, int]]:
-    return {
-        tensor.name: (int(tensor.shape[0]), int(tensor.shape[1]))
-        for reader in readers
-        for tensor in reader.tensors
-        if len(tensor.shape) == 2
-    }
 
 
 def _value(fields: Mapping[str, Any], key: str, file: Path) -> Any:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 UBATCH = 512
 """Tokens that llama.cpp computes at once; its buffers grow with it."""
 
+REQUIRED = "'llama-cpp-python>=0.3.36'"
+
 Adapter = Any
 """llama.cpp's pointer to a loaded adapter."""
 
@@ -196,11 +198,15 @@ def import_llama_cpp() -> Any:
         if error.name != "llama_cpp":
             raise
         raise LoadError(
-            "driver llamacpp needs llama-cpp-python, which is not installed; pip install llama-cpp-python (it compiles for "
-            "some minutes; its documentation has prebuilt wheels and the builds for GPUs)"
+            f"driver llamacpp needs llama-cpp-python, which is not installed; pip install {REQUIRED} (it compiles for some "
+            "minutes; its documentation has prebuilt wheels and the builds for GPUs)"
         ) from None
     except (OSError, RuntimeError) as error:
         raise LoadError(f"llama-cpp-python cannot be imported ({error}); install it again") from error
+    if "llama_set_adapters_lora" not in vars(llama_cpp):
+        raise LoadError(
+            f"llama-cpp-python {llama_cpp.__version__} is too old for driver llamacpp; pip install {REQUIRED}"
+        )
     if _callback is None:
         _callback = llama_cpp.llama_log_callback(_log)
         llama_cpp.llama_backend_init()
