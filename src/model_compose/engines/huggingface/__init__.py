@@ -147,11 +147,7 @@ class HuggingfaceEngine:
             for _ in range(request.sampling.num_return_sequences)
         ]
         identity = self.identity(request.blend)
-        blend = replace(
-            request.blend, weights={self._keys[name]: weight for name, weight in request.blend.active.items()}
-        )
-        if blend.low_rank:
-            blend = await self._compiled.blend(identity, blend)
+        blend = await self._known(request.blend, identity)  # the last await before the sequences are in the loop
         prompt = Prompt(tokens, blend, identity, request.sampling, self._context)
         sequences = [
             Sequence(prompt, index, loaded.eos, loaded.tokenizer, constraint, mailbox.put)
@@ -173,6 +169,11 @@ class HuggingfaceEngine:
         finally:
             for sequence in sequences:
                 sequence.done = True  # the thread drops it before its next step
+
+    async def _known(self, blend: Blend, identity: str) -> Blend:
+        """The blend of adapters as the model calls them; what svd makes of it is one."""
+        blend = replace(blend, weights={self._keys[name]: weight for name, weight in blend.active.items()})
+        return await self._compiled.blend(identity, blend) if blend.low_rank else blend
 
     def identity(self, blend: Blend) -> str:
         if self._loaded is None:
