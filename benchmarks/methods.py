@@ -56,15 +56,29 @@ def distance(lora: LoraModel, method: Method) -> float:
     return (off / whole) ** 0.5
 
 
+def prompts() -> list[str]:
+    """Some of the held-out ones, in the adapters' template."""
+    lines = (QUICKSTART / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:PROMPTS]
+    return [f"### Instruction:\n{json.loads(line)['instruction']}\n\n### Response:\n" for line in lines]
+
+
+def perplexity(model: Any, ids: list[torch.Tensor], texts: list[torch.Tensor]) -> float:
+    """Of what stands in each text behind its prompt; (1, tokens) each."""
+    losses = []
+    for prompt, whole in zip(ids, texts, strict=True):
+        logits = model(whole).logits[0, prompt.shape[1] - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, whole[0, prompt.shape[1] :], reduction="none"))
+    return float(torch.cat(losses).mean().exp())
+
+
 @torch.inference_mode()
 def main() -> None:
     from transformers import AutoTokenizer
 
     model, _ = load_base()
-    tokenizer: Any = AutoTokenizer.from_pretrained(model.name_or_path, gguf_file=_gguf(model.name_or_path))
-    lines = (QUICKSTART / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:PROMPTS]
-    asked = [f"### Instruction:\n{json.loads(line)['instruction']}\n\n### Response:\n" for line in lines]
-    ids = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in asked]
+    gguf = next(Path(model.name_or_path).glob("*.gguf")).name
+    tokenizer: Any = AutoTokenizer.from_pretrained(model.name_or_path, gguf_file=gguf)
+    ids = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in prompts()]
     lora = LoraModel(model, [read_adapter(ADAPTERS / name, name) for name in WEIGHTS])
 
     def answer(prompt: torch.Tensor) -> torch.Tensor:
@@ -72,14 +86,6 @@ def main() -> None:
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 48, "pad_token_id": tokenizer.eos_token_id}
         out: torch.Tensor = model.generate(prompt, **options)
         return out
-
-    def perplexity() -> float:
-        """Of what the exact blend answered."""
-        losses = []
-        for prompt, whole in zip(ids, exact, strict=True):
-            logits = model(whole).logits[0, prompt.shape[1] - 1 : -1]
-            losses.append(torch.nn.functional.cross_entropy(logits, whole[0, prompt.shape[1] :], reduction="none"))
-        return float(torch.cat(losses).mean().exp())
 
     def row(what: str, far: float, seconds: float) -> None:
         outs = [answer(prompt)[0, prompt.shape[1] :] for prompt in ids]
@@ -106,10 +112,6 @@ def main() -> None:
         row(f"{case['method']}, {said}", distance(lora, method), seconds)
         lora.unfold()
     row("the bare base", 1.0, 0.0)
-
-
-def _gguf(folder: str) -> str:
-    return next(path.name for path in Path(folder).glob("*.gguf"))
 
 
 if __name__ == "__main__":

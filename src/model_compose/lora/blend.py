@@ -76,11 +76,12 @@ class Blends:
     @property
     def full_rank(self) -> tuple[Blend, ...]:
         """The named blends that are no LoRA; where one function has several names, once."""
-        found: list[Blend] = []
-        for blend in self.named.values():
-            if blend.full_rank and not any(blend.equals(other) for other in found):
-                found.append(blend)
-        return tuple(found)
+        return _different(blend for blend in self.named.values() if blend.full_rank)
+
+    @property
+    def low_rank(self) -> tuple[Blend, ...]:
+        """The named blends that are another LoRA than the sum; each function once."""
+        return _different(blend for blend in self.named.values() if blend.low_rank)
 
     def resolve(self, value: Any, *, place: str = "blend") -> Blend:
         """A request's blend: None and "" are the default, a string is a named blend or one adapter at weight 1, a mapping
@@ -123,6 +124,14 @@ class Blends:
         hint = f"did you mean '{near[0]}'? " if near else ""
         listing = f"known: {', '.join(known)}" if known else f"this component has no {what}s"
         return InputError(f"{place}: unknown {what} '{name}'; {hint}{listing}", field=place)
+
+
+def _different(blends: Iterable[Blend]) -> tuple[Blend, ...]:
+    found: list[Blend] = []
+    for blend in blends:
+        if not any(blend.equals(other) for other in found):
+            found.append(blend)
+    return tuple(found)
 
 
 def names_method(value: Mapping[Any, Any]) -> bool:

@@ -144,11 +144,7 @@ class HuggingfaceEngine:
         # that is unloaded in between would be gone from under them.
         mailbox = Mailbox()
         identity = self.identity(request.blend)
-        blend = replace(
-            request.blend, weights={self._keys[name]: weight for name, weight in request.blend.active.items()}
-        )
-        if blend.low_rank:
-            blend = await self._compiled.blend(identity, blend)
+        blend = await self._known(request.blend, identity)  # the last await before the sequences are in the loop
         prompt = Prompt(tokens, blend, identity, request.sampling, self._context)
         sequences = [
             Sequence(prompt, index, loaded.eos, loaded.tokenizer, constraint, mailbox.put)
@@ -158,6 +154,11 @@ class HuggingfaceEngine:
         async with aclosing(stream(loop, mailbox, sequences, len(tokens), start)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def _known(self, blend: Blend, identity: str) -> Blend:
+        """The blend of adapters as the model calls them; what svd makes of it is one."""
+        blend = replace(blend, weights={self._keys[name]: weight for name, weight in blend.active.items()})
+        return await self._compiled.blend(identity, blend) if blend.low_rank else blend
 
     def identity(self, blend: Blend) -> str:
         if self._loaded is None:

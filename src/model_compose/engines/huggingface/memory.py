@@ -195,15 +195,11 @@ def needs(
             itemsize = (compute if adapter.precision == "auto" else getattr(torch, adapter.precision)).itemsize
             size = parameters(adapters[adapter_name].ranks, shapes) * itemsize
             found[there.device] = replace(there, adapters={**there.adapters, adapter_name: size})
-    kept = sum(adapter.stored for adapter in adapters.values())
-    for blend in blends.named.values():
-        if ranks := _compressed(blend, adapters):
-            size = parameters(ranks, shapes)
-            there = found[base.device]
-            held = {**there.adapters, blend.described: size * compute.itemsize}
-            found[base.device] = replace(there, adapters=held)
-            kept += size * torch.float32.itemsize
-    if kept:
+    made = {blend.described: parameters(_compressed(blend, adapters), shapes) for blend in blends.low_rank}
+    held = {name: size * compute.itemsize for name, size in made.items()}
+    found[base.device] = replace(found[base.device], adapters={**found[base.device].adapters, **held})
+    # What svd makes is kept in float32.
+    if kept := sum(adapter.stored for adapter in adapters.values()) + 4 * sum(made.values()):
         found["cpu"] = replace(on(torch.device("cpu")), kept=kept)
     at_once = _own(options).max_adapters_on_device
     found = {key: replace(there, adapters_at_once=at_once) for key, there in found.items()}
@@ -217,9 +213,8 @@ def _touched(blend: Blend, adapters: Mapping[str, AdapterSize]) -> set[str]:
 
 
 def _compressed(blend: Blend, adapters: Mapping[str, AdapterSize]) -> dict[str, int]:
-    """Ranks by module of what a method of low rank makes of a blend; {} for any other blend."""
-    if not isinstance(blend.method, LowRank):
-        return {}
+    """Ranks by module of what a method of low rank makes of a blend."""
+    assert isinstance(blend.method, LowRank)
     known = [adapters[name].ranks for name in adapters.keys() & blend.active]
     return {
         path: min(blend.method.rank, sum(ranks.get(path, 0) for ranks in known)) for path in _touched(blend, adapters)
