@@ -192,6 +192,12 @@ async def test_a_running_server_is_used_and_left_as_it_was(python: str, project:
         async with opened(project.parent, base_url=url, adapter_folder=str(project.parent)) as engine:
             assert (await answer(engine, "Hello")).texts[0].text == SAID * 4
             assert (await answer(engine, "Hello", Blend())).usage.cached_tokens == 4
+            async with httpx.AsyncClient(trust_env=False) as client:  # as if it had been started again
+                for name in (await client.get(f"{url}/adapters")).json():
+                    await client.post(f"{url}/v1/unload_lora_adapter", json={"lora_name": name})
+            with pytest.raises(NotReady, match="vLLM has lost this blend's adapter"):
+                await answer(engine, "Hello")
+            assert (await answer(engine, "Hello")).usage.cached_tokens == 1
             running = engine.generate(Request("Hello", ALPACA, Sampling(200)))
             await anext(running)
         with pytest.raises(NotReady, match="shutting down"):

@@ -32,6 +32,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             self.answer(200, {"data": [{"id": "base", "parent": None, "max_model_len": 256}]})
+        elif self.path == "/adapters":  # of this one alone
+            self.send(200, json.dumps(list(adapters)).encode())
         elif self.path == "/metrics":
             self.send(200, METRICS)
         else:

@@ -129,10 +129,8 @@ class Child:
     def _tell(self, line: str) -> None:
         if line:
             self._lines.append(line)
-            stated = (
-                None if self._process is None else _LEVEL.search(line[:80])
-            )  # one that is being stopped may complain
-            self._log.log(getattr(logging, stated[1]) if stated else logging.DEBUG, "%s: %s", self._name, line)
+            stated = _LEVEL.search(line[:80]) if self._process else None  # one that is being stopped may complain
+            self._log.log(_LEVELS[stated[1]] if stated else logging.DEBUG, "%s: %s", self._name, line)
 
     def _reason(self) -> str:
         """The first exception of the last lines, as the others follow from it; else the last line."""

@@ -72,9 +72,13 @@ class Compiled:
 
     def clear(self) -> None:
         """Forgets all of them: the engine has lost what it had loaded."""
-        for entry in self._entries.values():
+        for identity in list(self._entries):
+            self.forget(identity)
+
+    def forget(self, identity: str) -> None:
+        """The engine has lost this one; the next use loads it again."""
+        if entry := self._entries.pop(identity, None):
             shutil.rmtree(entry.folder, ignore_errors=True)
-        self._entries.clear()
 
     def _add(self, identity: str, blend: Blend, adapters: Mapping[str, LoraAdapter]) -> Entry:
         evicted = None

@@ -220,6 +220,10 @@ class VllmEngine:
                         last = item
         except (httpx.HTTPError, httpx.StreamError, RunError) as error:
             raise self._failure(error) from error
+        except RuntimeError as error:  # httpx's, of a client that has been closed meanwhile
+            if self._closed:
+                raise self._failure(error) from error
+            raise
         finally:
             self._texts -= sampling.num_return_sequences
 
@@ -238,7 +242,11 @@ class VllmEngine:
             blend, adapters = Blend({self._zero.name: 1.0}), {self._zero.name: self._zero}
         check_rank(blend, adapters, self._max_rank)
         async with compiled.use(identity, blend, adapters) as name:
-            yield name
+            try:
+                yield name
+            except NotReady:  # another server may have been started again meanwhile
+                compiled.forget(identity)
+                raise
 
     def _failure(self, error: Exception) -> ComposeError:
         """What a broken connection, or an answer that vLLM gave up, means for the caller."""

