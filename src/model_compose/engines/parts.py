@@ -26,6 +26,15 @@ def refuse_common(options: ModelOptions) -> None:
             raise ValueError(f"driver {options.driver} cannot honour '{key}': {remedy}")
 
 
+def refuse_full_rank(options: ModelOptions) -> None:
+    """Raises ValueError for a blend that is no LoRA, where the driver has nothing but LoRAs."""
+    if blends := options.to_blends().full_rank:
+        raise ValueError(
+            f"driver {options.driver} cannot honour the blend {blends[0].described}, which has full rank and is no LoRA: "
+            "use driver: huggingface, or serve what `model-compose export --format merged` writes"
+        )
+
+
 def fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> list[LoraAdapter]:
     """All adapters of the file. Blocking. Raises SourceError, AdapterError."""
     named = zip(options.adapter_names, options.peft_adapters, strict=True)

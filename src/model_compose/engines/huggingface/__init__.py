@@ -12,6 +12,7 @@ from pydantic import ByteSize, Field
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
+from model_compose.engines.low_rank import LowRank
 from model_compose.engines.parts import check_logit_bias, fetch_adapter, refuse_common, tokenize
 from model_compose.errors import Conflict, InputError, LoadError, NotReady, Overloaded
 from model_compose.generation import Chunk, Request, ResponseFormat
@@ -22,7 +23,6 @@ from model_compose.schema import Options
 if TYPE_CHECKING:
     from model_compose.engines.huggingface.batch import Batch
     from model_compose.engines.huggingface.cache import KVCache
-    from model_compose.engines.huggingface.compiled import Compiled
     from model_compose.engines.huggingface.grammar import Grammars
     from model_compose.engines.huggingface.loop import Loop
     from model_compose.engines.huggingface.model import Loaded
@@ -64,7 +64,7 @@ class HuggingfaceEngine:
         self._loaded: Loaded | None = None
         self._batch: Batch | None = None
         self._loop: Loop | None = None
-        self._compiled: Compiled
+        self._low_rank: LowRank
         self._cache: KVCache | None = None
         self._grammars: Grammars
         self._context = 0
@@ -87,12 +87,11 @@ class HuggingfaceEngine:
         _refuse_full_rank(options, options.options.fold)
 
     async def open(self, report: Report) -> None:
-        from model_compose.engines.huggingface.compiled import Compiled
-        from model_compose.engines.huggingface.loop import Loop
+            from model_compose.engines.huggingface.loop import Loop
 
         loaded, batch = await in_daemon_thread(lambda: self._load(report))
         self._loaded, self._batch, self._loop = loaded, batch, Loop(batch)
-        self._compiled = Compiled(loaded.lora, batch, self._loop)
+        self._low_rank = LowRank(self._loop, lambda: loaded.lora.adapters, loaded.lora.load, batch.retire)
 
     def _load(self, report: Report) -> tuple["Loaded", "Batch"]:
         import torch
@@ -158,7 +157,7 @@ class HuggingfaceEngine:
     async def _known(self, blend: Blend, identity: str) -> Blend:
         """The blend of adapters as the model calls them; what svd makes of it is one."""
         blend = replace(blend, weights={self._keys[name]: weight for name, weight in blend.active.items()})
-        return await self._compiled.blend(identity, blend) if blend.low_rank else blend
+        return await self._low_rank.blend(identity, blend) if blend.low_rank else blend
 
     def identity(self, blend: Blend) -> str:
         if self._loaded is None:

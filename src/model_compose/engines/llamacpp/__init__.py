@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,12 +18,14 @@ from pydantic import ByteSize, Field
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
+from model_compose.engines.low_rank import LowRank
 from model_compose.engines.parts import (
     check_logit_bias,
     fetch_adapter,
     fetch_adapters,
     load_tokenizer,
     refuse_common,
+    refuse_full_rank,
     tokenize,
 )
 from model_compose.errors import LoadError, NotReady, Overloaded
@@ -98,12 +100,14 @@ class LlamacppEngine:
         self._keys = {name: name for name in blends.adapters}
         """What llama.cpp's adapter of a name is called here. One that is loaded again gets another key, as running
         requests finish on the old one."""
-        self._digests: dict[str, str] = {}
-        """Of adapters' contents, by key."""
+        self._adapters: dict[str, LoraAdapter] = {}
+        """By key."""
+        self._low_rank: LowRank
 
     @classmethod
     def refuse(cls, options: ModelOptions) -> None:
         refuse_common(options)
+        refuse_full_rank(options)
         own, source = options.options, options.model
         assert isinstance(own, LlamacppOptions)
         file = source.filename if isinstance(source, HuggingfaceSource) else source.path
@@ -148,6 +152,10 @@ class LlamacppEngine:
         loaded = await in_daemon_thread(lambda: self._load(report))
         batch = Batch(loaded.llama, max_rows=self._own.max_batch_size, tokens_per_step=self._own.n_batch)
         self._loaded, self._batch, self._loop = loaded, batch, Loop(batch)
+        self._low_rank = LowRank(
+            self._loop, lambda: self._adapters, lambda adapter: self._attach(loaded.llama, loaded.base, adapter),
+            batch.retire,
+        )  # fmt: skip
 
     def _load(self, report: Report) -> Loaded:
         from model_compose.engines.huggingface.grammar import Grammars
@@ -185,7 +193,7 @@ class LlamacppEngine:
             file = Path(folder) / "adapter.gguf"
             write_gguf(adapter, base.architecture, file)
             llama.load_adapter(adapter.name, file)
-        self._digests[adapter.name] = adapter.digest
+        self._adapters[adapter.name] = adapter
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         from model_compose.engines.huggingface.loop import Mailbox, stream
@@ -204,8 +212,11 @@ class LlamacppEngine:
             for _ in range(request.sampling.num_return_sequences)
         ]
         mailbox = Mailbox()
-        blend = Blend({self._keys[name]: weight for name, weight in request.blend.active.items()})
-        prompt = Prompt(tokens, blend, self.identity(request.blend), request.sampling, loaded.context)
+        identity = self.identity(request.blend)
+        blend = replace(request.blend, weights={self._keys[name]: w for name, w in request.blend.active.items()})
+        if blend.low_rank:
+            blend = await self._low_rank.blend(identity, blend)
+        prompt = Prompt(tokens, blend, identity, request.sampling, loaded.context)
         sequences = [
             Sequence(prompt, index, loaded.eos, loaded.tokenizer, constraint, mailbox.put)
             for index, constraint in enumerate(constraints)
@@ -218,7 +229,7 @@ class LlamacppEngine:
     def identity(self, blend: Blend) -> str:
         if self._loaded is None:
             raise NotReady("the model is not loaded")
-        digests = {name: self._digests[self._keys[name]] for name in blend.active}
+        digests = {name: self._adapters[self._keys[name]].digest for name in blend.active}
         return blend.identity(self._loaded.identity, digests)
 
     def stats(self) -> Stats | None:
@@ -258,6 +269,7 @@ class LlamacppEngine:
     async def _retire(self, key: str | None) -> None:
         loop, batch = self._loop, self._batch
         if key is not None and loop is not None and batch is not None:
+            self._adapters.pop(key, None)
             await asyncio.wrap_future(loop.call(lambda: batch.retire(key)))
 
     async def close(self) -> None:

@@ -22,7 +22,7 @@ from model_compose.engines.child import Child
 from model_compose.engines.compiled import Compiled
 from model_compose.engines.huggingface.free import main_memory
 from model_compose.engines.huggingface.sizes import context_length
-from model_compose.engines.parts import fetch_adapter, tokenize
+from model_compose.engines.parts import check_logit_bias, fetch_adapter, tokenize
 from model_compose.engines.vllm.connection import Connection, Served
 from model_compose.engines.vllm.loading import (
     Loaded,
@@ -198,7 +198,7 @@ class VllmEngine:
         if loaded is None or connection is None or self._compiled is None:
             raise NotReady("the model is not loaded")
         sampling = request.sampling
-        self._check(request, loaded)
+        check_logit_bias(request, loaded.vocabulary)
         self._check_room()  # before any work
         start, unfinished, last = time.perf_counter(), sampling.num_return_sequences, Chunk()
         tokens = await asyncio.to_thread(tokenize, loaded.tokenizer, self._served.context, request)
@@ -331,15 +331,6 @@ class VllmEngine:
                 f"{self._texts} texts run or wait already (max_batch_size {self._own.max_batch_size}, max_queue "
                 f"{self._own.max_queue}); try again in a moment"
             )
-
-    def _check(self, request: Request, loaded: Loaded) -> None:
-        """Raises InputError for what this model cannot do."""
-        for token, _ in request.sampling.logit_bias:
-            if token >= loaded.vocabulary:
-                raise InputError(
-                    f"logit_bias names the token {token}, and this model has the tokens 0 to {loaded.vocabulary - 1}",
-                    field="logit_bias",
-                )
 
 
 def _kv_cache(given: int | None, *, on_cpu: bool) -> int | None:

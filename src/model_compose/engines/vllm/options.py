@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import ByteSize, Field, SecretStr, model_validator
 
 from model_compose.engines import ModelOptions
+from model_compose.engines.parts import refuse_common, refuse_full_rank
 from model_compose.schema import Options, Seconds
 from model_compose.sources import HuggingfaceSource, LocalSource
 
@@ -55,6 +56,8 @@ class VllmOptions(Options):
 
 def refuse(options: ModelOptions) -> None:
     """Raises ValueError for a valid option of every driver that vLLM cannot honour."""
+    refuse_common(options)
+    refuse_full_rank(options)
     own, model = options.options, options.model
     assert isinstance(own, VllmOptions)
     file = model.filename if isinstance(model, HuggingfaceSource) else None
@@ -68,10 +71,6 @@ def refuse(options: ModelOptions) -> None:
         "precision": (
             own.base_url is not None and options.precision != "auto", "the server at base_url has its own; leave it out"
         ),
-        "fast_tokenizer": (not options.fast_tokenizer, "streaming needs the fast tokenizer; leave it out"),
-        "preload": (not options.preload, "models load when the service starts; leave it out"),
-        "on_demand": (bool(options.on_demand), "models stay loaded; leave it out"),
-        "runtime_spec": (options.runtime_spec is not None, "it would have no effect; leave it out"),
         "peft_adapters.device": (
             any(adapter.device is not None for adapter in options.peft_adapters), "adapters compute where the base does"
         ),
