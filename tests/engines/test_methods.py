@@ -206,7 +206,7 @@ async def test_an_adapter_that_is_loaded_again_changes_the_blends_that_use_it(pr
 
 async def test_adapters_made_for_svd_do_not_pile_up(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many different ones as the Python API likes to ask for, some of them while they are about to leave."""
-    monkeypatch.setattr(compiled, "KEPT", 2)
+    monkeypatch.setattr(low_rank, "KEPT", 2)
     engine = await opened(project.parent)
     blends = [Blend({"alpaca": 0.5 + number / 4}, method=Svd(rank=1)) for number in range(5)]
     alone = [await text(engine, "Hello", blend) for blend in blends]

@@ -33,7 +33,7 @@ class LowRank:
         self._one_at_a_time = asyncio.Lock()
 
     async def blend(self, identity: str, blend: Blend) -> Blend:
-        """The same function as one adapter at weight 1. It stays for a caller who adds the sequence before its next await."""
+        """The same function as one adapter at weight 1, which stays for a caller who awaits nothing until it is in use."""
         async with self._one_at_a_time:
             if identity not in self._names:
                 adapter = await asyncio.to_thread(stack, blend, self._adapters())

@@ -87,7 +87,7 @@ class HuggingfaceEngine:
         _refuse_full_rank(options, options.options.fold)
 
     async def open(self, report: Report) -> None:
-            from model_compose.engines.huggingface.loop import Loop
+        from model_compose.engines.huggingface.loop import Loop
 
         loaded, batch = await in_daemon_thread(lambda: self._load(report))
         self._loaded, self._batch, self._loop = loaded, batch, Loop(batch)
