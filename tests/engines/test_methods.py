@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from model_compose.engines import AdapterOptions
-from model_compose.engines.huggingface import batch, compiled, memory, sizes
+from model_compose.engines import low_rank
+from model_compose.engines.huggingface import batch, memory, sizes
 from model_compose.engines.huggingface.model import Loaded, load, on_meta
 from model_compose.errors import InputError, LoadError
 from model_compose.generation import Sampling
