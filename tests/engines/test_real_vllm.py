@@ -120,7 +120,7 @@ async def test_a_response_format_is_kept_to(engines: tuple[VllmEngine, Engine]) 
         "required": ["a"],
         "additionalProperties": False,
     }
-    sampling = Sampling(60, do_sample=False, response_format=ResponseFormat("json_schema", json.dumps(schema)))
+    sampling = Sampling(200, do_sample=False, response_format=ResponseFormat("json_schema", json.dumps(schema)))
     assert json.loads(await text(engines[0], "Hello", BLENDS[0], sampling))["a"] in ("x", "y")
     sampling = Sampling(60, do_sample=False, response_format=ResponseFormat("regex", "(ab){3}"))
     assert await text(engines[0], "Hello", BLENDS[0], sampling) == "ababab"
