@@ -27,11 +27,11 @@ pytestmark = [
     pytest.mark.skipif(bool(KNOWN["vllm"].missing), reason=KNOWN["vllm"].missing or ""),
 ]
 ADAPTERS: dict[str, dict[str, Any]] = {
-    "alpaca": {"std": 0.5},
-    "pirate": {"std": 0.5, "r": 2, "target_modules": ["o_proj", "down_proj"]},
-    "all": {"std": 0.2, "r": 3, "target_modules": "all-linear", "rank_pattern": {"q_proj": 5}, "use_rslora": True},
-    "words": {"std": 0.5, "r": 2, "target_modules": ["embed_tokens"]},
-    "head": {"std": 0.5, "r": 2, "target_modules": ["lm_head"]},
+    "alpaca": {"std": 0.1},
+    "pirate": {"std": 0.1, "r": 2, "target_modules": ["o_proj", "down_proj"]},
+    "all": {"std": 0.1, "r": 3, "target_modules": "all-linear", "rank_pattern": {"q_proj": 5}, "use_rslora": True},
+    "words": {"std": 0.1, "r": 2, "target_modules": ["embed_tokens"]},
+    "head": {"std": 0.1, "r": 2, "target_modules": ["lm_head"]},
 }
 BLENDS = [
     *(Blend({name: 1.0}) for name in ADAPTERS),
@@ -94,7 +94,7 @@ async def test_blends_are_as_near_to_the_embedded_engine_as_the_bare_base(
     distances = [distance(*pair) for pair in zip(ours, reference, strict=True)]
     noise = max(distances[: len(PROMPTS)])
     assert noise < 1e-6
-    assert max(distances) < 5 * noise, distances
+    assert max(distances) < 10 * noise, distances
     effects = [distance(row, reference[index % len(PROMPTS)]) for index, row in enumerate(reference[len(PROMPTS) :])]
     assert min(effects) > 1000 * noise
 
@@ -120,7 +120,7 @@ async def test_a_response_format_is_kept_to(engines: tuple[VllmEngine, Engine]) 
         "required": ["a"],
         "additionalProperties": False,
     }
-    sampling = Sampling(60, do_sample=False, response_format=ResponseFormat("json_schema", json.dumps(schema)))
+    sampling = Sampling(200, do_sample=False, response_format=ResponseFormat("json_schema", json.dumps(schema)))
     assert json.loads(await text(engines[0], "Hello", BLENDS[0], sampling))["a"] in ("x", "y")
     sampling = Sampling(60, do_sample=False, response_format=ResponseFormat("regex", "(ab){3}"))
     assert await text(engines[0], "Hello", BLENDS[0], sampling) == "ababab"

@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/load_lora_adapter":
             self.load(body)
         elif self.path == "/v1/unload_lora_adapter":
-            adapters.pop(body["lora_name"])
+            adapters.pop(body["lora_name"], None)
             self.answer(200, {})
         elif body["model"] != "base" and body["model"] not in adapters:
             self.fail(404, f"The model `{body['model']}` does not exist.")

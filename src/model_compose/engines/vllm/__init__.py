@@ -308,8 +308,8 @@ class VllmEngine:
         if self._child is not None:
             await self._child.close()
         elif self._connection is not None and self._compiled is not None:
-            with suppress(httpx.HTTPError):
-                for name in self._compiled.names:
+            for name in self._compiled.names:
+                with suppress(httpx.HTTPError):
                     await self._connection.unload(name)
         if self._connection is not None:
             await self._connection.close()

@@ -69,9 +69,13 @@ def body(prompt: Prompt) -> dict[str, Any]:
 
 
 def _structured(format: ResponseFormat) -> dict[str, Any]:
-    if format.kind == "json_object":
-        return {"json_object": True}
-    return {"regex" if format.kind == "regex" else "json": format.text}
+    """A schema tells vLLM's llguidance in its own key what grammar.py tells the embedded engine's."""
+    from model_compose.engines.huggingface.grammar import GAP
+
+    if format.kind == "regex":
+        return {"regex": format.text}
+    schema = json.loads(format.text) if format.kind == "json_schema" else {"type": "object"}
+    return {"json": json.dumps({**schema, "x-guidance": {"whitespace_pattern": GAP, "lenient": False}})}
 
 
 class Text:
