@@ -4,7 +4,8 @@
 
 A random checkpoint of Llama-2-7B's shape in float16, written tensor by tensor in two shards, is exported merged with two
 adapters (r 16 on q, k, v and o) by a process of its own. Prints that process's peak resident memory, and its wall time
-split into reading the base, arithmetic, and writing (fsync apart). Then what PEFT's default combination (svd) takes for one
+split into arithmetic (with the reading of the weights that it adds to, which are mapped), other reading and writing, and
+fsync. The base is out of the page cache. Then what PEFT's default combination (svd) takes for one
 module, times the number of modules: an extrapolation, since the whole would take many minutes. Everything is removed.
 """
 
@@ -97,10 +98,10 @@ def export_and_measure(yaml_file: Path) -> None:
         return run
 
     patched: Any = merged
-    patched.delta, patched.add = timed("arithmetic", merged.delta), timed("arithmetic", merged.add)
-    patched.write_shards = timed("all tensors", merged.write_shards)
+    patched.delta, patched.add = timed("arithmetic", patched.delta), timed("arithmetic", patched.add)
+    patched.write_shards = timed("all tensors", patched.write_shards)
     synced: Any = destination
-    synced._sync = timed("fsync", destination._sync)
+    synced._sync = timed("fsync", synced._sync)
     start = time.perf_counter()
     export(load([yaml_file]), Order("merged", yaml_file.parent / "out"))
     print(json.dumps(seconds | {"whole": time.perf_counter() - start, "peak": peak_memory()}))

@@ -230,7 +230,7 @@ def test_memory_does_not_grow_with_the_model(project: Path, tmp_path: Path) -> N
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     size = (base / "model.safetensors").stat().st_size
     config.save_pretrained(base)
-    factors = {}
+    factors: dict[str, torch.Tensor] = {}
     for layer in range(layers):
         path = f"base_model.model.model.layers.{layer}.mlp.down_proj"
         factors |= {f"{path}.lora_A.weight": torch.ones(2, wide), f"{path}.lora_B.weight": torch.ones(32, 2)}

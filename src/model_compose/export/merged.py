@@ -19,7 +19,9 @@ from model_compose.export.card import write_card
 from model_compose.export.checkpoint import Checkpoint, open_checkpoint
 from model_compose.export.destination import check_free
 from model_compose.export.shards import Entry, write_shards
+from model_compose.lora.adapter import ModuleShape
 from model_compose.lora.blend import delta
+from model_compose.lora.layers import module_shapes
 from model_compose.progress import Progress, Report
 from model_compose.sources.choice import choose, has_weights
 
@@ -65,32 +67,32 @@ def write(export: Export, folder: Path, report: Report) -> None:
 
 
 def plan(export: Export, checkpoint: Checkpoint) -> tuple[dict[str, Part], bool]:
-    """The tensors to write, by name, and whether tied weights had to be untied. Raises AdapterError for a module whose
-    weight is no tensor of the checkpoint."""
+    """The tensors to write, by name, and whether tied weights are untied. Raises AdapterError for a module whose weight is
+    no tensor of the checkpoint."""
     parts = {name: Part(name) for name in checkpoint.entries}
     names = {key: checkpoint.stored(key) for key in export.model.state_dict()}
     touched = {path for adapter in export.adapters.values() for path in adapter.modules}
     untied = False
     for target, source in export.model.all_tied_weights_keys.items():
-        both = (names.get(target), names.get(source))
-        if both[0] is not None and both[1] is not None:
-            if not torch.equal(checkpoint.read(both[0]), checkpoint.read(both[1])):
+        one, other = names[target], names[source]
+        if one is not None and other is not None:
+            if not torch.equal(checkpoint.read(one), checkpoint.read(other)):
                 continue  # transformers does not tie what differs
-            del parts[both[0]]
-        stored = both[1] or both[0]
-        if stored is None or not touched & {_module(target), _module(source)}:
-            continue
-        untied = True
-        names[target], names[source] = both[0] or target, both[1] or source
-        parts |= {names[target] or target: Part(stored), names[source] or source: Part(stored)}
+            del parts[one]
+        stored = other or one
+        if stored is not None and touched & {_module(target), _module(source)}:
+            untied = True
+            names[target], names[source] = one or target, other or source
+            parts |= {one or target: Part(stored), other or source: Part(stored)}
+    shapes = module_shapes(export.model)
     for path in touched:
-        name = names.get(f"{path}.weight")
-        if name is None or name not in parts:
+        name = names[f"{path}.weight"]
+        if name is None:
             raise AdapterError(
                 f"the adapters act on {path}, but {export.base} stores no tensor that alone is its weight, so nothing can "
                 "be added to it"
             )
-        parts[name] = _touched(export, path, parts[name], checkpoint)
+        parts[name] = _touched(path, shapes[path], parts[name].stored, checkpoint)
     return parts, untied
 
 
@@ -98,17 +100,14 @@ def _module(key: str) -> str:
     return key.removesuffix(".weight")
 
 
-def _touched(export: Export, path: str, part: Part, checkpoint: Checkpoint) -> Part:
+def _touched(path: str, shape: ModuleShape, stored: str, checkpoint: Checkpoint) -> Part:
     """Raises AdapterError where the stored tensor has another shape than the module's weight."""
-    from model_compose.lora.layers import module_shapes
-
-    shape = module_shapes(export.model)[path]
     turned = shape.kind != "linear"
     expected = (shape.inputs, shape.outputs) if turned else (shape.outputs, shape.inputs)
-    found = checkpoint.entries[part.stored].shape
+    found = checkpoint.entries[stored].shape
     if found != expected:
-        raise AdapterError(f"{export.base} stores {part.stored} as {found}, but the weight of {path} is {expected}")
-    return Part(part.stored, path, turned)
+        raise AdapterError(f"the base stores {stored} as {found}, but by its config the weight of {path} is {expected}")
+    return Part(stored, path, turned)
 
 
 def _make(export: Export, checkpoint: Checkpoint, name: str, part: Part, dtype: torch.dtype) -> Tensor:
