@@ -12,8 +12,7 @@ from peft.utils import merge_utils
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from model_compose.engines import AdapterOptions
-from model_compose.engines import low_rank
+from model_compose.engines import AdapterOptions, low_rank
 from model_compose.engines.huggingface import batch, memory, sizes
 from model_compose.engines.huggingface.model import Loaded, load, on_meta
 from model_compose.errors import InputError, LoadError
