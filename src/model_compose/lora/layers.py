@@ -100,10 +100,8 @@ class LoraModel:
         return tuple(self._placed)
 
     def load(self, adapter: LoraAdapter, placement: Placement = Placement(), *, key: str | None = None) -> None:
-        """Attaches one more adapter, live. Raises AdapterError where it does not fit; nothing has changed then.
-
-        key: what blends call it here, if not by its name.
-        """
+        """Attaches one more adapter, live, under `key` or its name. Raises AdapterError where it does not fit; nothing has
+        changed then."""
         check(adapter, self._shapes)
         _check_copies(adapter, self.model)
         device = self.model.get_submodule(next(iter(adapter.modules))).weight.device if adapter.modules else None

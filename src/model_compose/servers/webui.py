@@ -94,7 +94,7 @@ def _draw_page(compose: Compose, api_address: str | None) -> gr.Blocks:
         _html(f'<h1 class="mc-title">{escape(_title(compose))}</h1>')
         if any(model.options.allow_runtime_adapters for model in compose.models.values()):
             # Adapters come and go, so whoever opens the page gets the sliders of that moment.
-            @gr.render(triggers=[page.load], queue=False, show_progress="hidden")
+            @gr.render(triggers=[page.load], queue=False, show_progress="hidden")  # type: ignore[untyped-decorator]
             def draw() -> None:
                 _draw_panels(compose, workflows, api_address, sessions)
         else:
