@@ -260,8 +260,9 @@ class LlamacppEngine:
         adapter = await in_daemon_thread(lambda: fetch_adapter(key, options, self._base_dir, report))
         loaded.base.check(adapter)
         await asyncio.wrap_future(loop.call(lambda: self._attach(loaded.llama, loaded.base, adapter)))
-        await self._retire(self._keys.get(options.name))
-        self._keys[options.name] = key
+        old = self._keys.get(options.name)
+        self._keys[options.name] = key  # before the old one leaves: requests that come meanwhile use the new one
+        await self._retire(old)
 
     async def unload_adapter(self, name: str) -> None:
         await self._retire(self._keys.pop(name, None))
