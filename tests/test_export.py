@@ -21,6 +21,7 @@ from model_compose.loading import load
 from model_compose.lora.adapter import LoraAdapter, read_adapter
 from model_compose.lora.blend import Blend, delta
 from model_compose.lora.layers import LoraModel
+from model_compose.lora.methods.ties import Ties
 from tests import tiny
 from tests.lora import oracle
 
@@ -298,3 +299,24 @@ def test_shards_are_what_safetensors_reads(
         torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
     )
     assert sum(written) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+# Blends by a method.
+
+
+def test_a_blend_by_a_method_is_exported_as_what_it_is(tmp_path: Path) -> None:
+    path = project(tmp_path)
+    ties = "  blends:\n    voted: {method: ties, density: 0.5, weights: {alpaca: 0.7, pirate: 0.8}}\n"
+    path.write_text(path.read_text(encoding="utf-8").replace("  blends:\n", ties), encoding="utf-8")
+    with pytest.raises(InputError, match=r"'voted' \(ties\) has full rank and is no LoRA"):
+        exported(path, "peft", blend="voted")
+    assert not (tmp_path / "out").exists()
+    merged = tensors_of(exported(path, blend="voted"))
+    base = tensors_of(tmp_path / "base")
+    blend = Blend(WEIGHTS, method=Ties(density=0.5))
+    for module in ("q_proj", "o_proj"):
+        key = f"model.layers.0.self_attn.{module}"
+        added = delta(blend, adapters_of(path), key)
+        assert added is not None
+        assert torch.allclose(merged[f"{key}.weight"], base[f"{key}.weight"] + added, atol=1e-6)
+    assert "ties, approximate (density 0.5" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ from model_compose import __version__
 from model_compose.export import Export
 from model_compose.sources import HuggingfaceSource
 
-METHOD = "exact: y = W x + Σ w·s·B(A x), the weighted sum"
+EXACT = "exact: y = W x + Σ w·s·B(A x), the weighted sum"
 
 
 def write_card(export: Export, folder: Path, *, rank: int | None = None) -> None:
@@ -34,7 +34,7 @@ def facts(export: Export) -> dict[str, object]:
     return {
         "version": __version__,
         "identity": export.identity,
-        "method": METHOD,
+        "method": _method(export),
         "precision": export.order.precision,
         "base": {"source": export.base_name, "content": export.base.identity},
         "adapters": {
@@ -49,6 +49,14 @@ def facts(export: Export) -> dict[str, object]:
     }
 
 
+def _method(export: Export) -> str:
+    method = export.blend.method
+    if method is None:
+        return EXACT
+    options = ", ".join(f"{name} {value}" for name, value in method.model_dump().items() if name != "method")
+    return f"{method.method}, approximate ({options})"
+
+
 def _body(export: Export, name: str, rank: int | None) -> str:
     blend = f"The blend `{export.blend.name}`" if export.blend.name else "A blend"
     rows = "".join(
@@ -61,7 +69,7 @@ def _body(export: Export, name: str, rank: int | None) -> str:
         f"{blend} of LoRA adapters on {export.base_name}, as {what}. Written by "
         f"`model-compose export --format {export.order.format}` {__version__}.\n\n"
         f"| adapter | weight | source | sha256 |\n|---|---|---|---|\n{rows}\n"
-        f"Method: {METHOD}. Identity of the blend: `{export.identity}`.\n\n{_usage(rank)}"
+        f"Method: {_method(export)}. Identity of the blend: `{export.identity}`.\n\n{_usage(rank)}"
     )
 
 
