@@ -133,7 +133,7 @@ def test_interrupt_leaves_nothing(slow: Path, folder: Path) -> None:
         process.send_signal(signal.SIGINT)
         process.send_signal(signal.SIGCONT)
         _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.endswith("interrupted\n")
     assert list(folder.iterdir()) == []
 

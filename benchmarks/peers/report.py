@@ -91,7 +91,7 @@ def milliseconds(series: Series) -> str:
     return f"{1000 * statistics.median(series.figures):.0f} ({1000 * low:.0f} to {1000 * high:.0f})"
 
 
-LINES = {"base": "-", "one": "--", "own": ":", "two": "-."}
+LINES = {"base": "-", "one": "--", "own": ":", "two": "-.", "all": (0, (1, 4))}
 
 
 def plot(measured: Sequence[Series], title: str, file: Path) -> None:

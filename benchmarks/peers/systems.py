@@ -25,6 +25,7 @@ BLENDS = {
     "one": f"one blend of two adapters for all: {PAIR}",
     "own": "each request its own weights over four adapters (vllm: one of four adapters, in turn)",
     "two": "each request one of two adapters, in turn",
+    "all": "each request one of all loaded adapters, in turn",
 }
 OWN = adapter_names(4)
 LOG_LINES = 30
@@ -234,9 +235,8 @@ class Vllm(System):
         return made | ({"LD_PRELOAD": str(openmp)} if openmp.exists() else {})
 
     def body(self, blend: str, row: int) -> dict[str, object]:
-        turns = {"base": ["base"], "one": ["pair"], "own": OWN, "two": self.names[: min(2, self.setting.adapters)]}[
-            blend
-        ]
+        own = self.names[: self.setting.adapters]
+        turns = {"base": ["base"], "one": ["pair"], "own": OWN, "two": own[:2], "all": own}[blend]
         return {"model": turns[row % len(turns)], "ignore_eos": True}
 
 
@@ -333,7 +333,7 @@ def app_command(setting: Setting, port: int) -> list[str]:
 
 def possible_blends(adapters: int) -> tuple[str, ...]:
     """What can be asked of a system that has so many adapters loaded; "two" makes do with one."""
-    needed = {"base": 0, "one": len(PAIR), "own": len(OWN), "two": 1}
+    needed = {"base": 0, "one": len(PAIR), "own": len(OWN), "two": 1, "all": 1}
     return tuple(blend for blend, least in needed.items() if adapters >= least)
 
 
@@ -341,7 +341,10 @@ def blend_weights(blend: str, row: int, loaded: int) -> dict[str, float]:
     """The weights of request `row`, where a system takes any."""
     if blend == "own":
         return {name: round(0.3 + 0.1 * index + 0.01 * (row % 100), 2) for index, name in enumerate(OWN)}
-    return {"base": {}, "one": PAIR, "two": {OWN[row % min(2, max(1, loaded))]: 1.0}}[blend]
+    if blend in ("two", "all"):
+        among = adapter_names(min(2, loaded) if blend == "two" else loaded)
+        return {among[row % len(among)]: 1.0}
+    return {"base": {}, "one": PAIR}[blend]
 
 
 def make_system(spec: str, setting: Setting, folder: Path) -> System:

@@ -164,9 +164,9 @@ async def test_an_adapter_that_vllm_does_not_take_is_named_while_loading(
 
 async def test_what_does_not_fit_the_base_is_found_before_the_server_starts(project: Path, python: str) -> None:
     other = tiny.llama_config(hidden_size=64)
-    base = tiny.save_base(project.parent / "wide", other)
+    base = tiny.save_base(project.parent / "another-base", other)
     with pytest.raises(AdapterError, match=r"adapter 'alpaca': .* belongs to another base"):
-        async with opened(base.parent, {"model": "./wide"}, python=python):
+        async with opened(base.parent, {"model": "./another-base"}, python=python):
             pass
 
 
