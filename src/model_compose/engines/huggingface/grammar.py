@@ -17,7 +17,7 @@ from model_compose.errors import InputError
 from model_compose.generation import ResponseFormat
 
 # One gap of white space at most this wide: a small model may else fill its whole budget with newlines.
-GAP = r"[\x20\x0A\x0D\x09]{1,40}"
+_GAP = r"[\x20\x0A\x0D\x09]{1,40}"
 _CACHED_FORMATS = 64
 
 
@@ -102,7 +102,7 @@ def _grammar(format: ResponseFormat) -> str:
         return LLMatcher.grammar_from_regex(format.text)
     schema = format.text if format.kind == "json_schema" else '{"type":"object"}'
     # overrides: over the schema's own "x-guidance", which could else turn checks off
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": GAP, "lenient": False})
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _GAP, "lenient": False})
 
 
 def _reason(matcher: LLMatcher) -> str:

@@ -69,13 +69,11 @@ def body(prompt: Prompt) -> dict[str, Any]:
 
 
 def _structured(format: ResponseFormat) -> dict[str, Any]:
-    """A schema tells vLLM's llguidance in its own key what grammar.py tells the embedded engine's."""
-    from model_compose.engines.huggingface.grammar import GAP
-
+    """JSON comes without white space: vLLM's llguidance (1.7) knows no bound on it, and small models find no end."""
     if format.kind == "regex":
         return {"regex": format.text}
     schema = json.loads(format.text) if format.kind == "json_schema" else {"type": "object"}
-    return {"json": json.dumps({**schema, "x-guidance": {"whitespace_pattern": GAP, "lenient": False}})}
+    return {"json": json.dumps({**schema, "x-guidance": {"whitespace_flexible": False, "lenient": False}})}
 
 
 class Text:
