@@ -8,7 +8,6 @@ the KV cache is full, old prefixes go first, then the youngest sequence, which i
 
 import logging
 from collections import deque
-from collections.abc import Iterable
 from collections.abc import Sequence as List
 
 from torch import Tensor
@@ -17,8 +16,8 @@ from model_compose.engines.huggingface.attention import Pass, Piece
 from model_compose.engines.huggingface.cache import KVCache, copy
 from model_compose.engines.huggingface.forward import Forward
 from model_compose.engines.huggingface.prefix import PrefixCache, common, paste
-from model_compose.engines.huggingface.sampling import draw
 from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.engines.scheduler import WORTH_WAITING, Scheduler, Work
 from model_compose.lora.layers import LoraModel
 
 log = logging.getLogger(__name__)
@@ -29,49 +28,22 @@ PREFILL_TOKENS = 256
 RESERVED_TOKENS = 64
 """A row starts with room for so many tokens behind its prompt, if that many may come."""
 
-WORTH_WAITING = 32
-"""A sequence waits for another's prompt to be read where that saves it so many tokens."""
-
 FOLD_AFTER = 256
 """Passes with one blend alone before `fold: auto` folds it: folding takes as long as some of them."""
 
-Work = tuple[Sequence, int]
-"""A sequence, and how many of its pending tokens to compute."""
 
-
-class Batch:
+class Batch(Scheduler):
     """lora and forward: the model. max_rows: sequences that run at once. auto_fold: fold what all of them use."""
 
     def __init__(
         self, lora: LoraModel, forward: Forward, cache: KVCache, *, max_rows: int, prefix_cache: bool = True,
         auto_fold: bool = False, max_adapters: int | None = None,
     ) -> None:  # fmt: skip
+        super().__init__()
         self._lora, self._forward, self._cache = lora, forward, cache
         self._max_rows, self._max_adapters = max_rows, max_adapters
         self._auto_fold, self._same = auto_fold, 0
         self.prefixes = PrefixCache(cache) if prefix_cache else None
-        self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
-        self.preemptions = 0
-        self._retired: set[str] = set()
-
-    def add(self, sequences: Iterable[Sequence]) -> None:
-        self.waiting.extend(sequences)
-
-    def retire(self, adapter: str) -> None:
-        """Takes an adapter away as soon as no sequence uses it."""
-        self._retired.add(adapter)
-        self._unload_retired()
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """All that run or wait and are not done."""
-        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.done]
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to compute and nothing to give back."""
-        return not self.running and not self.waiting
 
     def step(self) -> None:
         """One forward pass: a token for each sequence that decodes, a piece of some prompts."""
@@ -202,13 +174,8 @@ class Batch:
         except (RuntimeError, MemoryError) as error:  # torch says by a RuntimeError that memory is short
             log.warning("a prefix of %d tokens was not kept: %s", sequence.cached, error)
 
-    def _unload_retired(self) -> None:
-        if not self._retired:
-            return
-        used = {name for sequence in self.sequences for name in sequence.blend.active}
-        for name in self._retired - used:
-            self._lora.unload(name)
-        self._retired &= used
+    def _unload(self, adapter: str) -> None:
+        self._lora.unload(adapter)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.row is not None
@@ -236,38 +203,6 @@ class Batch:
             except (RuntimeError, MemoryError) as error:  # live serves as well
                 log.warning("no memory to fold the blend, it stays live: %s", error)
                 self._auto_fold = False
-
-    def _run(self, work: List[Work]) -> None:
-        """One forward pass, and a draw for each sequence whose tokens are all cached then.
-
-        Where the pass fails, each sequence is tried alone, so that only those that cause it end.
-        """
-        try:
-            logits, order = self._compute(work)
-        except Exception as error:
-            if len(work) == 1:
-                work[0][0].fail(error)
-                return
-            log.warning("a step of %d sequences failed (%s); trying each alone", len(work), error)
-            logits = None
-        if logits is None:  # after the except block, which holds on to the failed pass's memory
-            for each in work:
-                self._run([each])
-            return
-        for sequence, tokens in work:
-            sequence.cached += tokens
-        ready = [(at, work[number][0]) for at, number in enumerate(order) if not work[number][0].pending]
-        if not ready:
-            return
-        rows = logits[[at for at, _ in ready]]
-        drawn = draw(rows, [sequence.chooser for _, sequence in ready])
-        for (_, sequence), row, token in zip(ready, rows, drawn, strict=True):
-            try:
-                if isinstance(token, Exception):
-                    raise token
-                sequence.take(token, row)
-            except Exception as error:
-                sequence.fail(error)
 
     def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
         """Logits (sequences, vocabulary) in the order that comes with them: numbers into `work`."""

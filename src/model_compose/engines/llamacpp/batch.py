@@ -5,28 +5,19 @@ join in the order in which they came. A row's keys and values stay when its text
 start alike; they give way when there is no room, then the youngest text does, which is computed again later.
 """
 
-import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from model_compose.engines.huggingface.prefix import common
-from model_compose.engines.huggingface.sampling import draw
 from model_compose.engines.huggingface.sequence import Sequence
 from model_compose.engines.llamacpp.llama import Llama, Piece
-
-log = logging.getLogger(__name__)
+from model_compose.engines.scheduler import WORTH_WAITING, Scheduler, Work
 
 TURN = 8
 """Passes before another blend has its turn: a change costs llama.cpp about as much as a pass of a small model."""
-
-WORTH_WAITING = 32
-"""A text waits for another's prompt to be read where that saves it so many tokens."""
-
-Work = tuple[Sequence, int]
-"""A sequence, and how many of its pending tokens to compute."""
 
 
 @dataclass(frozen=True)
@@ -38,36 +29,17 @@ class Kept:
     tokens: list[int]
 
 
-class Batch:
+class Batch(Scheduler):
     """max_rows: texts that run at once. tokens_per_step: of all texts in a pass, at most."""
 
     def __init__(self, llama: Llama, *, max_rows: int, tokens_per_step: int) -> None:
+        super().__init__()
         self._llama, self._tokens_per_step = llama, tokens_per_step
         self._free = list(range(max_rows))
         self._rows: dict[Sequence, int] = {}
         self._kept: list[Kept] = []  # the oldest first
-        self.running: list[Sequence] = []
-        self.waiting: deque[Sequence] = deque()
-        self.preemptions = self.prefix_queries = self.prefix_hits = 0
+        self.prefix_queries = self.prefix_hits = 0
         self._turn, self._passes = "", 0
-        self._retired: set[str] = set()
-
-    def add(self, sequences: Iterable[Sequence]) -> None:
-        self.waiting.extend(sequences)
-
-    def retire(self, adapter: str) -> None:
-        """Frees an adapter as soon as no sequence uses it."""
-        self._retired.add(adapter)
-        self._free_retired()
-
-    @property
-    def sequences(self) -> list[Sequence]:
-        """All that run or wait and are not done."""
-        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.done]
-
-    @property
-    def idle(self) -> bool:
-        return not self.running and not self.waiting
 
     @property
     def used(self) -> int:
@@ -78,8 +50,8 @@ class Batch:
         """One pass of the blend whose turn it is."""
         self._drop_done()
         self._admit()
-        if self.running:
-            self._run(self._make_room(self._choose()))
+        if self.running and (work := self._make_room(self._choose())):
+            self._run(work)
         self._drop_done()
 
     def _admit(self) -> None:
@@ -167,47 +139,13 @@ class Batch:
             work = [each for each in work if each[0] is not youngest]
         return work
 
-    def _run(self, work: list[Work]) -> None:
-        """One pass, and a draw for each sequence whose tokens are all computed then.
-
-        Where the pass fails, each sequence is tried alone, so that only those that cause it end.
-        """
-        if not work:
-            return
-        try:
-            logits = self._compute(work)
-        except Exception as error:
-            if len(work) == 1:
-                work[0][0].fail(error)
-                return
-            log.warning("a step of %d sequences failed (%s); trying each alone", len(work), error)
-            for each in work:
-                self._run([each])
-            return
-        for sequence, tokens in work:
-            sequence.cached += tokens
-        ready = [number for number, (sequence, _) in enumerate(work) if not sequence.pending]
-        if not ready:
-            return
-        rows, sequences = logits[ready], [work[number][0] for number in ready]
-        for sequence, row, token in zip(sequences, rows, draw(rows, [s.chooser for s in sequences]), strict=True):
-            try:
-                if isinstance(token, Exception):
-                    raise token
-                sequence.take(token, row)
-            except Exception as error:
-                sequence.fail(error)
-
-    def _compute(self, work: list[Work]) -> Tensor:
+    def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
         self._llama.use(work[0][0].blend.active)
-        return self._llama.compute(
-            [
-                Piece(
-                    self._rows[sequence], sequence.tokens[sequence.cached : sequence.cached + tokens], sequence.cached
-                )
-                for sequence, tokens in work
-            ]
-        )
+        pieces = []
+        for sequence, count in work:
+            start = sequence.cached
+            pieces.append(Piece(self._rows[sequence], sequence.tokens[start : start + count], start))
+        return self._llama.compute(pieces), range(len(work))
 
     def _drop_done(self) -> None:
         """Takes out sequences that have ended, or that nobody reads any more."""
@@ -219,7 +157,7 @@ class Batch:
                 self.running.remove(sequence)
             else:
                 self._release(sequence)
-        self._free_retired()
+        self._unload_retired()
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -234,9 +172,5 @@ class Batch:
         self._llama.cut(row, 0)
         self._free.append(row)
 
-    def _free_retired(self) -> None:
-        if self._retired:
-            used = {name for sequence in self.sequences for name in sequence.blend.active}
-            for name in self._retired - used:
-                self._llama.free_adapter(name)
-            self._retired &= used
+    def _unload(self, adapter: str) -> None:
+        self._llama.free_adapter(adapter)
