@@ -227,15 +227,26 @@ void expand(int kind, const void *weight, const float *scales, float *out, long 
 void low_rank(const float *x, const float *a, const float *v, const float *b, float *y, long tokens, long inputs, long rank,
               long outputs, float alpha) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (tokens * rank * (inputs + outputs) > MUCH)
-    for (long t = 0; t < tokens; t++)
-        for (long r = 0; r < rank; r++) {
-            if (v[t * rank + r] == 0) continue;  // an adapter of another row
-            const float z = dot(x + t * inputs, a + r * inputs, inputs) * v[t * rank + r] * alpha;
-            const float *from = b + r * outputs;
-            float *to = y + t * outputs;
+    for (long t = 0; t < tokens; t++) {
+        const float *in = x + t * inputs, *scales = v + t * rank;
+        float *to = y + t * outputs;
+        for (long r = 0; r < rank; r += 4) {  // four at once read and write y once
+            float z[4] = {0};
+            const float *from[4];
+            int used = 0;
+            for (int i = 0; i < 4; i++) {
+                from[i] = b + (r + i < rank ? r + i : r) * outputs;
+                if (r + i < rank && scales[r + i] != 0) {  // 0: an adapter of another row
+                    z[i] = dot(in, a + (r + i) * inputs, inputs) * scales[r + i] * alpha;
+                    used = 1;
+                }
+            }
+            if (!used) continue;
 #pragma omp simd
-            for (long o = 0; o < outputs; o++) to[o] += z * from[o];
+            for (long o = 0; o < outputs; o++)
+                to[o] += z[0] * from[0][o] + z[1] * from[1][o] + z[2] * from[2][o] + z[3] * from[3][o];
         }
+    }
 }
 
 // x += y where y is given; out = x / √(mean x² + eps) · weight. (rows, size) each; weight (size)
