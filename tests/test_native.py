@@ -60,8 +60,8 @@ def test_products_with_packed_weights(kind: str, tokens: int, outputs: int, inpu
         q, scales, offsets = (part.double() for part in quantize_groups(weight))
         stands_for = ((q.view(len(q), -1, 32) - 8) * scales[..., None] + offsets[..., None]).view_as(q)
     else:
-        scale = (weight.abs().amax(dim=1, keepdim=True) / 127).double()
-        stands_for = (weight.double() / scale).round() * scale
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        stands_for = (weight / scale).round().double() * scale.double()
     packed = quantize(kind, linear)
     assert isinstance(packed, NativeLinear)
     x = drawn(tokens, 32 * inputs)
