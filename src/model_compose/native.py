@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-m
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 """What native.c calls the weights' formats; two 4-bit weights are one uint8."""
 
-FEW = 48
+FEW = 64
 """Up to so many tokens a product is faster here than by torch, which is made for many."""
 
 
@@ -54,6 +55,7 @@ class Kernels:
         p, n, f = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
         # What takes microseconds keeps Python's lock: to let another thread in between would cost more.
         long, short = ctypes.CDLL(str(path)), ctypes.PyDLL(str(path))
+        self._scratch = threading.local()
         long.use_threads(n(torch.get_num_threads()))
         self._linear = _function(long.linear, n, p, p, p, p, p, n, n, n)
         self._expand = _function(long.expand, n, p, p, p, n, n)
@@ -73,9 +75,12 @@ class Kernels:
         return y
 
     def expand(self, weight: Weight) -> Tensor:
-        """The weight as float32, (out, in)."""
+        """The weight as float32, (out, in), until this thread's next call: fresh memory would cost more than the work."""
         data = weight.data
-        wide = torch.empty(len(data), weight.inputs)
+        size = len(data) * weight.inputs
+        if getattr(self._scratch, "size", 0) < size:
+            self._scratch.size, self._scratch.memory = size, torch.empty(size)
+        wide: Tensor = self._scratch.memory[:size].view(len(data), weight.inputs)
         self._expand(
             KINDS[data.dtype], data.data_ptr(), _pointer(weight.scales), wide.data_ptr(), len(data), weight.inputs
         )

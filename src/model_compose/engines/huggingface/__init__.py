@@ -21,7 +21,7 @@ from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Progress, Report
 from model_compose.schema import Options
 
-# Before torch loads GNU's OpenMP: its threads wait for each other by spinning for milliseconds. Where any other process wants
+# Before torch loads GNU's OpenMP: its threads wait for each other by spinning for milliseconds. Where another process wants
 # the core, each of a step's hundreds of waits then costs such a time slice. After 0.1 ms they sleep instead.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
