@@ -54,6 +54,13 @@ def main() -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     code = 0
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        interrupts.append(number)  # torch's C code may turn the exception into another one
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         app()
     except SystemExit as exit:
@@ -63,8 +70,9 @@ def main() -> NoReturn:
     except BrokenPipeError:  # the reader of stdout left, as `| head` does
         code = 1
     except Exception as error:  # tracebacks, even of our own bugs, only with -v
-        _complain(error)
-        code = 1
+        code = INTERRUPTED if interrupts else 1
+        if not interrupts:
+            _complain(error)
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     try:
