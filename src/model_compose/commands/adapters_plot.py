@@ -31,7 +31,7 @@ def draw(inspections: Sequence[Inspection], path: Path) -> None:
     drawn = [inspection for inspection in inspections if inspection.listed]
     with matplotlib.rc_context(STYLE):
         height = sum(6.2 if len(inspection.blend.active) > 1 else 4.0 for inspection in drawn) or 1.0
-        figure = Figure(figsize=(12, height), dpi=150, layout="constrained")
+        figure: Any = Figure(figsize=(12, height), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         engine: Any = figure.get_layout_engine()
         engine.set(w_pad=0.1, h_pad=0.1)
