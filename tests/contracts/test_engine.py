@@ -5,7 +5,7 @@ import importlib.util
 import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ import pytest
 import pytest_asyncio
 
 from model_compose.components.model import TextGenerationOptions
-from model_compose.engines import ENGINES, Engine
+from model_compose.engines import ENGINES, AdapterOptions, Engine
 from model_compose.errors import InputError
 from model_compose.generation import Chunk, Message, Request, Sampling, collect
 from model_compose.lora.blend import Blend
+from model_compose.lora.methods.svd import Svd
 from model_compose.progress import Progress, silent
 from tests import gguf_base, tiny
 
@@ -197,6 +198,21 @@ async def test_text_comes_in_whole_characters(driver: str, tmp_path: Path) -> No
     chunks: list[Chunk] = [c async for c in engine.generate(Request("é€👍", Blend(), Sampling(27, do_sample=False)))]
     await engine.close()
     assert [chunk.text for chunk in chunks if chunk.text] == ["é", "€", "👍"] * 3
+
+
+async def test_svd_that_drops_nothing_is_the_sum(engine: Engine) -> None:
+    assert await text(engine, "Hello", replace(BLENDS[3], method=Svd(rank=8))) == await text(engine, "Hello", BLENDS[3])
+
+
+async def test_an_adapter_that_is_gone_is_the_request_s_fault(opened: Opened) -> None:
+    engine = opened.engine
+    options = AdapterOptions.model_validate({"type": "lora", "name": "third", "model": "./pirate"})
+    await engine.load_adapter(options, silent)
+    blend = Blend({"third": 1.5})
+    assert await text(engine, "Hello", blend) == await text(engine, "Hello", BLENDS[2])
+    await engine.unload_adapter("third")
+    with pytest.raises(InputError, match="the adapter 'third' has been unloaded meanwhile"):
+        await text(engine, "Hello", blend)
 
 
 async def test_close_ends_what_runs(opened: Opened) -> None:

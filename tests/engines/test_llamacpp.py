@@ -111,12 +111,13 @@ async def test_token_ids_are_those_of_llama_cpps_own_vocabulary(engine: Llamacpp
     import llama_cpp
 
     assert engine._loaded is not None
+    assert engine._running is not None
     vocabulary = llama_cpp.llama_model_get_vocab(engine._loaded.llama._model)
     for prompt in (*PROMPTS, "é€👍", "a\n\n b\t c", "</s>x"):
         raw = prompt.encode()
         found = (ctypes.c_int32 * 256)()
         count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), found, 256, True, True)
-        assert engine._loaded.tokenizer(prompt)["input_ids"] == list(found[:count])
+        assert engine._running.tokenizer(prompt)["input_ids"] == list(found[:count])
 
 
 @needs_llama_cpp

@@ -1,5 +1,6 @@
 """What every driver does alike: fetching adapters, and turning prompts into token ids by the base's own tokenizer."""
 
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from model_compose.engines import AdapterOptions, ModelOptions
 from model_compose.errors import InputError, LoadError, SourceError
 from model_compose.generation import Request
 from model_compose.lora.adapter import LoraAdapter, read_adapter, read_config
+from model_compose.lora.blend import Blend
 from model_compose.progress import Report
 from model_compose.sources import Fetched, HuggingfaceSource, ModelSource, fetch
 
@@ -103,6 +105,12 @@ def check_logit_bias(request: Request, vocabulary: int) -> None:
                 f"logit_bias names the token {token}, and this model has the tokens 0 to {vocabulary - 1}",
                 field="logit_bias",
             )
+
+
+def check_loaded(blend: Blend, adapters: Container[str]) -> None:
+    """Raises InputError for an adapter that has been unloaded since the blend was resolved."""
+    if gone := [name for name in blend.active if name not in adapters]:
+        raise InputError(f"the adapter '{gone[0]}' has been unloaded meanwhile", field="blend")
 
 
 def _render_chat(tokenizer: Any, request: Request) -> str:

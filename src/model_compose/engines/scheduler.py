@@ -1,6 +1,7 @@
 """What every scheduler of sequences does alike: its queue, adapters that leave, a pass that ends only who breaks it."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as List
@@ -19,7 +20,7 @@ Work = tuple[Sequence, int]
 """A sequence, and how many of its pending tokens to compute."""
 
 
-class Scheduler:
+class Scheduler(ABC):
     """Belongs to the engine's thread. running: the oldest first."""
 
     def __init__(self) -> None:
@@ -54,12 +55,17 @@ class Scheduler:
             self._unload(name)
         self._retired &= used
 
-    def _unload(self, adapter: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self) -> None:
+        """One forward pass, and a token for each sequence whose prompt has been read."""
 
+    @abstractmethod
+    def _unload(self, adapter: str) -> None:
+        """Frees an adapter that no sequence uses."""
+
+    @abstractmethod
     def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
         """Logits (sequences, vocabulary) in the order that comes with them: numbers into `work`."""
-        raise NotImplementedError
 
     def _run(self, work: List[Work]) -> None:
         """One forward pass, and a draw for each sequence whose tokens are all cached then.

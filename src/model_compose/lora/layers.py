@@ -93,7 +93,8 @@ class LoraModel:
 
     @property
     def adapters(self) -> Mapping[str, LoraAdapter]:
-        return {name: placed.adapter for name, placed in self._placed.items()}
+        # A copy is one step: other threads ask, too.
+        return {name: placed.adapter for name, placed in self._placed.copy().items()}
 
     @property
     def names(self) -> tuple[str, ...]:

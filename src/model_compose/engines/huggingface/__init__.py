@@ -1,11 +1,5 @@
 """The embedded engine: transformers in this process, any blend for any request. `driver: huggingface`."""
 
-import asyncio
-import os
-import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -13,24 +7,18 @@ from pydantic import ByteSize, Field
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
-from model_compose.engines.low_rank import LowRank
-from model_compose.engines.parts import check_logit_bias, fetch_adapter, refuse_common, tokenize
-from model_compose.errors import Conflict, InputError, LoadError, NotReady, Overloaded
-from model_compose.generation import Chunk, Request, ResponseFormat
+from model_compose.engines.parts import refuse_common
+from model_compose.engines.stepping import Running, SteppingEngine
+from model_compose.errors import Conflict, InputError, LoadError
+from model_compose.generation import Request, ResponseFormat
+from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Progress, Report
 from model_compose.schema import Options
 
-# Before torch loads GNU's OpenMP: its threads wait for each other by spinning for milliseconds. Where another process wants
-# the core, each of a step's hundreds of waits then costs such a time slice. After 0.1 ms they sleep instead.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-
 if TYPE_CHECKING:
     from model_compose.engines.huggingface.batch import Batch
     from model_compose.engines.huggingface.cache import KVCache
-    from model_compose.engines.huggingface.grammar import Grammars
-    from model_compose.engines.huggingface.loop import Loop
     from model_compose.engines.huggingface.model import Loaded
 
 
@@ -58,25 +46,19 @@ class HuggingfaceOptions(Options):
     )
 
 
-class HuggingfaceEngine:
-    """Tokenizes, hands sequences to its thread, and turns what comes back into one stream a request."""
+class HuggingfaceEngine(SteppingEngine):
+    """transformers' models, with any mixture of blends in one batch."""
 
     Options: ClassVar[type[Options]] = HuggingfaceOptions
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
-        assert isinstance(options.options, HuggingfaceOptions)
-        self._options, self._own = options, options.options
-        self._blends, self._base_dir = blends, base_dir
+        own = options.options
+        assert isinstance(own, HuggingfaceOptions)
+        super().__init__(blends, base_dir, rows=own.max_batch_size, queue=own.max_queue)
+        self._options, self._own, self._blends = options, own, blends
         self._loaded: Loaded | None = None
         self._batch: Batch | None = None
-        self._loop: Loop | None = None
-        self._low_rank: LowRank
         self._cache: KVCache | None = None
-        self._grammars: Grammars
-        self._context = 0
-        self._keys = {name: name for name in blends.adapters}
-        """What the model calls the adapter of a name. One that is loaded again gets another key, as running requests
-        finish on the old one."""
 
     @classmethod
     def refuse(cls, options: ModelOptions) -> None:
@@ -93,20 +75,16 @@ class HuggingfaceEngine:
         _refuse_full_rank(options, options.options.fold)
 
     async def open(self, report: Report) -> None:
-        from model_compose.engines.huggingface.loop import Loop
+        self._begin(await in_daemon_thread(lambda: self._load(report)))
 
-        loaded, batch = await in_daemon_thread(lambda: self._load(report))
-        self._loaded, self._batch, self._loop = loaded, batch, Loop(batch)
-        self._low_rank = LowRank(self._loop, lambda: loaded.lora.adapters, loaded.lora.load, batch.retire)
-
-    def _load(self, report: Report) -> tuple["Loaded", "Batch"]:
+    def _load(self, report: Report) -> Running:
         import torch
 
         from model_compose.engines.huggingface.batch import Batch
         from model_compose.engines.huggingface.free import free_memory
         from model_compose.engines.huggingface.grammar import Grammars
         from model_compose.engines.huggingface.memory import open_cache
-        from model_compose.engines.huggingface.model import load
+        from model_compose.engines.huggingface.model import load, placement
 
         own = self._own
         loaded = load(
@@ -121,58 +99,23 @@ class HuggingfaceEngine:
         auto = auto and (free is None or 2 * loaded.lora.fold_bytes(self._blends.default) < free)
         if (own.fold == "always" or auto) and self._blends.default.active:
             loaded.lora.fold(self._blends.default)
-        cache, self._context = open_cache(loaded.forward.layers, loaded.device, loaded.context, own)
-        self._cache = cache
-        self._grammars = Grammars(loaded.tokenizer, loaded.vocabulary, loaded.eos)
+        cache, context = open_cache(loaded.forward.layers, loaded.device, loaded.context, own)
+        grammars = Grammars(loaded.tokenizer, loaded.vocabulary, loaded.eos)
         if loaded.eos:  # reads the vocabulary, which would hold up all other threads later
-            self._grammars.start(ResponseFormat("json_object"))
-        return loaded, Batch(
+            grammars.start(ResponseFormat("json_object"))
+        batch = Batch(
             loaded.lora, loaded.forward, cache, max_rows=own.max_batch_size, prefix_cache=own.prefix_cache,
             auto_fold=auto, max_adapters=own.max_adapters_on_device,
         )  # fmt: skip
+        self._loaded, self._batch, self._cache = loaded, batch, cache
 
-    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        from model_compose.engines.huggingface.loop import Mailbox, stream
-        from model_compose.engines.huggingface.sequence import Prompt, Sequence
+        def attach(adapter: LoraAdapter, key: str, options: AdapterOptions | None) -> None:
+            loaded.lora.load(adapter, *([placement(options)] if options else []), key=key)
 
-        loaded, loop = self._loaded, self._loop  # both are None once closed, which may happen while this runs
-        if loaded is None or loop is None:
-            raise NotReady("the model is not loaded")
-        self._check(request, loaded)
-        self._check_room(loop)  # before any work
-        start = time.perf_counter()
-        tokens = await asyncio.to_thread(tokenize, loaded.tokenizer, self._context, request)
-        format = request.sampling.response_format
-        texts = range(request.sampling.num_return_sequences)
-        constraints = [await asyncio.to_thread(self._grammars.start, format) if format else None for _ in texts]
-        # Nothing is awaited from here until the thread has the sequences, but for the adapter that an svd is made into: one
-        # that is unloaded in between would be gone from under them.
-        mailbox = Mailbox()
-        identity = self.identity(request.blend)
-        blend = await self._known(request.blend, identity)  # the last await before the sequences are in the loop
-        prompt = Prompt(tokens, blend, identity, request.sampling, self._context)
-        sequences = [
-            Sequence(prompt, index, loaded.eos, loaded.tokenizer, constraint, mailbox.put)
-            for index, constraint in enumerate(constraints)
-        ]
-        self._check_room(loop)  # others may have come meanwhile
-        async with aclosing(stream(loop, mailbox, sequences, len(tokens), start)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-
-    async def _known(self, blend: Blend, identity: str) -> Blend:
-        """The blend of adapters as the model calls them; what svd makes of it is one."""
-        blend = replace(blend, weights={self._keys[name]: weight for name, weight in blend.active.items()})
-        return await self._low_rank.blend(identity, blend) if blend.low_rank else blend
-
-    def identity(self, blend: Blend) -> str:
-        if self._loaded is None:
-            raise NotReady("the model is not loaded")
-        if gone := [name for name in blend.active if name not in self._keys]:
-            raise InputError(f"the adapter '{gone[0]}' has been unloaded meanwhile", field="blend")
-        adapters = self._loaded.lora.adapters
-        digests = {name: adapters[self._keys[name]].digest for name in blend.active}
-        return blend.identity(self._loaded.identity, digests)
+        return Running(
+            loaded.tokenizer, loaded.vocabulary, loaded.eos, context, loaded.identity, grammars, batch,
+            lambda: loaded.lora.adapters, attach,
+        )  # fmt: skip
 
     def stats(self) -> Stats | None:
         loaded, batch, loop, cache = self._loaded, self._batch, self._loop, self._cache
@@ -194,51 +137,17 @@ class HuggingfaceEngine:
         )
 
     async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
-        from model_compose.engines.huggingface.model import placement
-
-        loaded, loop = self._loaded, self._loop
-        if loaded is None or loop is None:
-            raise NotReady("the model is not loaded")
-        assert options.name is not None
         if self._own.fold == "always":
             raise Conflict(
                 "this model has its default blend folded in (options.fold: always) and takes no other adapter"
             )
-        key = options.name
-        while key in loaded.lora.adapters:
-            key += "'"
-        name = options.name
-        adapter = await in_daemon_thread(lambda: fetch_adapter(name, options, self._base_dir, report))
-        where = placement(options)
-        await asyncio.wrap_future(loop.call(lambda: loaded.lora.load(adapter, where, key=key)))
-        old = self._keys.get(name)
-        self._keys[name] = key  # before the old one goes: whoever starts now takes the new one
-        await self._retire(old)
-
-    async def unload_adapter(self, name: str) -> None:
-        await self._retire(self._keys.pop(name, None))
-
-    async def _retire(self, key: str | None) -> None:
-        loop, batch = self._loop, self._batch
-        if key is not None and loop is not None and batch is not None:
-            await asyncio.wrap_future(loop.call(lambda: batch.retire(key)))
+        await super().load_adapter(options, report)
 
     async def close(self) -> None:
-        if self._loop is not None:
-            await asyncio.to_thread(self._loop.close)
-        self._loop = self._batch = self._cache = self._loaded = None
+        await super().close()
+        self._batch = self._cache = self._loaded = None
 
-    def _check_room(self, loop: "Loop") -> None:
-        """Raises Overloaded."""
-        if loop.load >= self._own.max_batch_size + self._own.max_queue:
-            raise Overloaded(
-                f"{loop.load} texts run or wait already (max_batch_size {self._own.max_batch_size}, max_queue "
-                f"{self._own.max_queue}); try again in a moment"
-            )
-
-    def _check(self, request: Request, loaded: "Loaded") -> None:
-        """Raises InputError for what this model cannot do."""
-        check_logit_bias(request, loaded.vocabulary)
+    def _check(self, request: Request) -> None:
         if request.blend.full_rank and not any(request.blend.equals(blend) for blend in self._blends.full_rank):
             raise InputError(
                 f"the blend {request.blend.described} has full rank and runs folded into the weights only, in a copy that "

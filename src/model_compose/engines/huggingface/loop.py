@@ -6,9 +6,9 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from collections.abc import Sequence as List
 from concurrent.futures import Future
-from typing import Protocol
 
 from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.engines.scheduler import Scheduler
 from model_compose.errors import ComposeError, NotReady
 from model_compose.generation import Chunk, Usage
 
@@ -32,21 +32,10 @@ class Mailbox:
         return item
 
 
-class Steps(Protocol):
-    """What a batch is to the loop: sequences are added, then step by step computed."""
-
-    @property
-    def sequences(self) -> list[Sequence]: ...
-    @property
-    def idle(self) -> bool: ...
-    def add(self, sequences: Iterable[Sequence]) -> None: ...
-    def step(self) -> None: ...
-
-
 class Loop:
     """Runs sequences until they are done. Sequences join and leave between any two steps."""
 
-    def __init__(self, batch: Steps) -> None:
+    def __init__(self, batch: Scheduler) -> None:
         self._batch = batch
         self._joining: list[Sequence] = []
         self._calls: list[tuple[Callable[[], None], Future[None]]] = []

@@ -4,13 +4,10 @@ llama.cpp computes logits. Prompts, sampling, response formats and text are the 
 drivers give the same answer to the same request.
 """
 
-import asyncio
 import logging
 import tempfile
-import time
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,27 +15,22 @@ from pydantic import ByteSize, Field
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
-from model_compose.engines.low_rank import LowRank
 from model_compose.engines.parts import (
-    check_logit_bias,
-    fetch_adapter,
     fetch_adapters,
     load_tokenizer,
     refuse_common,
     refuse_full_rank,
-    tokenize,
 )
-from model_compose.errors import LoadError, NotReady, Overloaded
-from model_compose.generation import Chunk, Request, ResponseFormat
+from model_compose.engines.stepping import Running, SteppingEngine
+from model_compose.errors import LoadError
+from model_compose.generation import ResponseFormat
 from model_compose.lora.adapter import LoraAdapter
-from model_compose.lora.blend import Blend, Blends
+from model_compose.lora.blend import Blends
 from model_compose.progress import Progress, Report
 from model_compose.schema import Options
 from model_compose.sources import HuggingfaceSource, describe, fetch
 
 if TYPE_CHECKING:
-    from model_compose.engines.huggingface.grammar import Grammars
-    from model_compose.engines.huggingface.loop import Loop
     from model_compose.engines.llamacpp.base import Base
     from model_compose.engines.llamacpp.batch import Batch
     from model_compose.engines.llamacpp.llama import Llama, Settings
@@ -73,36 +65,24 @@ class LlamacppOptions(Options):
 
 @dataclass(frozen=True)
 class Loaded:
-    """Everything that generation needs. context: the longest prompt plus text, in tokens; eos: ids that end a text."""
+    """token_bytes: of keys and values, for each token."""
 
     llama: "Llama"
-    base: "Base"
-    identity: str
-    tokenizer: Any
-    grammars: "Grammars"
-    context: int
-    eos: tuple[int, ...]
+    batch: "Batch"
     token_bytes: int
-    """Of keys and values, for each token."""
 
 
-class LlamacppEngine:
-    """Tokenizes, hands sequences to its thread, and turns what comes back into one stream a request."""
+class LlamacppEngine(SteppingEngine):
+    """llama.cpp's models; blends take turns."""
 
     Options: ClassVar[type[Options]] = LlamacppOptions
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
-        assert isinstance(options.options, LlamacppOptions)
-        self._options, self._own, self._base_dir = options, options.options, base_dir
+        own = options.options
+        assert isinstance(own, LlamacppOptions)
+        super().__init__(blends, base_dir, rows=own.max_batch_size, queue=own.max_queue)
+        self._options, self._own = options, own
         self._loaded: Loaded | None = None
-        self._batch: Batch | None = None
-        self._loop: Loop | None = None
-        self._keys = {name: name for name in blends.adapters}
-        """What llama.cpp's adapter of a name is called here. One that is loaded again gets another key, as running
-        requests finish on the old one."""
-        self._adapters: dict[str, LoraAdapter] = {}
-        """By key."""
-        self._low_rank: LowRank
 
     @classmethod
     def refuse(cls, options: ModelOptions) -> None:
@@ -146,20 +126,12 @@ class LlamacppEngine:
                 raise ValueError(f"driver llamacpp cannot honour '{name}': {remedy}")
 
     async def open(self, report: Report) -> None:
-        from model_compose.engines.huggingface.loop import Loop
-        from model_compose.engines.llamacpp.batch import Batch
+        self._begin(await in_daemon_thread(lambda: self._load(report)))
 
-        loaded = await in_daemon_thread(lambda: self._load(report))
-        batch = Batch(loaded.llama, max_rows=self._own.max_batch_size, tokens_per_step=self._own.n_batch)
-        self._loaded, self._batch, self._loop = loaded, batch, Loop(batch)
-        self._low_rank = LowRank(
-            self._loop, lambda: self._adapters, lambda adapter: self._attach(loaded.llama, loaded.base, adapter),
-            batch.retire,
-        )  # fmt: skip
-
-    def _load(self, report: Report) -> Loaded:
+    def _load(self, report: Report) -> Running:
         from model_compose.engines.huggingface.grammar import Grammars
         from model_compose.engines.llamacpp.base import check_all, read_base
+        from model_compose.engines.llamacpp.batch import Batch
         from model_compose.engines.llamacpp.llama import Llama, import_llama_cpp
 
         import_llama_cpp()  # before anything is fetched
@@ -174,7 +146,7 @@ class LlamacppEngine:
         llama = Llama(base.file, _settings(self._options, cells), report)
         try:
             for number, adapter in enumerate(adapters, 1):
-                self._attach(llama, base, adapter)
+                _attach(llama, base, adapter, adapter.name)
                 report(Progress("attaching adapters", number, len(adapters), "adapters"))
             eos = tuple(sorted({*llama.eos, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}))
             grammars = Grammars(tokenizer, llama.vocabulary, eos)
@@ -183,59 +155,23 @@ class LlamacppEngine:
         except BaseException:
             llama.close()
             raise
-        return Loaded(llama, base, fetched.identity, tokenizer, grammars, context, eos, token_bytes)
+        batch = Batch(llama, max_rows=self._own.max_batch_size, tokens_per_step=self._own.n_batch)
+        self._loaded = Loaded(llama, batch, token_bytes)
 
-    def _attach(self, llama: "Llama", base: "Base", adapter: LoraAdapter) -> None:
-        """Converts the adapter and loads it; its name here is its key. Raises AdapterError."""
-        from model_compose.lora.gguf import write_gguf
+        def attach(adapter: LoraAdapter, key: str, options: AdapterOptions | None) -> None:
+            base.check(adapter)
+            _attach(llama, base, adapter, key)
 
-        with tempfile.TemporaryDirectory(prefix="model-compose-") as folder:
-            file = Path(folder) / "adapter.gguf"
-            write_gguf(adapter, base.architecture, file)
-            llama.load_adapter(adapter.name, file)
-        self._adapters[adapter.name] = adapter
-
-    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        from model_compose.engines.huggingface.loop import Mailbox, stream
-        from model_compose.engines.huggingface.sequence import Prompt, Sequence
-
-        loaded, loop = self._loaded, self._loop  # both are None once closed, which may happen while this runs
-        if loaded is None or loop is None:
-            raise NotReady("the model is not loaded")
-        check_logit_bias(request, loaded.llama.vocabulary)
-        self._check_room(loop)  # before any work
-        start = time.perf_counter()
-        tokens = await asyncio.to_thread(tokenize, loaded.tokenizer, loaded.context, request)
-        format = request.sampling.response_format
-        constraints = [
-            await asyncio.to_thread(loaded.grammars.start, format) if format else None
-            for _ in range(request.sampling.num_return_sequences)
-        ]
-        mailbox = Mailbox()
-        identity = self.identity(request.blend)
-        blend = replace(request.blend, weights={self._keys[name]: w for name, w in request.blend.active.items()})
-        if blend.low_rank:
-            blend = await self._low_rank.blend(identity, blend)
-        prompt = Prompt(tokens, blend, identity, request.sampling, loaded.context)
-        sequences = [
-            Sequence(prompt, index, loaded.eos, loaded.tokenizer, constraint, mailbox.put)
-            for index, constraint in enumerate(constraints)
-        ]
-        self._check_room(loop)  # others may have come meanwhile
-        async with aclosing(stream(loop, mailbox, sequences, len(tokens), start)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-
-    def identity(self, blend: Blend) -> str:
-        if self._loaded is None:
-            raise NotReady("the model is not loaded")
-        digests = {name: self._adapters[self._keys[name]].digest for name in blend.active}
-        return blend.identity(self._loaded.identity, digests)
+        return Running(
+            tokenizer, llama.vocabulary, eos, context, fetched.identity, grammars, batch,
+            lambda: {key: attached.adapter for key, attached in llama.adapters.copy().items()}, attach,
+        )  # fmt: skip
 
     def stats(self) -> Stats | None:
-        loaded, batch, loop = self._loaded, self._batch, self._loop
-        if loaded is None or batch is None or loop is None:
+        loaded, loop = self._loaded, self._loop
+        if loaded is None or loop is None:
             return None
+        batch = loaded.batch
         running = [sequence for sequence in tuple(batch.running) if not sequence.done]
         done = sum(sequence.done for sequence in loop.running)
         return Stats(
@@ -249,44 +185,21 @@ class LlamacppEngine:
             adapters=len(loaded.llama.adapters),
         )
 
-    async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
-        loaded, loop = self._loaded, self._loop
-        if loaded is None or loop is None:
-            raise NotReady("the model is not loaded")
-        assert options.name is not None
-        key = options.name
-        while key in loaded.llama.adapters:
-            key += "'"
-        adapter = await in_daemon_thread(lambda: fetch_adapter(key, options, self._base_dir, report))
-        loaded.base.check(adapter)
-        await asyncio.wrap_future(loop.call(lambda: self._attach(loaded.llama, loaded.base, adapter)))
-        old = self._keys.get(options.name)
-        self._keys[options.name] = key  # before the old one leaves: requests that come meanwhile use the new one
-        await self._retire(old)
-
-    async def unload_adapter(self, name: str) -> None:
-        await self._retire(self._keys.pop(name, None))
-
-    async def _retire(self, key: str | None) -> None:
-        loop, batch = self._loop, self._batch
-        if key is not None and loop is not None and batch is not None:
-            self._adapters.pop(key, None)
-            await asyncio.wrap_future(loop.call(lambda: batch.retire(key)))
-
     async def close(self) -> None:
-        if self._loop is not None:
-            await asyncio.to_thread(self._loop.close)
+        await super().close()
         if self._loaded is not None:
             self._loaded.llama.close()
-        self._loop = self._batch = self._loaded = None
+        self._loaded = None
 
-    def _check_room(self, loop: "Loop") -> None:
-        """Raises Overloaded."""
-        if loop.load >= self._own.max_batch_size + self._own.max_queue:
-            raise Overloaded(
-                f"{loop.load} texts run or wait already (max_batch_size {self._own.max_batch_size}, max_queue "
-                f"{self._own.max_queue}); try again in a moment"
-            )
+
+def _attach(llama: "Llama", base: "Base", adapter: LoraAdapter, key: str) -> None:
+    """Converts the adapter and loads it. Raises AdapterError."""
+    from model_compose.lora.gguf import write_gguf
+
+    with tempfile.TemporaryDirectory(prefix="model-compose-") as folder:
+        file = Path(folder) / "adapter.gguf"
+        write_gguf(adapter, base.architecture, file)
+        llama.load_adapter(key, adapter, file)
 
 
 def _room(options: ModelOptions, base: "Base", token_bytes: int) -> tuple[int, int]:

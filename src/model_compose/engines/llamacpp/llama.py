@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model_compose.errors import AdapterError, LoadError
+from model_compose.lora.adapter import LoraAdapter
 from model_compose.progress import Progress, Report
 
 log = logging.getLogger(__name__)
@@ -24,8 +25,13 @@ UBATCH = 512
 
 REQUIRED = "'llama-cpp-python>=0.3.36'"
 
-Adapter = Any
-"""llama.cpp's pointer to a loaded adapter."""
+
+@dataclass(frozen=True)
+class Attached:
+    """An adapter, and llama.cpp's pointer to what it has loaded of it."""
+
+    adapter: LoraAdapter
+    pointer: Any
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Llama:
     def __init__(self, file: Path, settings: Settings, report: Report) -> None:
         self._lib = import_llama_cpp()
         self._used: dict[str, float] | None = None
-        self.adapters: dict[str, Adapter] = {}
+        self.adapters: dict[str, Attached] = {}
         """By the keys that callers chose."""
         self._model = self._context = self._batch = None
         lib = self._lib
@@ -116,25 +122,25 @@ class Llama:
             )
         return context
 
-    def load_adapter(self, key: str, file: Path) -> None:
+    def load_adapter(self, key: str, adapter: LoraAdapter, file: Path) -> None:
         """Reads a GGUF adapter into memory; the file is not needed any more. Raises AdapterError."""
         errors.clear()
-        adapter = self._lib.llama_adapter_lora_init(self._model, str(file).encode())
-        if not adapter:
-            raise AdapterError(f"adapter '{key}': llama.cpp does not take it: {_reason()}")
-        self.adapters[key] = adapter
+        pointer = self._lib.llama_adapter_lora_init(self._model, str(file).encode())
+        if not pointer:
+            raise AdapterError(f"adapter '{adapter.name}': llama.cpp does not take it: {_reason()}")
+        self.adapters[key] = Attached(adapter, pointer)
 
     def free_adapter(self, key: str) -> None:
         # The context may still point to it, and another adapter may come to lie where it lay.
         self.use({})
-        self._lib.llama_adapter_lora_free(self.adapters.pop(key))
+        self._lib.llama_adapter_lora_free(self.adapters.pop(key).pointer)
 
     def use(self, weights: Mapping[str, float]) -> None:
         """The adapters of the passes from now on, by their keys. All at once: llama.cpp adds Σ w · B (A x)."""
         if weights == self._used:
             return
         count = len(weights)
-        adapters = (self._lib.llama_adapter_lora_p_ctypes * count)(*(self.adapters[key] for key in weights))
+        adapters = (self._lib.llama_adapter_lora_p_ctypes * count)(*(self.adapters[key].pointer for key in weights))
         self._used = None
         self._lib.llama_set_adapters_lora(self._context, adapters, count, (ctypes.c_float * count)(*weights.values()))
         self._used = dict(weights)

@@ -22,7 +22,7 @@ from model_compose.engines.child import Child
 from model_compose.engines.compiled import Compiled
 from model_compose.engines.huggingface.free import main_memory
 from model_compose.engines.huggingface.sizes import context_length
-from model_compose.engines.parts import check_logit_bias, fetch_adapter, tokenize
+from model_compose.engines.parts import check_loaded, check_logit_bias, fetch_adapter, tokenize
 from model_compose.engines.vllm.connection import Connection, Served
 from model_compose.engines.vllm.loading import (
     Loaded,
@@ -263,6 +263,7 @@ class VllmEngine:
     def _identity(self, blend: Blend, adapters: Mapping[str, LoraAdapter]) -> str:
         if self._loaded is None:
             raise NotReady("the model is not loaded")
+        check_loaded(blend, adapters)
         return blend.identity(self._loaded.base.identity, {name: adapters[name].digest for name in blend.active})
 
     def stats(self) -> Stats | None:

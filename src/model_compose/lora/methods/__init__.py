@@ -4,6 +4,7 @@ They work on the deltas D_i = s_i B_i A_i of one module, (out, in) in float32, n
 A and to B is not what it does to their product. A new one is one file here plus its line in METHODS.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
@@ -27,12 +28,12 @@ class Method(Options):
 class FullRank(Method):
     """Its result has no small rank, so it is no LoRA: it runs folded into the weights, or as a merged model."""
 
+    @abstractmethod
     def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
         """What is added to the weight of one module. deltas: (out, in), float32, at least one; left as they are.
 
         key: the module's path, which seeds what is random, so that the order of the modules does not matter.
         """
-        raise NotImplementedError
 
 
 class LowRank(Method):
@@ -40,9 +41,9 @@ class LowRank(Method):
 
     rank: int
 
+    @abstractmethod
     def compress(self, a: "Tensor", b: "Tensor") -> "tuple[Tensor, Tensor]":
         """a (R, in) and b (out, R), float32, whose product is the exact sum of one module -> those of the result."""
-        raise NotImplementedError
 
 
 METHODS: Registry[type[Method]] = Registry(
