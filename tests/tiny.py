@@ -106,7 +106,7 @@ def teach_to_say(base: Path, cycle: str) -> None:
     """
     tokens = tokenizer()(cycle)["input_ids"]
     assert len(set(tokens)) == len(tokens)
-    model = AutoModelForCausalLM.from_config(llama_config())
+    model = AutoModelForCausalLM.from_pretrained(base)
     state = model.state_dict()
     for name, tensor in state.items():
         tensor.fill_(1.0 if "norm" in name else 0.0)
