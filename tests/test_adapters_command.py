@@ -217,3 +217,13 @@ def test_without_matplotlib_the_message_is_the_remedy(
     code, out, err = cli("adapters", "list", "--plot", "x.png", cwd=app)
     assert (code, out) == (1, "")
     assert err == "❌ --plot needs matplotlib, which is not installed: pip install matplotlib\n"
+
+
+def test_a_method_is_not_taken_for_the_sum(app: Path) -> None:
+    path = app / "model-compose.yml"
+    ties = "  blends:\n    voted: {method: ties, density: 0.5, weights: {alpaca: 0.7, pirate: 0.8}}\n"
+    path.write_text(path.read_text(encoding="utf-8").replace("  blends:\n", ties), encoding="utf-8")
+    out = cli("adapters", "list", "--blend", "voted", cwd=app)[1]
+    assert "the sum that the blend voted (ties) approximates has the norm" in " ".join(out.split())
+    assert document("list", "--blend", "voted", cwd=app)["blend"]["method"]["method"] == "ties"
+    assert document("list", cwd=app)["blend"]["method"] is None

@@ -29,6 +29,7 @@ from model_compose.commands.options import (
     log_to_stderr,
     parse_json,
 )
+from model_compose.commands.setup import setup
 from model_compose.errors import ComposeError, ConfigError, Conflict, InputError, LoadError
 from model_compose.progress import Progress, silent
 
@@ -233,28 +234,6 @@ def plan(
 
 
 @app.command()
-def setup(
-    driver: Annotated[str, typer.Argument(metavar="DRIVER", help="vllm")],
-    gpu: Annotated[
-        bool | None, typer.Option("--gpu/--cpu", help="The build; by what the machine has if left out")
-    ] = None,
-    folder: Annotated[
-        Path | None, typer.Option("--folder", metavar="DIR", help="Where, instead of where the driver looks for it")
-    ] = None,
-) -> None:
-    """Install an engine that needs an environment of its own."""
-    from model_compose import environments
-
-    if driver not in environments.RECIPES:
-        raise InputError(
-            f"'{driver}' needs no environment of its own; those that do: {', '.join(environments.RECIPES)}"
-        )
-    recipe = environments.RECIPES[driver](gpu=environments.has_gpu() if gpu is None else gpu)
-    where = folder.absolute() if folder else environments.environment_folder(driver)
-    print(environments.make(where, recipe, lambda step: print(step, file=sys.stderr)))
-
-
-@app.command()
 def schema() -> None:
     """Print the JSON Schema of the YAML, for editors."""
     from model_compose.config import Config
@@ -265,6 +244,7 @@ def schema() -> None:
 
 app.add_typer(adapters.app, name="adapters")
 app.command()(export)
+app.command()(setup)
 app.command("start", hidden=True)(up)
 app.command("stop", hidden=True)(down)
 

@@ -208,7 +208,9 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
         "base": inspection.base,
         "unchecked": inspection.unchecked,
         "blend": {
-            "name": inspection.blend.name, "weights": dict(weights), "norm": geometry.blend_norm(weights),
+            "name": inspection.blend.name, "weights": dict(weights),
+            "method": inspection.blend.method.model_dump() if inspection.blend.method else None,  # the norms are the sum's
+            "norm": geometry.blend_norm(weights),
             "layers": {layer: geometry.blend_norm(weights, layer=layer) for layer in layers},
         },
         "adapters": [

@@ -275,6 +275,8 @@ def _print_adapters(inspection: "Inspection", console: "Console") -> None:
         parts = sum(abs(weight) * norms.get(name, 0.0) for name, weight in blend.active.items())
         console.print()
         name = f"the blend {blend.name}" if blend.name else "this blend"
+        if blend.method is not None:  # what a method makes of it takes the dense updates to know
+            name = f"the sum that {name} ({blend.method.method}) approximates"
         console.print(f"{name} has the norm {_number(norm)}; its parts add up to {_number(parts)}", markup=False)
 
 
