@@ -102,7 +102,7 @@ def test_a_quantised_base_is_as_large_as_the_real_one(family: str, kind: str) ->
         if isinstance(module, NativeLinear):
             assert module._packed is not None
             assert module._packed.scales is not None
-            held += module._packed.data.nbytes + module._packed.scales.nbytes
+            held += module._packed.weight.nbytes + module._packed.scales.nbytes
     assert base_bytes(model.on_meta(FAMILIES[family], False), torch.bfloat16, kind) == held
 
 

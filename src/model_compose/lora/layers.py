@@ -76,6 +76,8 @@ class LoraModel:
         self.folded: Blend | None = None
         self.mix: Mix | None = None
         """The weights of the pass that is running; None where no adapter is in use, or a blend is folded in."""
+        self.swaps = 0
+        """How often weights were exchanged: what was read of them before may be gone."""
         self._placed: dict[str, Placed] = {}
         self._layouts: dict[Layout, Layout] = {}
         self._max_on_device = max_on_device
@@ -179,6 +181,7 @@ class LoraModel:
         if self.folded is not None and self.folded.equals(blend):
             return
         self.unfold(keep=True)
+        self.swaps += 1
         rested = self._rested.pop(blend.method, None)
         if rested is not None and rested[0].equals(blend):
             self._originals = {path: swap(self._sites[path].module, new) for path, new in rested[1].items()}
@@ -227,6 +230,7 @@ class LoraModel:
         keep: hold on to the folded ones, so that folding the same blend again is but a swap, until another blend by the
         same method is folded.
         """
+        self.swaps += 1
         swapped = {path: swap(self._sites[path].module, original) for path, original in self._originals.items()}
         if self.folded is not None and keep:
             self._rested[self.folded.method] = (self.folded, swapped)

@@ -97,14 +97,12 @@ class Branch:
 
     def add(self, x: Tensor, y: Tensor, mix: Mix) -> Tensor:
         """y + ((x Aᵀ) ⊙ v) Bᵀ, in place where dtype and device allow it. x: (…, in), or token ids; y: (…, out)."""
-        if self._of is not mix.stack:
-            self._restack(mix.stack)
-        for stack in self.stacks:
+        for stack in self.stacked(mix):
             a = stack.a
             if native := _for_few(x, y, a):
                 v = mix.scales(stack.layout, len(x))
                 if v.shape == (len(x), len(a)):
-                    native.low_rank(x, a, v, stack.b, y, self._scale)
+                    native.low_rank(x, a, v, stack.b, y)
                     continue
             inner = x if x.device == a.device else x.to(a.device)
             if self._embedding:
@@ -120,6 +118,12 @@ class Branch:
             else:
                 y = (y + (z @ stack.b * self._scale).to(y.device)).to(y.dtype)
         return y
+
+    def stacked(self, mix: Mix) -> list[Stack]:
+        """The adapters of `mix.stack` that act here, one stack for each device and dtype."""
+        if self._of is not mix.stack:
+            self._restack(mix.stack)
+        return self.stacks
 
     def drop(self, adapter: str) -> None:
         """Forgets an adapter's factors on their device; it is in no stack, or never asked for again."""
@@ -164,7 +168,7 @@ class Branch:
 
 
 def _for_few(x: Tensor, y: Tensor, a: Tensor) -> Kernels | None:
-    """For a step of few tokens on a CPU, native.c's one call in the place of three; None is torch's way."""
+    """For a step of few tokens on a CPU, one call of native code in the place of three; None is torch's way."""
     few = x.ndim == 2 and len(x) <= FEW and x.dtype == y.dtype == a.dtype == torch.float32
     on_cpu = few and x.device.type == y.device.type == a.device.type == "cpu"
     return kernels() if on_cpu and x.is_contiguous() and y.is_contiguous() else None

@@ -5,6 +5,7 @@ The rows of a block that are in use stand together, so that attention reads view
 different lengths do not share a padded tensor. Knows nothing of tokens or blends.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -58,6 +59,10 @@ class Block:
             [torch.zeros(rows, s.heads, capacity, dim(s), dtype=s.dtype, device=s.device) for s in layers]
             for dim in (attrgetter("key_dim"), attrgetter("value_dim"))
         )
+        self.pointers = [
+            (ctypes.c_void_p * len(kept))(*(t.data_ptr() for t in kept)) for kept in (self.keys, self.values)
+        ]
+        """To keys and values, for native code."""
         self.rows, self.capacity = rows, capacity
         self.used: list[Row] = []
         self._touched = 0

@@ -1,8 +1,9 @@
 """Logits of a pass from a lean decoder of the Llama family: the same function as transformers' code, in fewer operations.
 
 q, k, v are one product, and so are gate and up; positions are rotated once for q and k together. It takes its weights
-from a transformers model. Rotary embeddings, whatever their scaling, are that model's own. What lies between the products
-is torch's, or native.c's on a CPU: activations are float32 then.
+from a transformers model. Rotary embeddings, whatever their scaling, are that model's own. On a CPU, native code takes a
+step that only decodes in one call (decode.py), the products of the others, and the attention of their rows that decode:
+activations are float32 then.
 """
 
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from torch.nn import functional as F
 
 from model_compose.engines.huggingface.attention import Decode, Pass, attend_group
 from model_compose.engines.huggingface.cache import LayerShape
+from model_compose.engines.huggingface.decode import NativeLayers
 from model_compose.engines.huggingface.quantized import NativeLinear, quantize
 from model_compose.lora.layers import LoraModel, Projection
 from model_compose.lora.live import Mix
-from model_compose.native import KINDS, Kernels, kernels
+from model_compose.native import KINDS, CShape, Kernels, kernels
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -51,8 +53,6 @@ class LlamaForward:
         config, inner = model.config, model.model
         first = inner.layers[0].self_attn
         heads, keys, dim = config.num_attention_heads, config.num_key_value_heads, first.head_dim
-        sizes = Sizes(heads, keys, dim, config.rms_norm_eps)
-        self._between = TorchBetween(sizes, inner.layers[0].mlp.act_fn) if native is None else Between(sizes, native)
         self._heads, self._keys, self._dim, self._rotary = heads, keys, dim, inner.rotary_emb
         self._dtype = None if native is None else torch.float32
         self._layers = [self._layer(lora, number, layer, make) for number, layer in enumerate(inner.layers)]
@@ -61,6 +61,10 @@ class LlamaForward:
         weight = inner.embed_tokens.weight
         shape = LayerShape(keys, dim, dim, weight.dtype, weight.device)
         self.layers = [shape] * len(self._layers)
+        whole = CShape(heads, keys, dim, config.rms_norm_eps, dim**-0.5)
+        self._native = None if native is None else NativeLayers(native, lora, self._layers, whole, self._norm)
+        sizes = Sizes(heads, keys, dim, config.rms_norm_eps)
+        self._between = Between(sizes, inner.layers[0].mlp.act_fn, self._native)
 
     def _own(self, weight: Tensor) -> Tensor:
         """A small weight in the activations' dtype."""
@@ -90,6 +94,10 @@ class LlamaForward:
         cosine, sine = (part[0] for part in self._rotary(x[None], step.positions[None]))
         # Rotating halves is a roll, with the first half's sign in the sine.
         turn = (cosine.contiguous(), torch.cat([-sine[:, : dim // 2], sine[:, dim // 2 :]], dim=-1))
+        if self._native is not None:
+            normed = self._native.decode(x, step, turn, mix)
+            if normed is not None:
+                return self._head(normed, mix)
         for number, layer in enumerate(self._layers):
             x, normed = between.add_norm(x, y, layer.norm)
             attended = between.attend(step, number, layer, layer.qkv(normed, mix), turn)
@@ -114,25 +122,38 @@ Turn = tuple[Tensor, Tensor]
 """Cosine and sine for each token, (tokens, dim); the sine of the first half negative."""
 
 
-class TorchBetween:
-    """What lies between the products of a layer, by torch."""
+class Between:
+    """What lies between the products of a layer. act: of the gate. native: attends for rows that decode, if given."""
 
-    def __init__(self, sizes: Sizes, act: Callable[[Tensor], Tensor]) -> None:
-        self._sizes, self._act = sizes, act
+    def __init__(self, sizes: Sizes, act: Callable[[Tensor], Tensor], native: NativeLayers | None = None) -> None:
+        self._sizes, self._act, self._native = sizes, act, native
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, and its norm."""
+        if self._native is not None:
+            return self._native.add_norm(x, y, weight)
         x = x if y is None else x + y
         return x, F.rms_norm(x, x.shape[-1:], weight, self._sizes.eps)
 
     def gate(self, gate_up: Tensor) -> Tensor:
         """(tokens, 2 · size) -> (tokens, size)"""
+        if self._native is not None:
+            return self._native.gate(gate_up)
         gate, up = gate_up.chunk(2, -1)
         return self._act(gate) * up
 
     def attend(self, step: Pass, number: int, layer: Layer, qkv: Tensor, turn: Turn) -> Tensor:
         """(tokens, (heads + 2 · keys) · dim) -> (tokens, heads · dim)"""
-        return step.attend(number, *self._rotated(layer, qkv, turn), window=layer.window).reshape(len(qkv), -1)
+        out = qkv.new_empty(len(qkv), self._sizes.heads * self._sizes.dim)
+        rotated = None
+        for group in step.groups:
+            if self._native is not None and isinstance(group, Decode):
+                self._native.attend(group, number, layer, qkv, turn, out)
+                continue
+            rotated = rotated or self._rotated(layer, qkv, turn)
+            attended = attend_group(group, number, *rotated, window=layer.window)
+            out[group.tokens] = attended.reshape(-1, out.shape[1])
+        return out
 
     def _rotated(self, layer: Layer, qkv: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v: (tokens, heads, dim) each."""
@@ -144,37 +165,6 @@ class TorchBetween:
             qk = F.rms_norm(qk, (dim,), None, self._sizes.eps) * layer.qk_norm
         qk = torch.addcmul(qk * cosine, torch.roll(qk, dim // 2, -1), sine)
         return qk[:, :heads], qk[:, heads:], qkv[:, heads + keys :]
-
-
-class Between(TorchBetween):
-    """The same by native.c, whose activation is silu. Prompts attend by torch, which is made for many tokens."""
-
-    def __init__(self, sizes: Sizes, native: Kernels) -> None:
-        super().__init__(sizes, F.silu)
-        self._native = native
-
-    def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return x, self._native.add_norm(x, y, weight, self._sizes.eps)
-
-    def gate(self, gate_up: Tensor) -> Tensor:
-        return self._native.silu_mul(gate_up)
-
-    def attend(self, step: Pass, number: int, layer: Layer, qkv: Tensor, turn: Turn) -> Tensor:
-        sizes = self._sizes
-        out = torch.empty(len(qkv), sizes.heads * sizes.dim)
-        prompts = None
-        for group in step.groups:
-            at = group.tokens
-            if isinstance(group, Decode):
-                self._native.attend(
-                    qkv[at], turn[0][at], turn[1][at], layer.qk_norm, sizes.eps,
-                    group.block.keys[number][group.rows], group.block.values[number][group.rows], group.starts,
-                    layer.window, sizes.dim**-0.5, out[at],
-                )  # fmt: skip
-            else:
-                prompts = prompts or self._rotated(layer, qkv, turn)
-                out[at] = attend_group(group, number, *prompts, window=layer.window).reshape(-1, out.shape[1])
-        return out
 
 
 def native_for(model: nn.Module, device: torch.device) -> Kernels | None:

@@ -4,52 +4,52 @@ Weight-only: every row of a batch is computed alone, there is no scale that rows
 precision.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_compose.native import FEW, Kernels, Weight, kernels
-
-GROUP = 32
-"""Inputs that share an int4 scale and offset; also the block of GGUF's Q4_0 and Q4_1."""
+from model_compose.native import FEW, GROUP, Affine, Kernels, kernels
 
 WIDE = 96
 """From so many rows on, int8 weights are expanded and multiplied in float32: torch's kernel is made for few rows."""
 
 
 class NativeLinear(nn.Linear):
-    """A Linear by native.c: float32 in and out, whatever its weight is.
+    """A Linear by the kernels of native: float32 in and out, whatever its weight is.
 
     packed: the weight in fewer bits, without which it is the Linear's own. Many tokens go by torch: in bfloat16 where the
     weight is, and the processor multiplies that natively; else in float32.
     """
 
-    def __init__(self, native: Kernels, linear: nn.Linear, packed: Weight | None = None) -> None:
+    def __init__(self, native: Kernels, linear: nn.Linear, packed: Affine | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().float(), requires_grad=False)
         self.weight = linear.weight if packed is None else nn.Parameter(torch.empty(0), requires_grad=False)
         self._native, self._packed = native, packed
         self._bfloat16 = linear.weight.dtype == torch.bfloat16 and packed is None and multiplies_bfloat16()
 
+    @property
+    def affine(self) -> Affine:
+        """As it stands: a fold exchanges the weight."""
+        if self._packed is not None:
+            return replace(self._packed, bias=self.bias)
+        return Affine(self.weight.data, self.in_features, bias=self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) -> (…, out)"""
         rows = x.reshape(-1, self.in_features).float().contiguous()
-        y = self._multiply(rows) if len(rows) <= FEW else self._multiply_many(rows)
+        y = self._native.linear(rows, self.affine) if len(rows) <= FEW else self._multiply_many(rows)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def _multiply(self, rows: Tensor) -> Tensor:
-        return self._native.linear(rows, self._packed or Weight(self.weight.data), self._bias())
 
     def _multiply_many(self, rows: Tensor) -> Tensor:
         if self._bfloat16:
-            return F.linear(rows.bfloat16(), self.weight, self.bias).float()
-        own = self._packed is None and self.weight.dtype == torch.float32
-        weight = self.weight if own else self._native.expand(self._packed or Weight(self.weight.data))
-        return F.linear(rows, weight, self._bias())
-
-    def _bias(self) -> Tensor | None:
-        return None if self.bias is None else self.bias.detach().float()
+            y = F.linear(rows.bfloat16(), self.weight).float()
+            return y if self.bias is None else y.add_(self.bias)
+        plain = self._packed is None and self.weight.dtype == torch.float32
+        return F.linear(rows, self.weight if plain else self._native.expand(self.affine), self.bias)
 
 
 def multiplies_bfloat16() -> bool:
@@ -148,16 +148,17 @@ def quantize(kind: str, linear: nn.Linear, *, head: bool = False) -> nn.Module:
     return Int4Linear(linear) if four else Int8Linear(linear)
 
 
-def _packed8(weight: Tensor) -> Weight:
+def _packed8(weight: Tensor) -> Affine:
     scales = (weight.abs().amax(dim=1) / 127).clamp_(min=1e-12)
-    return Weight((weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8), scales)
+    q = (weight / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+    return Affine(F.pad(q, (0, -weight.shape[1] % GROUP)).contiguous(), weight.shape[1], scales)
 
 
-def _packed4(weight: Tensor) -> Weight:
+def _packed4(weight: Tensor) -> Affine:
     q, scales, offsets = quantize_groups(weight)
     halves = q.to(torch.uint8).view(len(q), -1, 2, GROUP // 2)
     packed = (halves[:, :, 0] | halves[:, :, 1] << 4).view(len(q), -1)
-    return Weight(packed, torch.stack([scales, offsets - 8 * scales], dim=-1).contiguous())
+    return Affine(packed, weight.shape[1], torch.stack([scales, offsets - 8 * scales]))
 
 
 def quantize_modules(model: nn.Module, kind: str) -> None:

@@ -91,13 +91,15 @@ def base_bytes(
 
 
 def _packed(weight: "torch.Tensor", kind: str, device_type: str, *, is_head: bool) -> int:
-    """Bytes of a Linear's weight (rows, columns) and its float32 scales, as native.c or bitsandbytes keep it."""
-    from model_compose.engines.huggingface.quantized import GROUP
+    """Bytes of a Linear's weight (rows, columns) and its float32 scales, as native code or bitsandbytes keep it."""
+    from model_compose.native import GROUP
 
     rows, columns = weight.shape
     if device_type == "cpu" and kind == "int4" and not is_head and rows % GROUP == 0 and columns % GROUP == 0:
         return rows * columns // 2 + 8 * rows * columns // GROUP
-    if device_type == "cpu" or kind == "int8":
+    if device_type == "cpu":
+        return rows * -(-columns // GROUP) * GROUP + 4 * rows
+    if kind == "int8":
         return rows * columns + 4 * rows
     return -(-rows * columns // 2) + 4 * -(-rows * columns // BITSANDBYTES_BLOCK)
 
