@@ -6,15 +6,14 @@ drivers give the same answer to the same request.
 
 import logging
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, model_validator
 
 from model_compose.daemon import in_daemon_thread
-from model_compose.engines import AdapterOptions, ModelOptions, Stats
+from model_compose.engines import AdapterOptions, Engine, ModelOptions, Stats
 from model_compose.engines.parts import (
     fetch_adapters,
     load_tokenizer,
@@ -27,7 +26,7 @@ from model_compose.generation import ResponseFormat
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blends
 from model_compose.progress import Progress, Report
-from model_compose.schema import Options
+from model_compose.schema import Options, Seconds
 from model_compose.sources import HuggingfaceSource, describe, fetch
 
 if TYPE_CHECKING:
@@ -37,11 +36,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+START_SECONDS = 600.0
+
 
 class LlamacppOptions(Options):
     """`options` of the llama.cpp driver."""
 
-    later: ClassVar[Mapping[str, Any]] = {"server": None}
+    server: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A llama-server to run instead of llama-cpp-python: a path, or a name in PATH",
+    )
+    start_timeout: Seconds = Field(
+        default=START_SECONDS, gt=0, description="Seconds in which the server must answer; for 'server' alone"
+    )
     n_threads: int | None = Field(default=None, ge=1, description="As many as the machine has cores, if unset")
     max_batch_size: int = Field(
         default=8, ge=1, le=256, description="Texts that run at once; those of one blend share a step"
@@ -62,6 +70,12 @@ class LlamacppOptions(Options):
     )
     max_queue: int = Field(default=256, ge=0, description="Requests that may wait; one more is answered 429")
 
+    @model_validator(mode="after")
+    def _start_is_the_servers(self) -> Self:
+        if self.server is None and "start_timeout" in self.model_fields_set:
+            raise ValueError("'start_timeout' is for a llama-server, which 'server' names; leave it out")
+        return self
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -73,9 +87,17 @@ class Loaded:
 
 
 class LlamacppEngine(SteppingEngine):
-    """llama.cpp's models; blends take turns."""
+    """llama.cpp's models; blends take turns. With `options.server` the driver is a ServerEngine."""
 
     Options: ClassVar[type[Options]] = LlamacppOptions
+
+    def __new__(cls, options: ModelOptions, blends: Blends, base_dir: Path) -> "Engine":  # type: ignore[misc]
+        assert isinstance(options.options, LlamacppOptions)
+        if options.options.server is None:
+            return super().__new__(cls)
+        from model_compose.engines.llamacpp.server import ServerEngine
+
+        return ServerEngine(options, blends, base_dir)
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         own = options.options
@@ -113,6 +135,11 @@ class LlamacppEngine(SteppingEngine):
             "peft_adapters": (
                 placed, "adapters compute in float32, where the base does; leave their device and precision out"
             ),
+            "allow_runtime_adapters": (
+                options.allow_runtime_adapters and own.server is not None,
+                "llama-server loads adapters when it starts, and no others; name them in the file, or leave "
+                "options.server out",
+            ),
             "n_gpu_layers": (
                 options.device == "cpu" and bool(own.n_gpu_layers), "device is cpu; leave one of them out"
             ),
@@ -142,8 +169,8 @@ class LlamacppEngine(SteppingEngine):
         check_all(base, adapters)
         tokenizer = load_tokenizer(fetched, trust_remote_code=False)
         token_bytes = base.kv_bytes_per_token(4 if self._options.precision == "float32" else 2)
-        context, cells = _room(self._options, base, token_bytes)
-        llama = Llama(base.file, _settings(self._options, cells), report)
+        context, cells = room(self._options, base, token_bytes)
+        llama = Llama(base.file, settings(self._options, cells), report)
         try:
             for number, adapter in enumerate(adapters, 1):
                 _attach(llama, base, adapter, adapter.name)
@@ -202,8 +229,9 @@ def _attach(llama: "Llama", base: "Base", adapter: LoraAdapter, key: str) -> Non
         llama.load_adapter(key, adapter, file)
 
 
-def _room(options: ModelOptions, base: "Base", token_bytes: int) -> tuple[int, int]:
-    """The longest context, and how many tokens the KV cache holds; one context or a quarter of what is free, if unset.
+def room(options: ModelOptions, base: "Base", token_bytes: int, *, rows: int = 1) -> tuple[int, int]:
+    """The longest context, and how many tokens each row of the KV cache holds; if it is unset, a context for each, or a
+    quarter of what is free. rows: into which it is divided; 1 where all texts share it.
 
     Raises LoadError where it is too small for max_context, or for any text.
     """
@@ -217,25 +245,29 @@ def _room(options: ModelOptions, base: "Base", token_bytes: int) -> tuple[int, i
     wished = [limit for limit in (own.max_context, options.max_seq_length) if limit is not None]
     context = min([base.context, *wished])
     free = free_memory(torch.device("cpu"))
-    budget = context * token_bytes if free is None else min(context * token_bytes, free // 4)
+    wanted = rows * context * token_bytes
+    budget = wanted if free is None else min(wanted, free // 4)
     if own.kv_cache is not None:
         budget = int(own.kv_cache)
-    cells = budget // token_bytes
+    cells = budget // token_bytes // rows
     least = context if own.max_context is not None else 1
+    each = f" for each of {rows} texts" if rows > 1 else ""
+    fewer = ", a smaller max_batch_size" if rows > 1 else ""
     if cells < least:
         raise LoadError(
-            f"a KV cache of {size_text(budget)} holds {cells} tokens of this model, which takes {size_text(token_bytes)} "
-            f"for each, and one text needs {least}; set a larger kv_cache, or a smaller max_context"
+            f"a KV cache of {size_text(budget)} holds {cells} tokens of this model{each}, which takes "
+            f"{size_text(token_bytes)} for each token, and one text needs {least}; set a larger kv_cache{fewer}, or a "
+            "smaller max_context"
         )
     if cells < context:
         log.warning(
-            "the KV cache of %s holds %d tokens, so prompt and answer together are limited to these instead of %d",
-            size_text(budget), cells, context,
+            "the KV cache of %s holds %d tokens%s, so prompt and answer together are limited to these instead of %d",
+            size_text(budget), cells, each, context,
         )  # fmt: skip
     return min(context, cells), cells
 
 
-def _settings(options: ModelOptions, cells: int) -> "Settings":
+def settings(options: ModelOptions, cells: int) -> "Settings":
     import torch
 
     from model_compose.engines.llamacpp.llama import Settings

@@ -40,6 +40,11 @@ class Base:
         tied = "output.weight" not in self.matrices
         return Architecture(checked_name(self.name), self.layers, self.heads, self.kv_heads, tied)
 
+    @property
+    def vocabulary(self) -> int:
+        """Tokens, which is the logits' width."""
+        return int(self.matrices["token_embd.weight"].shape[1])
+
     def kv_bytes_per_token(self, item_bytes: int) -> int:
         """Keys and values of one token in all layers."""
         return self.layers * self.kv_heads * self.head * item_bytes
