@@ -310,10 +310,14 @@ async def order_of_turns(identities: Sequence[str], turns: int, slots: Slots) ->
     return order
 
 
-async def test_one_blend_computes_at_once_and_the_first_come_is_served_first() -> None:
+async def test_one_blend_computes_at_once_and_that_which_waits_longest_is_next() -> None:
     slots = Slots(8)
     assert await order_of_turns("ab", 3, slots) == list("ababab")
-    assert await order_of_turns("aab", 2, slots) == list("aabaab")
+    async with slots.turn("x"):
+        waiting = asyncio.ensure_future(order_of_turns("aba", 2, slots))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    assert await waiting == list("aabaab")  # texts of a blend share its turn
     computing: list[str] = []
 
     async def run(identity: str) -> None:

@@ -1,11 +1,10 @@
 """Which slot of llama-server a text has, and which blend's turn it is. Knows nothing of requests.
 
-llama-server computes the texts of one blend together and those of others once none of it is left, by the number of their
-slots: another blend might wait for ever. So a text asks for a turn for every few tokens, first come, first served.
+llama-server computes the texts of one blend together, and those of others only once none of it is left: another blend might
+wait for ever. So a text asks for a turn for every few tokens, and the blend that waits longest is next.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ class Slots:
         self._all = [Slot(number) for number in range(count)]
         self._free = list(self._all)  # the least recently used first
         self._any_free = asyncio.Semaphore(count)
-        self._waiting: deque[tuple[str, asyncio.Future[None]]] = deque()
+        self._waiting: list[tuple[str, asyncio.Future[None]]] = []
         self._turn, self._computing = "", 0
 
     @property
@@ -59,7 +58,7 @@ class Slots:
 
     @asynccontextmanager
     async def turn(self, identity: str) -> AsyncGenerator[None]:
-        """Waits until no other blend computes and all that came before have had their turn."""
+        """Waits until no other blend computes and those that came before have had their turn."""
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((identity, mine))
         self._admit()
@@ -71,11 +70,11 @@ class Slots:
             self._admit()
 
     def _admit(self) -> None:
-        while self._waiting:
-            identity, turn = self._waiting[0]
-            if not turn.cancelled():
-                if self._computing and identity != self._turn:
-                    return
-                self._turn, self._computing = identity, self._computing + 1
+        """All texts of the blend that waits longest, once no other computes: together they share a batch."""
+        self._waiting = [each for each in self._waiting if not each[1].cancelled()]
+        while self._waiting and (not self._computing or self._waiting[0][0] == self._turn):
+            self._turn = self._waiting[0][0]
+            for _, turn in [each for each in self._waiting if each[0] == self._turn]:
                 turn.set_result(None)
-            self._waiting.popleft()
+                self._computing += 1
+            self._waiting = [each for each in self._waiting if each[0] != self._turn]
