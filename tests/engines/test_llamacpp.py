@@ -299,7 +299,6 @@ async def test_what_is_no_gguf_file_or_too_small_a_cache_is_one_sentence(project
         ({"device": "cpu", "options": {"n_gpu_layers": 3}}, "'n_gpu_layers': device is cpu"),
         ({"options": {"n_batch": 4}}, r"'n_batch': it is smaller than max_batch_size \(8\)"),
         ({"options": {"fold": "always"}}, "unknown key 'fold'"),
-        ({"options": {"server": "/usr/bin/llama-server"}}, "'server' is not supported in this version"),
     ],
     ids=str,
 )

@@ -14,25 +14,19 @@ from pydantic import ByteSize, Field, model_validator
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, Engine, ModelOptions, Stats
-from model_compose.engines.parts import (
-    fetch_adapters,
-    load_tokenizer,
-    refuse_common,
-    refuse_full_rank,
-)
+from model_compose.engines.parts import refuse_common, refuse_full_rank
 from model_compose.engines.stepping import Running, SteppingEngine
-from model_compose.errors import LoadError
 from model_compose.generation import ResponseFormat
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blends
 from model_compose.progress import Progress, Report
 from model_compose.schema import Options, Seconds
-from model_compose.sources import HuggingfaceSource, describe, fetch
+from model_compose.sources import HuggingfaceSource, describe
 
 if TYPE_CHECKING:
     from model_compose.engines.llamacpp.base import Base
     from model_compose.engines.llamacpp.batch import Batch
-    from model_compose.engines.llamacpp.llama import Llama, Settings
+    from model_compose.engines.llamacpp.llama import Llama
 
 log = logging.getLogger(__name__)
 
@@ -157,19 +151,14 @@ class LlamacppEngine(SteppingEngine):
 
     def _load(self, report: Report) -> Running:
         from model_compose.engines.huggingface.grammar import Grammars
-        from model_compose.engines.llamacpp.base import check_all, read_base
         from model_compose.engines.llamacpp.batch import Batch
         from model_compose.engines.llamacpp.llama import Llama, import_llama_cpp
+        from model_compose.engines.llamacpp.loading import kv_bytes_per_token, read, room, settings
 
         import_llama_cpp()  # before anything is fetched
-        adapters = fetch_adapters(self._options, self._base_dir, report)
-        fetched = fetch(self._options.model, base_dir=self._base_dir, report=report)
-        assert fetched.file is not None  # see refuse()
-        base = read_base(fetched.folder / fetched.file)
-        check_all(base, adapters)
-        tokenizer = load_tokenizer(fetched, trust_remote_code=False)
-        token_bytes = base.kv_bytes_per_token(4 if self._options.precision == "float32" else 2)
-        context, cells = room(self._options, base, token_bytes)
+        adapters, base, tokenizer = read(self._options, self._base_dir, report)
+        token_bytes = kv_bytes_per_token(self._options, base)
+        context, cells = room(self._options, base)
         llama = Llama(base.file, settings(self._options, cells), report)
         try:
             for number, adapter in enumerate(adapters, 1):
@@ -190,7 +179,7 @@ class LlamacppEngine(SteppingEngine):
             _attach(llama, base, adapter, key)
 
         return Running(
-            tokenizer, llama.vocabulary, eos, context, fetched.identity, grammars, batch,
+            tokenizer, llama.vocabulary, eos, context, base.identity, grammars, batch,
             lambda: {key: attached.adapter for key, attached in llama.adapters.copy().items()}, attach,
         )  # fmt: skip
 
@@ -227,57 +216,3 @@ def _attach(llama: "Llama", base: "Base", adapter: LoraAdapter, key: str) -> Non
         file = Path(folder) / "adapter.gguf"
         write_gguf(adapter, base.architecture, file)
         llama.load_adapter(key, adapter, file)
-
-
-def room(options: ModelOptions, base: "Base", token_bytes: int, *, rows: int = 1) -> tuple[int, int]:
-    """The longest context, and how many tokens each row of the KV cache holds; if it is unset, a context for each, or a
-    quarter of what is free. rows: into which it is divided; 1 where all texts share it.
-
-    Raises LoadError where it is too small for max_context, or for any text.
-    """
-    import torch
-
-    from model_compose.engines.huggingface.free import free_memory
-    from model_compose.engines.huggingface.memory import size_text
-
-    own = options.options
-    assert isinstance(own, LlamacppOptions)
-    wished = [limit for limit in (own.max_context, options.max_seq_length) if limit is not None]
-    context = min([base.context, *wished])
-    free = free_memory(torch.device("cpu"))
-    wanted = rows * context * token_bytes
-    budget = wanted if free is None else min(wanted, free // 4)
-    if own.kv_cache is not None:
-        budget = int(own.kv_cache)
-    cells = budget // token_bytes // rows
-    least = context if own.max_context is not None else 1
-    each = f" for each of {rows} texts" if rows > 1 else ""
-    fewer = ", a smaller max_batch_size" if rows > 1 else ""
-    if cells < least:
-        raise LoadError(
-            f"a KV cache of {size_text(budget)} holds {cells} tokens of this model{each}, which takes "
-            f"{size_text(token_bytes)} for each token, and one text needs {least}; set a larger kv_cache{fewer}, or a "
-            "smaller max_context"
-        )
-    if cells < context:
-        log.warning(
-            "the KV cache of %s holds %d tokens%s, so prompt and answer together are limited to these instead of %d",
-            size_text(budget), cells, each, context,
-        )  # fmt: skip
-    return min(context, cells), cells
-
-
-def settings(options: ModelOptions, cells: int) -> "Settings":
-    import torch
-
-    from model_compose.engines.llamacpp.llama import Settings
-
-    own = options.options
-    assert isinstance(own, LlamacppOptions)
-    float32 = options.precision == "float32"
-    gpu_layers = 0 if options.device == "cpu" else -1 if own.n_gpu_layers is None else own.n_gpu_layers
-    return Settings(
-        cells=cells, rows=own.max_batch_size, tokens_per_step=own.n_batch,
-        threads=own.n_threads or torch.get_num_threads(), gpu_layers=gpu_layers,
-        kv_float32=float32, flash_attention=False if float32 and own.flash_attn is None else own.flash_attn,
-    )  # fmt: skip

@@ -20,12 +20,13 @@ _SHARD = re.compile(r"(.+-)\d{5}(-of-\d{5}\.gguf)$")
 
 @dataclass(frozen=True)
 class Base:
-    """A GGUF base. file: the first one where it is split. matrices: by GGUF name, mapped from the file.
+    """A GGUF base. file: the first one where it is split. identity: of its content. matrices: by GGUF name, mapped.
 
     head: keys' and values' sizes together, in one layer and token.
     """
 
     file: Path
+    identity: str
     name: str
     layers: int
     heads: int
@@ -88,7 +89,7 @@ class Base:
         return bool((stored.reshape(matrix.data.shape) == matrix.data).all())
 
 
-def read_base(file: Path) -> Base:
+def read_base(file: Path, identity: str) -> Base:
     """Reads the header, of a split base all of them. Takes seconds: GGUF holds the vocabulary there.
 
     Raises LoadError for what is no GGUF file, or no language model.
@@ -108,7 +109,7 @@ def read_base(file: Path) -> Base:
     keys = _number(fields, f"{name}.attention.key_length", file, size)
     values = _number(fields, f"{name}.attention.value_length", file, size)
     return Base(
-        file, name, _number(fields, f"{name}.block_count", file), heads, kv_heads, keys + values,
+        file, identity, name, _number(fields, f"{name}.block_count", file), heads, kv_heads, keys + values,
         _number(fields, f"{name}.context_length", file, 2048), matrices,
     )  # fmt: skip
 

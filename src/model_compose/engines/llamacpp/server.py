@@ -22,7 +22,7 @@ from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
 from model_compose.engines.child import Child
 from model_compose.engines.connection import Connection
-from model_compose.engines.llamacpp import LlamacppEngine, LlamacppOptions, room, settings
+from model_compose.engines.llamacpp import LlamacppEngine, LlamacppOptions
 from model_compose.engines.llamacpp.completion import ends, refuse
 from model_compose.engines.llamacpp.slots import Slots
 from model_compose.engines.llamacpp.writing import Job, Writing
@@ -30,8 +30,6 @@ from model_compose.engines.parts import (
     check_loaded,
     check_logit_bias,
     check_room,
-    fetch_adapters,
-    load_tokenizer,
     tokenize,
 )
 from model_compose.errors import ComposeError, Conflict, InputError, LoadError, NotReady, RunError
@@ -40,7 +38,6 @@ from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends, stack
 from model_compose.progress import Progress, Report
 from model_compose.schema import Options
-from model_compose.sources import fetch
 from model_compose.sources.local import absolute
 
 if TYPE_CHECKING:
@@ -121,32 +118,26 @@ class ServerEngine:
             raise
 
     def _load(self, folder: Path, report: Report) -> Loaded:
-        from model_compose.engines.llamacpp.base import check_all, read_base
+        from model_compose.engines.llamacpp.loading import kv_bytes_per_token, read, room, settings
         from model_compose.lora.gguf import write_gguf
 
-        adapters = fetch_adapters(self._options, self._base_dir, report)
-        fetched = fetch(self._options.model, base_dir=self._base_dir, report=report)
-        assert fetched.file is not None  # see refuse()
-        base = read_base(fetched.folder / fetched.file)
-        check_all(base, adapters)
-        tokenizer = load_tokenizer(fetched, trust_remote_code=False)
-        token_bytes = base.kv_bytes_per_token(4 if self._options.precision == "float32" else 2)
-        context, cells = room(self._options, base, token_bytes, rows=self._own.max_batch_size)
+        adapters, base, tokenizer = read(self._options, self._base_dir, report)
+        context, cells = room(self._options, base, rows=self._own.max_batch_size)
         by_name = {adapter.name: adapter for adapter in adapters}
         digests = {adapter.name: adapter.digest for adapter in adapters}
         served = {**by_name}
         for blend in self._blends.low_rank:
-            served[blend.identity(fetched.identity, digests)] = stack(blend, by_name)
+            served[blend.identity(base.identity, digests)] = stack(blend, by_name)
         files = []
         for number, adapter in enumerate(served.values()):
             files.append(folder / f"{number}.gguf")
             write_gguf(adapter, base.architecture, files[-1])
             report(Progress("converting adapters", number + 1, len(served), "adapters"))
         return Loaded(
-            base.file, fetched.identity, tokenizer, base.vocabulary,
+            base.file, base.identity, tokenizer, base.vocabulary,
             () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,), context, settings(self._options, cells),
-            by_name, {key: number for number, key in enumerate(served)}, tuple(files), token_bytes,
-            tokenizer("a", add_special_tokens=False)["input_ids"][-1],
+            by_name, {key: number for number, key in enumerate(served)}, tuple(files),
+            kv_bytes_per_token(self._options, base), tokenizer("a", add_special_tokens=False)["input_ids"][-1],
         )  # fmt: skip
 
     def _start_afresh(self) -> None:
