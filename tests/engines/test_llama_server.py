@@ -32,7 +32,7 @@ from model_compose.progress import silent
 from tests import gguf_base
 from tests.contracts.test_engine import BLENDS, KNOWN, make, text
 from tests.engines.test_child import alive, until
-from tests.engines.test_llamacpp import ENDLESS, PROMPTS, answer, distance, logprobs, save_wide
+from tests.engines.test_llamacpp import ENDLESS, PROMPTS, answer, check_split, distance, logprobs, save_wide
 
 needs_server = pytest.mark.skipif(
     bool(KNOWN["llama-server"].missing), reason=KNOWN["llama-server"].missing or "there is one"
@@ -238,6 +238,11 @@ async def test_a_base_that_it_cannot_load_is_refused_in_its_own_words(project: P
     (tmp_path / "base.gguf").write_bytes(whole.replace(b"blk.1.attn_norm", b"blk.1.attn_nor7"))
     with pytest.raises(LoadError, match=r"ended before it was ready: .*blk.1.attn_norm.weight"):
         await opened(tmp_path)
+
+
+@needs_server
+async def test_a_split_base_is_the_whole(project: Path, tmp_path: Path) -> None:
+    await check_split("llama-server", project, tmp_path)
 
 
 @needs_server

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import gguf
     import torch
 
-_SHARD = re.compile(r"(.+-)\d{5}(-of-\d{5}\.gguf)$")
+_SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,18 @@ def check_all(base: Base, adapters: Iterable[LoraAdapter]) -> None:
 
 
 def _shards(file: Path) -> list[Path]:
-    match = _SHARD.match(file.name)
-    return sorted(file.parent.glob(f"{match[1]}?????{match[2]}")) if match else [file]
+    """All files of a split base. Raises LoadError where `file` is not the first, or one is missing."""
+    if (match := _SHARD.match(file.name)) is None:
+        return [file]
+    start, number, count = match.groups()
+    if int(number) != 1:
+        raise LoadError(f"{file} is a later part of a base; name its first, {start}00001-of-{count}.gguf")
+    files = [file.with_name(f"{start}{part:05}-of-{count}.gguf") for part in range(1, int(count) + 1)]
+    if missing := [each.name for each in files if not each.exists()]:
+        raise LoadError(
+            f"{file} is the first of {int(count)} parts, and there is no {missing[0]} beside it; download it too"
+        )
+    return files
 
 
 def _value(fields: Mapping[str, Any], key: str, file: Path) -> Any:
