@@ -150,6 +150,19 @@ async def test_a_prefix_serves_its_own_blend_alone(project: Path, slots: int) ->
 
 
 @needs_server
+async def test_no_prompt_cache_brings_another_blends_keys_and_values(project: Path) -> None:
+    """llama-server's own (--cache-ram, on by default) would here: it keeps prompts without the adapters that read them."""
+    engine = await opened(project.parent, options={"max_batch_size": 1})
+    one, other, sampling = Blend({"alpaca": 1.0}), Blend({"alpaca": -1.0}), Sampling(8, 8, do_sample=False, logprobs=0)
+    first = await answer(engine, LONG, one, sampling)
+    for prompt, blend in (("9876543210 " * 12, one), (LONG, other), ("9876543210 " * 12, one)):
+        await answer(engine, prompt, blend, sampling)
+    again = await answer(engine, LONG, one, sampling)
+    assert (again.texts, again.usage.cached_tokens) == (first.texts, 0)
+    await engine.close()
+
+
+@needs_server
 async def test_blends_take_turns_and_texts_of_one_share_them(engine: ServerEngine) -> None:
     """None of several endless texts waits for another's end."""
     streams = [engine.generate(Request("Hello", blend, ENDLESS)) for blend in (*BLENDS, *BLENDS)]

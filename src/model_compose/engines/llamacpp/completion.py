@@ -126,11 +126,18 @@ def refuse(sampling: Sampling) -> None:
             )
 
 
-async def next_tokens(client: httpx.AsyncClient, ask: Ask, *, stream: bool) -> AsyncGenerator[Told | None]:
-    """At most ask.count tokens; None where a stream left one out, and is of no more use.
+class LeftOut(Exception):
+    """A stream has left a token out, and is of no more use. cached: as in Told."""
 
-    Closing the iterator closes the connection, which makes llama-server stop. Raises InputError, RunError, and httpx's
-    TransportError where the connection breaks.
+    def __init__(self, cached: int) -> None:
+        super().__init__("a token ends within a character")
+        self.cached = cached
+
+
+async def next_tokens(client: httpx.AsyncClient, ask: Ask, *, stream: bool) -> AsyncGenerator[Told]:
+    """At most ask.count tokens. Closing the iterator closes the connection, which makes llama-server stop.
+
+    Raises LeftOut where it streams, InputError, RunError, and httpx's TransportError where the connection breaks.
     """
     if not stream:
         answer = await _post(client, ask.body(stream=False))
@@ -143,8 +150,7 @@ async def next_tokens(client: httpx.AsyncClient, ask: Ask, *, stream: bool) -> A
         async for event in events:
             made += len(event["tokens"])
             if event["tokens_predicted"] != made:
-                yield None
-                return
+                raise LeftOut(event["timings"]["cache_n"])
             for token in event["tokens"]:
                 yield Told(token, event["timings"]["cache_n"])
 

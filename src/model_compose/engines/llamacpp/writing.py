@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from model_compose.engines.llamacpp.completion import Ask, Told, distribution, next_tokens
+from model_compose.engines.llamacpp.completion import Ask, LeftOut, Told, distribution, next_tokens
 from model_compose.engines.llamacpp.slots import Slot, Slots
 from model_compose.engines.text import ServedText
 from model_compose.errors import NotReady
@@ -86,26 +86,28 @@ class Writing:
         drawn by the same seed, and so do all others of this text."""
         said: deque[int] = deque()
         if self._streams and ask.count > 1:
-            async with aclosing(next_tokens(self._job.client, ask, stream=True)) as items:
-                async for told in items:
-                    if told is None:
-                        self._streams = False
-                        break
-                    said.append(told.token)
-                    yield told
-            if self._streams:
+            try:
+                async with aclosing(next_tokens(self._job.client, ask, stream=True)) as items:
+                    async for told in items:
+                        said.append(told.token)
+                        yield told
                 return
+            except LeftOut as left_out:
+                self._begin(left_out.cached)
+                self._streams, ask = False, replace(ask, reuse=True)  # the slot holds this blend by now
         async with aclosing(next_tokens(self._job.client, ask, stream=False)) as items:
             async for told in items:
-                assert told is not None
                 if not said:
                     yield told
                 elif said.popleft() != told.token:  # drawn near a tie; the text goes on behind what has been said
                     return
 
-    async def _take(self, told: Told, ask: Ask) -> Chunk:
+    def _begin(self, cached: int) -> None:
         if not self.has_begun:
-            self.has_begun, self.cached = True, told.cached
+            self.has_begun, self.cached = True, cached
+
+    async def _take(self, told: Told, ask: Ask) -> Chunk:
+        self._begin(told.cached)
         text = self.text.push(told.token)
         wanted = self._job.sampling.logprobs is not None and told.token not in self._job.eos
         logprobs = (await self._logprob(told, ask),) if wanted else ()
