@@ -16,11 +16,14 @@ VOCABULARY = tiny.VOCABULARY + 1
 FLOAT32 = gguf.GGMLQuantizationType.F32
 
 
-def save_gguf(folder: Path, file: Path, *, permuted: bool = True, kind: gguf.GGMLQuantizationType = FLOAT32) -> Path:
-    """The model of `folder`. permuted: the rows of q and k in llama.cpp's order, as for a Llama. kind: of its matrices."""
+def save_gguf(
+    folder: Path, file: Path, *, permuted: bool = True, kind: gguf.GGMLQuantizationType = FLOAT32, split: int = 0
+) -> Path:
+    """The model of `folder`. permuted: the rows of q and k in llama.cpp's order, as for a Llama. kind: of its matrices.
+    split: so many tensors a file, named file-00001-of-0000N.gguf; 0 is one file."""
     config: Any = AutoConfig.from_pretrained(folder)
     name = {"llama": "llama", "qwen2": "qwen2"}[config.model_type]
-    writer = gguf.GGUFWriter(file, name)
+    writer = gguf.GGUFWriter(file, name, split_max_tensors=split)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)

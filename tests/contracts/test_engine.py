@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from model_compose.components.model import TextGenerationOptions
 from model_compose.engines import ENGINES, AdapterOptions, Engine
-from model_compose.errors import InputError
+from model_compose.errors import Conflict, InputError
 from model_compose.generation import Chunk, Message, Request, Sampling, collect
 from model_compose.lora.blend import Blend
 from model_compose.lora.methods.svd import Svd
@@ -26,15 +26,19 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")  # some engines take half 
 
 @dataclass(frozen=True)
 class Driver:
-    """What a driver needs here. missing: why it cannot be tested; model: the base; options: its own; sizes: of the base."""
+    """What a driver needs here. missing: why it cannot be tested; name: in the file, if it is not its key; model: the base;
+    options: its own; sizes: of the base; loads: whether it takes further adapters while it runs."""
 
     missing: str | None = None
+    name: str | None = None
     model: str = "./base"
     options: dict[str, Any] = field(default_factory=dict)
     sizes: dict[str, Any] = field(default_factory=dict)
+    loads: bool = True
 
 
 VLLM = os.environ.get("MODEL_COMPOSE_VLLM_PYTHON")
+LLAMA_SERVER = os.environ.get("MODEL_COMPOSE_LLAMA_SERVER")
 KNOWN = {
     "huggingface": Driver(),
     "vllm": Driver(
@@ -46,12 +50,20 @@ KNOWN = {
         None if importlib.util.find_spec("llama_cpp") else "llama-cpp-python is not installed (make test-llamacpp)",
         model="./base.gguf",
     ),
+    "llama-server": Driver(
+        None if LLAMA_SERVER else "MODEL_COMPOSE_LLAMA_SERVER names no llama-server (make test-llama-server)",
+        name="llamacpp",
+        model="./base.gguf",
+        options={"server": LLAMA_SERVER},
+        loads=False,
+    ),
 }
 DRIVERS = [
     pytest.param(name, marks=pytest.mark.skipif(bool(driver.missing), reason=driver.missing or ""))
     for name, driver in KNOWN.items()
 ]
 GREEDY = Sampling(max_output_length=16, min_output_length=16, do_sample=False)
+SVD = Svd(rank=8)
 BLENDS = [Blend(), Blend({"alpaca": 1.0}), Blend({"pirate": 1.5}), Blend({"alpaca": 0.7, "pirate": -0.8})]
 
 
@@ -62,14 +74,16 @@ def make(driver: str, folder: Path, **changes: Any) -> Engine:
     settings["options"] = KNOWN[driver].options | settings.get("options", {})
     if settings["model"] == "./base.gguf" and not (folder / "base.gguf").exists():
         gguf_base.save_gguf(folder / "base", folder / "base.gguf")
-    options = TextGenerationOptions.model_validate({"driver": driver, "peft_adapters": adapters, **settings})
-    return ENGINES[driver](options, options.to_blends(), folder)
+    name = KNOWN[driver].name or driver
+    options = TextGenerationOptions.model_validate({"driver": name, "peft_adapters": adapters, **settings})
+    return ENGINES[name](options, options.to_blends(), folder)
 
 
 @dataclass(frozen=True)
 class Opened:
     """An engine, what it reported while it opened, and the folder of its project."""
 
+    driver: Driver
     engine: Engine
     reports: list[Progress]
     folder: Path
@@ -81,9 +95,10 @@ async def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     config = tiny.llama_config(**KNOWN[driver].sizes)
     folder = tiny.save_project(tmp_path_factory.mktemp(driver), config=config).parent
     reports: list[Progress] = []
-    engine = make(driver, folder)
+    compressed = {**SVD.model_dump(), "weights": BLENDS[3].weights}
+    engine = make(driver, folder, blends={"compressed": compressed})
     await engine.open(reports.append)
-    yield Opened(engine, reports, folder)
+    yield Opened(KNOWN[driver], engine, reports, folder)
     await engine.close()
 
 
@@ -201,12 +216,16 @@ async def test_text_comes_in_whole_characters(driver: str, tmp_path: Path) -> No
 
 
 async def test_svd_that_drops_nothing_is_the_sum(engine: Engine) -> None:
-    assert await text(engine, "Hello", replace(BLENDS[3], method=Svd(rank=8))) == await text(engine, "Hello", BLENDS[3])
+    assert await text(engine, "Hello", replace(BLENDS[3], method=SVD)) == await text(engine, "Hello", BLENDS[3])
 
 
 async def test_an_adapter_that_is_gone_is_the_request_s_fault(opened: Opened) -> None:
     engine = opened.engine
     options = AdapterOptions.model_validate({"type": "lora", "name": "third", "model": "./pirate"})
+    if not opened.driver.loads:
+        with pytest.raises(Conflict, match="loads adapters when it starts"):
+            await engine.load_adapter(options, silent)
+        return
     await engine.load_adapter(options, silent)
     blend = Blend({"third": 1.5})
     assert await text(engine, "Hello", blend) == await text(engine, "Hello", BLENDS[2])

@@ -103,6 +103,9 @@ async def test_one_that_ends_at_once_says_why(tmp_path: Path) -> None:
     child = make(tmp_path, before='raise ValueError("no room for keys and values")')
     with pytest.raises(LoadError, match="ended before it was ready: ValueError: no room for keys and values"):
         await child.start()
+    llama = "print('0.00.005.842 E srv    load_model: failed to load'); print('0.00.006 I the end'); sys.exit(1)"
+    with pytest.raises(LoadError, match="ended before it was ready: load_model: failed to load"):
+        await make(tmp_path, before=llama).start()
     missing = Child("alpha", [str(tmp_path / "nowhere")], {}, make(tmp_path)._is_ready, lambda: None, patience=20)
     with pytest.raises(LoadError, match=r"nowhere cannot be run \(No such file or directory\)"):
         await missing.start()

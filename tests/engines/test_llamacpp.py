@@ -120,6 +120,37 @@ async def test_token_ids_are_those_of_llama_cpps_own_vocabulary(engine: Llamacpp
         assert engine._running.tokenizer(prompt)["input_ids"] == list(found[:count])
 
 
+async def check_split(driver: str, project: Path, folder: Path) -> None:
+    """A base in several files is the same base, and its first file is the one to name."""
+    for name in ("alpaca", "pirate"):
+        (folder / name).symlink_to(project.parent / name)
+    gguf_base.save_gguf(project.parent / "base", folder / "base.gguf")
+    gguf_base.save_gguf(project.parent / "base", folder / "parts.gguf", split=8)
+    one = await opened(folder, driver)
+    parts = await opened(folder, driver, model="./parts-00001-of-00003.gguf")
+    for blend in BLENDS:
+        assert await text(one, "Hello", blend) == await text(parts, "Hello", blend)
+    await one.close()
+    await parts.close()
+    with pytest.raises(LoadError, match=r"is a later part of a base; name its first, parts-00001-of-00003.gguf"):
+        await opened(folder, driver, model="./parts-00002-of-00003.gguf")
+    (folder / "parts-00003-of-00003.gguf").unlink()
+    with pytest.raises(LoadError, match=r"the first of 3 parts, and there is no parts-00003-of-00003.gguf beside it"):
+        await opened(folder, driver, model="./parts-00001-of-00003.gguf")
+
+
+@needs_llama_cpp
+async def test_a_split_base_is_the_whole(project: Path, tmp_path: Path) -> None:
+    await check_split("llamacpp", project, tmp_path)
+
+
+async def test_the_embedded_engine_refuses_a_split_base(project: Path) -> None:
+    """transformers would load the first file, and draw the weights of all others at random."""
+    gguf_base.save_gguf(project.parent / "base", project.parent / "parts.gguf", split=8)
+    with pytest.raises(LoadError, match=r"is one of several parts.*llama-gguf-split --merge"):
+        await opened(project.parent, "huggingface", model="./parts-00001-of-00003.gguf")
+
+
 @needs_llama_cpp
 async def test_a_prefix_serves_its_own_blend_alone(engine: Engine) -> None:
     """Changing a weight changes the answer, and the first blend then gives its first answer again."""
@@ -299,7 +330,6 @@ async def test_what_is_no_gguf_file_or_too_small_a_cache_is_one_sentence(project
         ({"device": "cpu", "options": {"n_gpu_layers": 3}}, "'n_gpu_layers': device is cpu"),
         ({"options": {"n_batch": 4}}, r"'n_batch': it is smaller than max_batch_size \(8\)"),
         ({"options": {"fold": "always"}}, "unknown key 'fold'"),
-        ({"options": {"server": "/usr/bin/llama-server"}}, "'server' is not supported in this version"),
     ],
     ids=str,
 )

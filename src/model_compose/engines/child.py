@@ -24,10 +24,12 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before a server that has ended is started again; they double each time until one has lived for a while."""
 KEPT_LINES = 400
 
-_LEVELS = {"INFO": logging.INFO, "WARNING": logging.INFO, "ERROR": logging.ERROR, "CRITICAL": logging.ERROR}
-"""A server warns of much that its user did not choose."""
-_LEVEL = re.compile(rf"\b({'|'.join(_LEVELS)})\b")
-_EXCEPTION = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$")
+_LEVELS = {
+    "INFO": logging.INFO, "WARNING": logging.INFO, "ERROR": logging.ERROR, "CRITICAL": logging.ERROR, "E": logging.ERROR
+}  # fmt: skip
+"""A server warns of much that its user did not choose. "E": llama.cpp's errors."""
+_LEVEL = re.compile(r"(?<=^\d\.\d\d\.\d{3}\.\d{3} )E\b|\b(?:INFO|WARNING|ERROR|CRITICAL)\b")
+_EXCEPTION = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$|^[\d.]+ E +(?:srv|slot|cmn)? *(.+)$")
 
 
 class Child:
@@ -130,9 +132,9 @@ class Child:
         if line:
             self._lines.append(line)
             stated = _LEVEL.search(line[:80]) if self._process else None  # one that is being stopped may complain
-            self._log.log(_LEVELS[stated[1]] if stated else logging.DEBUG, "%s: %s", self._name, line)
+            self._log.log(_LEVELS[stated[0]] if stated else logging.DEBUG, "%s: %s", self._name, line)
 
     def _reason(self) -> str:
         """The first exception of the last lines, as the others follow from it; else the last line."""
-        found = (match[1] for line in self._lines if (match := _EXCEPTION.search(line)))
+        found = (match[1] or match[2] for line in self._lines if (match := _EXCEPTION.search(line)))
         return next(found, self._lines[-1] if self._lines else "it said nothing")

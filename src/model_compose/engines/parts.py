@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from model_compose.engines import AdapterOptions, ModelOptions
-from model_compose.errors import InputError, LoadError, SourceError
+from model_compose.errors import InputError, LoadError, Overloaded, SourceError
 from model_compose.generation import Request
 from model_compose.lora.adapter import LoraAdapter, read_adapter, read_config
 from model_compose.lora.blend import Blend
@@ -105,6 +105,14 @@ def check_logit_bias(request: Request, vocabulary: int) -> None:
                 f"logit_bias names the token {token}, and this model has the tokens 0 to {vocabulary - 1}",
                 field="logit_bias",
             )
+
+
+def check_room(texts: int, rows: int, queue: int) -> None:
+    """Raises Overloaded where as many texts run or wait as may: `rows` at once, and `queue` besides."""
+    if texts >= rows + queue:
+        raise Overloaded(
+            f"{texts} texts run or wait already (max_batch_size {rows}, max_queue {queue}); try again in a moment"
+        )
 
 
 def check_loaded(blend: Blend, adapters: Container[str]) -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions
 from model_compose.engines.low_rank import LowRank
-from model_compose.engines.parts import check_loaded, check_logit_bias, fetch_adapter, tokenize
-from model_compose.errors import NotReady, Overloaded
+from model_compose.engines.parts import check_loaded, check_logit_bias, check_room, fetch_adapter, tokenize
+from model_compose.errors import NotReady
 from model_compose.generation import Chunk, Request
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
@@ -84,7 +84,7 @@ class SteppingEngine:
             raise NotReady("the model is not loaded")
         check_logit_bias(request, running.vocabulary)
         self._check(request)
-        self._check_room(loop)  # before any work
+        check_room(loop.load, self._max_rows, self._max_queue)  # before any work
         start = time.perf_counter()
         tokens = await asyncio.to_thread(tokenize, running.tokenizer, running.context, request)
         format = request.sampling.response_format
@@ -102,7 +102,7 @@ class SteppingEngine:
             Sequence(prompt, index, running.eos, running.tokenizer, constraint, mailbox.put)
             for index, constraint in enumerate(constraints)
         ]
-        self._check_room(loop)  # others may have come meanwhile
+        check_room(loop.load, self._max_rows, self._max_queue)  # others may have come meanwhile
         async with aclosing(stream(loop, mailbox, sequences, len(tokens), start)) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -142,11 +142,3 @@ class SteppingEngine:
         if self._loop is not None:
             await asyncio.to_thread(self._loop.close)
         self._loop = self._running = None
-
-    def _check_room(self, loop: "Loop") -> None:
-        """Raises Overloaded."""
-        if loop.load >= self._max_rows + self._max_queue:
-            raise Overloaded(
-                f"{loop.load} texts run or wait already (max_batch_size {self._max_rows}, max_queue {self._max_queue}); "
-                "try again in a moment"
-            )

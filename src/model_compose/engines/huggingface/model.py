@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -237,6 +238,11 @@ def _load_model(
 
     extra: dict[str, Any] = {}
     if base.file:
+        if re.search(r"-\d{5}-of-\d{5}\.gguf$", base.file):
+            raise LoadError(
+                f"{base.file} is one of several parts, of which transformers reads this one alone; make them one file "
+                "(llama-gguf-split --merge), or use driver: llamacpp"
+            )
         extra = {"gguf_file": base.file, "quantization_config": GgufConfig(dequantize=True)}
     if device.type != "cpu":
         extra["device_map"] = {"": device}

@@ -6,42 +6,44 @@ drivers give the same answer to the same request.
 
 import logging
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from pydantic import ByteSize, Field
+from pydantic import ByteSize, Field, model_validator
 
 from model_compose.daemon import in_daemon_thread
-from model_compose.engines import AdapterOptions, ModelOptions, Stats
-from model_compose.engines.parts import (
-    fetch_adapters,
-    load_tokenizer,
-    refuse_common,
-    refuse_full_rank,
-)
+from model_compose.engines import AdapterOptions, Engine, ModelOptions, Stats
+from model_compose.engines.parts import refuse_common, refuse_full_rank
 from model_compose.engines.stepping import Running, SteppingEngine
-from model_compose.errors import LoadError
 from model_compose.generation import ResponseFormat
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blends
 from model_compose.progress import Progress, Report
-from model_compose.schema import Options
-from model_compose.sources import HuggingfaceSource, describe, fetch
+from model_compose.schema import Options, Seconds
+from model_compose.sources import HuggingfaceSource, describe
 
 if TYPE_CHECKING:
     from model_compose.engines.llamacpp.base import Base
     from model_compose.engines.llamacpp.batch import Batch
-    from model_compose.engines.llamacpp.llama import Llama, Settings
+    from model_compose.engines.llamacpp.llama import Llama
 
 log = logging.getLogger(__name__)
+
+START_SECONDS = 600.0
 
 
 class LlamacppOptions(Options):
     """`options` of the llama.cpp driver."""
 
-    later: ClassVar[Mapping[str, Any]] = {"server": None}
+    server: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A llama-server to run instead of llama-cpp-python: a path, or a name in PATH",
+    )
+    start_timeout: Seconds = Field(
+        default=START_SECONDS, gt=0, description="Seconds in which the server must answer; for 'server' alone"
+    )
     n_threads: int | None = Field(default=None, ge=1, description="As many as the machine has cores, if unset")
     max_batch_size: int = Field(
         default=8, ge=1, le=256, description="Texts that run at once; those of one blend share a step"
@@ -62,6 +64,12 @@ class LlamacppOptions(Options):
     )
     max_queue: int = Field(default=256, ge=0, description="Requests that may wait; one more is answered 429")
 
+    @model_validator(mode="after")
+    def _start_is_the_servers(self) -> Self:
+        if self.server is None and "start_timeout" in self.model_fields_set:
+            raise ValueError("'start_timeout' is for a llama-server, which 'server' names; leave it out")
+        return self
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -73,9 +81,17 @@ class Loaded:
 
 
 class LlamacppEngine(SteppingEngine):
-    """llama.cpp's models; blends take turns."""
+    """llama.cpp's models; blends take turns. With `options.server` the driver is a ServerEngine."""
 
     Options: ClassVar[type[Options]] = LlamacppOptions
+
+    def __new__(cls, options: ModelOptions, blends: Blends, base_dir: Path) -> "Engine":  # type: ignore[misc]
+        assert isinstance(options.options, LlamacppOptions)
+        if options.options.server is None:
+            return super().__new__(cls)
+        from model_compose.engines.llamacpp.server import ServerEngine
+
+        return ServerEngine(options, blends, base_dir)
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         own = options.options
@@ -113,6 +129,11 @@ class LlamacppEngine(SteppingEngine):
             "peft_adapters": (
                 placed, "adapters compute in float32, where the base does; leave their device and precision out"
             ),
+            "allow_runtime_adapters": (
+                options.allow_runtime_adapters and own.server is not None,
+                "llama-server loads adapters when it starts, and no others; name them in the file, or leave "
+                "options.server out",
+            ),
             "n_gpu_layers": (
                 options.device == "cpu" and bool(own.n_gpu_layers), "device is cpu; leave one of them out"
             ),
@@ -130,20 +151,15 @@ class LlamacppEngine(SteppingEngine):
 
     def _load(self, report: Report) -> Running:
         from model_compose.engines.huggingface.grammar import Grammars
-        from model_compose.engines.llamacpp.base import check_all, read_base
         from model_compose.engines.llamacpp.batch import Batch
         from model_compose.engines.llamacpp.llama import Llama, import_llama_cpp
+        from model_compose.engines.llamacpp.loading import kv_bytes_per_token, read, room, settings
 
         import_llama_cpp()  # before anything is fetched
-        adapters = fetch_adapters(self._options, self._base_dir, report)
-        fetched = fetch(self._options.model, base_dir=self._base_dir, report=report)
-        assert fetched.file is not None  # see refuse()
-        base = read_base(fetched.folder / fetched.file)
-        check_all(base, adapters)
-        tokenizer = load_tokenizer(fetched, trust_remote_code=False)
-        token_bytes = base.kv_bytes_per_token(4 if self._options.precision == "float32" else 2)
-        context, cells = _room(self._options, base, token_bytes)
-        llama = Llama(base.file, _settings(self._options, cells), report)
+        adapters, base, tokenizer = read(self._options, self._base_dir, report)
+        token_bytes = kv_bytes_per_token(self._options, base)
+        context, cells = room(self._options, base)
+        llama = Llama(base.file, settings(self._options, cells), report)
         try:
             for number, adapter in enumerate(adapters, 1):
                 _attach(llama, base, adapter, adapter.name)
@@ -163,7 +179,7 @@ class LlamacppEngine(SteppingEngine):
             _attach(llama, base, adapter, key)
 
         return Running(
-            tokenizer, llama.vocabulary, eos, context, fetched.identity, grammars, batch,
+            tokenizer, llama.vocabulary, eos, context, base.identity, grammars, batch,
             lambda: {key: attached.adapter for key, attached in llama.adapters.copy().items()}, attach,
         )  # fmt: skip
 
@@ -200,52 +216,3 @@ def _attach(llama: "Llama", base: "Base", adapter: LoraAdapter, key: str) -> Non
         file = Path(folder) / "adapter.gguf"
         write_gguf(adapter, base.architecture, file)
         llama.load_adapter(key, adapter, file)
-
-
-def _room(options: ModelOptions, base: "Base", token_bytes: int) -> tuple[int, int]:
-    """The longest context, and how many tokens the KV cache holds; one context or a quarter of what is free, if unset.
-
-    Raises LoadError where it is too small for max_context, or for any text.
-    """
-    import torch
-
-    from model_compose.engines.huggingface.free import free_memory
-    from model_compose.engines.huggingface.memory import size_text
-
-    own = options.options
-    assert isinstance(own, LlamacppOptions)
-    wished = [limit for limit in (own.max_context, options.max_seq_length) if limit is not None]
-    context = min([base.context, *wished])
-    free = free_memory(torch.device("cpu"))
-    budget = context * token_bytes if free is None else min(context * token_bytes, free // 4)
-    if own.kv_cache is not None:
-        budget = int(own.kv_cache)
-    cells = budget // token_bytes
-    least = context if own.max_context is not None else 1
-    if cells < least:
-        raise LoadError(
-            f"a KV cache of {size_text(budget)} holds {cells} tokens of this model, which takes {size_text(token_bytes)} "
-            f"for each, and one text needs {least}; set a larger kv_cache, or a smaller max_context"
-        )
-    if cells < context:
-        log.warning(
-            "the KV cache of %s holds %d tokens, so prompt and answer together are limited to these instead of %d",
-            size_text(budget), cells, context,
-        )  # fmt: skip
-    return min(context, cells), cells
-
-
-def _settings(options: ModelOptions, cells: int) -> "Settings":
-    import torch
-
-    from model_compose.engines.llamacpp.llama import Settings
-
-    own = options.options
-    assert isinstance(own, LlamacppOptions)
-    float32 = options.precision == "float32"
-    gpu_layers = 0 if options.device == "cpu" else -1 if own.n_gpu_layers is None else own.n_gpu_layers
-    return Settings(
-        cells=cells, rows=own.max_batch_size, tokens_per_step=own.n_batch,
-        threads=own.n_threads or torch.get_num_threads(), gpu_layers=gpu_layers,
-        kv_float32=float32, flash_attention=False if float32 and own.flash_attn is None else own.flash_attn,
-    )  # fmt: skip

@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     import gguf
     import torch
 
-_SHARD = re.compile(r"(.+-)\d{5}(-of-\d{5}\.gguf)$")
+_SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
 class Base:
-    """A GGUF base. file: the first one where it is split. matrices: by GGUF name, mapped from the file.
+    """A GGUF base. file: the first one where it is split. identity: of its content. matrices: by GGUF name, mapped.
 
     head: keys' and values' sizes together, in one layer and token.
     """
 
     file: Path
+    identity: str
     name: str
     layers: int
     heads: int
@@ -39,6 +40,11 @@ class Base:
         """Raises AdapterError where adapters cannot be converted for it."""
         tied = "output.weight" not in self.matrices
         return Architecture(checked_name(self.name), self.layers, self.heads, self.kv_heads, tied)
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens, which is the logits' width."""
+        return int(self.matrices["token_embd.weight"].shape[1])
 
     def kv_bytes_per_token(self, item_bytes: int) -> int:
         """Keys and values of one token in all layers."""
@@ -83,7 +89,7 @@ class Base:
         return bool((stored.reshape(matrix.data.shape) == matrix.data).all())
 
 
-def read_base(file: Path) -> Base:
+def read_base(file: Path, identity: str) -> Base:
     """Reads the header, of a split base all of them. Takes seconds: GGUF holds the vocabulary there.
 
     Raises LoadError for what is no GGUF file, or no language model.
@@ -103,7 +109,7 @@ def read_base(file: Path) -> Base:
     keys = _number(fields, f"{name}.attention.key_length", file, size)
     values = _number(fields, f"{name}.attention.value_length", file, size)
     return Base(
-        file, name, _number(fields, f"{name}.block_count", file), heads, kv_heads, keys + values,
+        file, identity, name, _number(fields, f"{name}.block_count", file), heads, kv_heads, keys + values,
         _number(fields, f"{name}.context_length", file, 2048), matrices,
     )  # fmt: skip
 
@@ -115,8 +121,18 @@ def check_all(base: Base, adapters: Iterable[LoraAdapter]) -> None:
 
 
 def _shards(file: Path) -> list[Path]:
-    match = _SHARD.match(file.name)
-    return sorted(file.parent.glob(f"{match[1]}?????{match[2]}")) if match else [file]
+    """All files of a split base. Raises LoadError where `file` is not the first, or one is missing."""
+    if (match := _SHARD.match(file.name)) is None:
+        return [file]
+    start, number, count = match.groups()
+    if int(number) != 1:
+        raise LoadError(f"{file} is a later part of a base; name its first, {start}00001-of-{count}.gguf")
+    files = [file.with_name(f"{start}{part:05}-of-{count}.gguf") for part in range(1, int(count) + 1)]
+    if missing := [each.name for each in files if not each.exists()]:
+        raise LoadError(
+            f"{file} is the first of {int(count)} parts, and there is no {missing[0]} beside it; download it too"
+        )
+    return files
 
 
 def _value(fields: Mapping[str, Any], key: str, file: Path) -> Any:

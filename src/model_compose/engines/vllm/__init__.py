@@ -22,7 +22,7 @@ from model_compose.engines.child import Child
 from model_compose.engines.compiled import Compiled
 from model_compose.engines.huggingface.free import main_memory
 from model_compose.engines.huggingface.sizes import context_length
-from model_compose.engines.parts import check_loaded, check_logit_bias, fetch_adapter, tokenize
+from model_compose.engines.parts import check_loaded, check_logit_bias, check_room, fetch_adapter, tokenize
 from model_compose.engines.vllm.connection import Connection, Served
 from model_compose.engines.vllm.loading import (
     Loaded,
@@ -44,7 +44,6 @@ from model_compose.errors import (
     InputError,
     LoadError,
     NotReady,
-    Overloaded,
     RunError,
 )
 from model_compose.generation import Chunk, Request, Usage
@@ -199,7 +198,7 @@ class VllmEngine:
             raise NotReady("the model is not loaded")
         sampling = request.sampling
         check_logit_bias(request, loaded.vocabulary)
-        self._check_room()  # before any work
+        check_room(self._texts, self._own.max_batch_size, self._own.max_queue)  # before any work
         start, unfinished, last = time.perf_counter(), sampling.num_return_sequences, Chunk()
         tokens = await asyncio.to_thread(tokenize, loaded.tokenizer, self._served.context, request)
         self._texts += unfinished
@@ -210,7 +209,7 @@ class VllmEngine:
                 async with aclosing(complete(connection.client, prompt, texts)) as items:
                     async for item in items:
                         if isinstance(item, int):
-                            made = sum(text.generated for text in texts)
+                            made = sum(len(text.tokens) for text in texts)
                             usage = Usage(len(tokens), made, time.perf_counter() - start, item)
                             yield replace(last, usage=usage)
                             continue
@@ -324,14 +323,6 @@ class VllmEngine:
         (self._folder / SOCKET).unlink(missing_ok=True)
         if self._compiled is not None:
             self._compiled.clear()
-
-    def _check_room(self) -> None:
-        """Raises Overloaded."""
-        if self._texts >= self._own.max_batch_size + self._own.max_queue:
-            raise Overloaded(
-                f"{self._texts} texts run or wait already (max_batch_size {self._own.max_batch_size}, max_queue "
-                f"{self._own.max_queue}); try again in a moment"
-            )
 
 
 def _kv_cache(given: int | None, *, on_cpu: bool) -> int | None:

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import httpx
 
-from model_compose.engines import Stats
-from model_compose.engines.vllm.stream import error_of
+from model_compose.engines import Stats, connection
+from model_compose.engines.connection import error_of
 from model_compose.errors import AdapterError, InputError, LoadError
-
-CONNECT_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -20,24 +18,8 @@ class Served:
     context: int
 
 
-class Connection:
-    """A server at `url`, or behind a Unix socket. Requests may last for as long as they like."""
-
-    def __init__(self, url: str, *, socket: Path | None = None, api_key: str | None = None) -> None:
-        self.url = url
-        self.client = httpx.AsyncClient(
-            base_url=url,
-            transport=None if socket is None else httpx.AsyncHTTPTransport(uds=str(socket), limits=_UNLIMITED),
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-            limits=_UNLIMITED,
-        )
-
-    async def is_ready(self) -> bool:
-        try:
-            return (await self.client.get("/health")).is_success
-        except httpx.TransportError:
-            return False
+class Connection(connection.Connection):
+    """A vLLM server."""
 
     async def served(self) -> Served:
         """Raises LoadError for a server that is not there, does not let this one in, or is no vLLM."""
@@ -100,9 +82,3 @@ class Connection:
             prefix_queries=count("prefix_cache_queries_total"), prefix_hits=count("prefix_cache_hits_total"),
             preemptions=count("num_preemptions_total"), adapters=adapters,
         )  # fmt: skip
-
-    async def close(self) -> None:
-        await self.client.aclose()
-
-
-_UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=None)

@@ -10,7 +10,8 @@ from typing import Any
 
 import httpx
 
-from model_compose.engines.huggingface.text import Detokenizer, StopStrings
+from model_compose.engines.connection import error_of
+from model_compose.engines.text import ServedText
 from model_compose.errors import InputError, NotReady, RunError
 from model_compose.generation import Chunk, Finish, ResponseFormat, Sampling, TokenLogprob
 
@@ -76,15 +77,11 @@ def _structured(format: ResponseFormat) -> dict[str, Any]:
     return {"json": json.dumps({**schema, "x-guidance": {"whitespace_flexible": False, "lenient": False}})}
 
 
-class Text:
-    """One sequence: tokens in, text out, as sequence.py of the embedded engine does it."""
+class Text(ServedText):
+    """One sequence, out of the choices of a stream."""
 
     def __init__(self, index: int, prompt: Prompt, tokenizer: Any) -> None:
-        self.generated = 0
-        self.finish: Finish | None = None
-        self._index, self._tokenizer, self._eos, self._budget = index, tokenizer, prompt.eos, prompt.budget
-        self._text = Detokenizer(tokenizer, prompt.tokens)
-        self._stops = StopStrings(prompt.sampling.stop_sequences)
+        super().__init__(index, tokenizer, prompt.tokens, prompt.sampling, prompt.budget, prompt.eos)
         self._alternatives = prompt.sampling.logprobs or 0
 
     def take(self, choice: dict[str, Any]) -> Chunk:
@@ -92,28 +89,19 @@ class Text:
         logprobs: list[TokenLogprob] = []
         text = ""
         for position, token in enumerate(choice["token_ids"] or ()):
-            self.generated += 1
-            if token in self._eos:
-                self.finish, text = "stop", text + self._stops.flush()
-                break
-            ready, stopped = self._stops.push(self._text.push(token))
-            text += ready
-            if choice.get("logprobs"):
+            text += self.push(token)
+            if choice.get("logprobs") and token not in self.eos:
                 logprobs.append(self._logprob(token, choice["logprobs"], position))
-            if stopped:
-                self.finish = "stop"
-                break
-            if self.generated >= self._budget:
-                self.finish, text = "length", text + self._stops.flush()
+            if self.finish is not None:
                 break
         if self.finish is None and choice["finish_reason"] is not None:
-            self.finish, text = _finish(choice["finish_reason"]), text + self._stops.flush()
-        return Chunk(self._index, text, self.finish, tuple(logprobs))
+            text += self.end(_finish(choice["finish_reason"]))
+        return Chunk(self.index, text, self.finish, tuple(logprobs))
 
     def _logprob(self, token: int, told: dict[str, Any], position: int) -> TokenLogprob:
         best = sorted(told["top_logprobs"][position].items(), key=lambda item: -item[1])[: self._alternatives]
-        top = tuple((self._tokenizer.decode([int(name.removeprefix("token_id:"))]), value) for name, value in best)
-        return TokenLogprob(self._tokenizer.decode([token]), told["token_logprobs"][position], top)
+        top = ((int(name.removeprefix("token_id:")), value) for name, value in best)
+        return self.logprob(token, told["token_logprobs"][position], top)
 
 
 def _finish(reason: str) -> Finish:
@@ -154,15 +142,6 @@ async def complete(client: httpx.AsyncClient, prompt: Prompt, texts: Sequence[Te
     if not all(text.finish for text in texts):
         raise RunError("vLLM's answer ended too early; its log has the details")
     yield 0
-
-
-def error_of(response: httpx.Response) -> str:
-    """The server's own words, of a response that has been read."""
-    try:
-        said = response.json()
-        return str(said["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return f"HTTP {response.status_code}: {response.text[:200]}"
 
 
 def refusal(status: int, message: str) -> InputError | NotReady | RunError:

@@ -1,0 +1,40 @@
+"""HTTP to a server that computes for us, wherever it listens. Knows nothing of what is said."""
+
+from pathlib import Path
+
+import httpx
+
+CONNECT_SECONDS = 10.0
+_UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+
+
+class Connection:
+    """A server at `url`, or behind a Unix socket. Requests may last for as long as they like."""
+
+    def __init__(self, url: str, *, socket: Path | None = None, api_key: str | None = None) -> None:
+        self.url = url
+        self.client = httpx.AsyncClient(
+            base_url=url,
+            transport=None if socket is None else httpx.AsyncHTTPTransport(uds=str(socket), limits=_UNLIMITED),
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
+            limits=_UNLIMITED,
+        )
+
+    async def is_ready(self) -> bool:
+        try:
+            return (await self.client.get("/health")).is_success
+        except httpx.TransportError:
+            return False
+
+    async def close(self) -> None:
+        await self.client.aclose()
+
+
+def error_of(response: httpx.Response) -> str:
+    """The server's own words, of a response that has been read."""
+    try:
+        said = response.json()
+        return str(said["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"HTTP {response.status_code}: {response.text[:200]}"

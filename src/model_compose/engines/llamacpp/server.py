@@ -1,0 +1,310 @@
+"""llama-server in a process of its own: `driver: llamacpp` with `options.server`.
+
+llama-server computes and draws; prompts, text and the end of a text are the embedded engine's own code. Its adapters are
+those of the file, each loaded once; a request says their weights.
+"""
+
+import asyncio
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import httpx
+
+from model_compose.daemon import in_daemon_thread
+from model_compose.engines import AdapterOptions, ModelOptions, Stats
+from model_compose.engines.child import Child
+from model_compose.engines.connection import Connection
+from model_compose.engines.llamacpp import LlamacppEngine, LlamacppOptions
+from model_compose.engines.llamacpp.completion import ends, refuse
+from model_compose.engines.llamacpp.slots import Slots
+from model_compose.engines.llamacpp.writing import Job, Writing
+from model_compose.engines.parts import (
+    check_loaded,
+    check_logit_bias,
+    check_room,
+    tokenize,
+)
+from model_compose.errors import ComposeError, Conflict, InputError, LoadError, NotReady, RunError
+from model_compose.generation import Chunk, Request, Usage
+from model_compose.lora.adapter import LoraAdapter
+from model_compose.lora.blend import Blend, Blends, stack
+from model_compose.progress import Progress, Report
+from model_compose.schema import Options
+from model_compose.sources.local import absolute
+
+if TYPE_CHECKING:
+    from model_compose.engines.llamacpp.llama import Settings
+
+SOCKET = "llama.sock"
+"""llama-server takes a host that ends like this for a Unix socket, which only this user can open."""
+UBATCH = 512
+"""Tokens that llama.cpp computes at once; its buffers grow with it."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is known before the server starts. identity: of the base. adapters: of the file, by name. numbers: the server's,
+    of these by name and of blends by a method by their identity. files: in that order. token_bytes: of keys and values, for
+    each token. plain: a token of whole characters."""
+
+    base: Path
+    identity: str
+    tokenizer: Any
+    vocabulary: int
+    eos: tuple[int, ...]
+    context: int
+    settings: "Settings"
+    adapters: Mapping[str, LoraAdapter]
+    numbers: Mapping[str, int]
+    files: tuple[Path, ...]
+    token_bytes: int
+    plain: int
+
+
+class ServerEngine:
+    """Hands out llama-server's slots and turns, asks it for tokens, and keeps its process running."""
+
+    Options: ClassVar[type[Options]] = LlamacppOptions
+
+    def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
+        assert isinstance(options.options, LlamacppOptions)
+        self._options, self._own = options, options.options
+        self._blends, self._base_dir = blends, base_dir
+        self._slots = Slots(self._own.max_batch_size)
+        self._loaded: Loaded | None = None
+        self._connection: Connection | None = None
+        self._child: Child | None = None
+        self._folder: Path | None = None
+        self._texts = self._prefix_queries = self._prefix_hits = 0
+        self._closed = False
+
+    @classmethod
+    def refuse(cls, options: ModelOptions) -> None:
+        LlamacppEngine.refuse(options)
+
+    @property
+    def up(self) -> bool:
+        """Whether the server answers, as far as this knows."""
+        return self._child is not None and self._child.ready
+
+    async def open(self, report: Report) -> None:
+        binary = find(self._own.server or "", self._base_dir)
+        self._folder = folder = Path(tempfile.mkdtemp(prefix="model-compose-"))
+        try:
+            loaded = await in_daemon_thread(lambda: self._load(folder, report))
+            self._connection = Connection("http://llama-server", socket=folder / SOCKET)
+            public = "default" if self._options.id == "__component__" else self._options.id  # as on /v1
+            self._child = Child(
+                public, command(binary, loaded, folder / SOCKET), environment(os.environ), self._connection.is_ready,
+                self._start_afresh, patience=self._own.start_timeout,
+            )  # fmt: skip
+            report(Progress("starting llama-server", 0, 1, "servers"))
+            await self._child.start()
+            eos = await ends(self._connection.client)
+            self._loaded = replace(loaded, eos=tuple(sorted({*loaded.eos, *eos})))
+            report(Progress("starting llama-server", 1, 1, "servers"))
+        except BaseException:
+            await self.close()
+            raise
+
+    def _load(self, folder: Path, report: Report) -> Loaded:
+        from model_compose.engines.llamacpp.loading import kv_bytes_per_token, read, room, settings
+        from model_compose.lora.gguf import write_gguf
+
+        adapters, base, tokenizer = read(self._options, self._base_dir, report)
+        context, cells = room(self._options, base, rows=self._own.max_batch_size)
+        by_name = {adapter.name: adapter for adapter in adapters}
+        digests = {adapter.name: adapter.digest for adapter in adapters}
+        served = {**by_name}
+        for blend in self._blends.low_rank:
+            served[blend.identity(base.identity, digests)] = stack(blend, by_name)
+        files = []
+        for number, adapter in enumerate(served.values()):
+            files.append(folder / f"{number}.gguf")
+            write_gguf(adapter, base.architecture, files[-1])
+            report(Progress("converting adapters", number + 1, len(served), "adapters"))
+        return Loaded(
+            base.file, base.identity, tokenizer, base.vocabulary,
+            () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,), context, settings(self._options, cells),
+            by_name, {key: number for number, key in enumerate(served)}, tuple(files),
+            kv_bytes_per_token(self._options, base), tokenizer("a", add_special_tokens=False)["input_ids"][-1],
+        )  # fmt: skip
+
+    def _start_afresh(self) -> None:
+        """A server that is started again has empty slots, and would not listen at a socket that is there."""
+        assert self._folder is not None
+        (self._folder / SOCKET).unlink(missing_ok=True)
+        self._slots.forget()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        loaded, connection, sampling = self._loaded, self._connection, request.sampling
+        if loaded is None or connection is None:
+            raise NotReady("the model is not loaded")
+        refuse(sampling)
+        check_logit_bias(request, loaded.vocabulary)
+        check_room(self._texts, self._own.max_batch_size, self._own.max_queue)  # before any work
+        start, unfinished = time.perf_counter(), sampling.num_return_sequences
+        self._texts += sampling.num_return_sequences
+        try:
+            tokens = await asyncio.to_thread(tokenize, loaded.tokenizer, loaded.context, request)
+            identity, left = self.identity(request.blend), loaded.context - len(tokens)
+            job = Job(
+                connection.client, self._slots, lambda: self.up, loaded.tokenizer, loaded.vocabulary, tokens, sampling,
+                identity, _weights(loaded, request.blend, identity), min(sampling.max_output_length or left, left),
+                loaded.eos, loaded.plain,
+            )  # fmt: skip
+            writings = [Writing(job, index) for index in range(unfinished)]
+            async with aclosing(self._chunks(writings)) as chunks:
+                async for chunk in chunks:
+                    unfinished -= chunk.finish is not None
+                    if not unfinished:
+                        made = sum(len(writing.text.tokens) for writing in writings)
+                        usage = Usage(len(tokens), made, time.perf_counter() - start, writings[0].cached)
+                        chunk = replace(chunk, usage=usage)
+                    yield chunk
+        finally:
+            self._texts -= sampling.num_return_sequences
+
+    async def _chunks(self, writings: Sequence[Writing]) -> AsyncGenerator[Chunk]:
+        """Those of all texts as they come."""
+        items: asyncio.Queue[Chunk | ComposeError] = asyncio.Queue()
+
+        async def run(writing: Writing) -> None:
+            try:
+                await writing.run(items.put_nowait)
+            except Exception as error:
+                items.put_nowait(self._failure(error))
+
+        tasks = [asyncio.create_task(run(writing)) for writing in writings]
+        try:
+            while not all(writing.text.finish for writing in writings) or not items.empty():
+                item = await items.get()
+                if isinstance(item, ComposeError):
+                    raise item
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            begun = [writing for writing in writings if writing.has_begun]
+            self._prefix_queries += sum(len(writing.prompt) for writing in begun)
+            self._prefix_hits += sum(writing.cached for writing in begun)
+
+    def _failure(self, error: Exception) -> ComposeError:
+        """What a broken connection means for the caller."""
+        if self._closed:
+            return NotReady("the service is shutting down")
+        if isinstance(error, httpx.HTTPError | httpx.StreamError):
+            return RunError("llama-server ended while it was generating; it is being started again")
+        if isinstance(error, ComposeError):
+            return error
+        log.error("a text failed", exc_info=error)
+        return RunError(f"llama-server's answer cannot be read ({type(error).__name__}); the log has the details")
+
+    def identity(self, blend: Blend) -> str:
+        loaded = self._loaded
+        if loaded is None:
+            raise NotReady("the model is not loaded")
+        check_loaded(blend, loaded.adapters)
+        return blend.identity(loaded.identity, {name: loaded.adapters[name].digest for name in blend.active})
+
+    def stats(self) -> Stats | None:
+        loaded = self._loaded
+        if loaded is None:
+            return None
+        used = self._slots.used
+        return Stats(
+            running=len(used), waiting=max(0, self._texts - len(used)),
+            kv_cache_used=sum(len(slot.tokens) for slot in used) * loaded.token_bytes,
+            kv_cache_total=loaded.settings.cells * loaded.settings.rows * loaded.token_bytes,
+            prefix_queries=self._prefix_queries, prefix_hits=self._prefix_hits, preemptions=0,
+            adapters=len(loaded.adapters),
+        )  # fmt: skip
+
+    async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
+        raise Conflict("llama-server loads adapters when it starts, and no others; name them in the file")
+
+    async def unload_adapter(self, name: str) -> None:
+        """There is none but those of the file, which stay."""
+
+    async def close(self) -> None:
+        self._closed, self._loaded = True, None
+        if self._child is not None:
+            await self._child.close()
+        if self._connection is not None:
+            await self._connection.close()
+        if self._folder is not None:
+            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
+        self._child = self._connection = self._folder = None
+
+
+def _weights(loaded: Loaded, blend: Blend, identity: str) -> tuple[float, ...]:
+    """Of all adapters of the server. Raises InputError for a blend by a method that is not in the file."""
+    weights = [0.0] * len(loaded.files)
+    if blend.low_rank and identity not in loaded.numbers:
+        raise InputError(
+            f"the blend {blend.described} is none of the file's, and llama-server has only those that it was started with",
+            field="blend",
+        )
+    for name, weight in {identity: 1.0}.items() if blend.low_rank else blend.active.items():
+        weights[loaded.numbers[name]] = weight
+    return tuple(weights)
+
+
+def find(server: str, base_dir: Path) -> Path:
+    """The binary: a path, or a name that is looked for in PATH. Raises LoadError."""
+    path = shutil.which(server) if os.sep not in server else absolute(server, base_dir)
+    if path is None or not os.access(path, os.X_OK) or not Path(path).is_file():
+        where = "in PATH" if os.sep not in server else "that can be run"
+        raise LoadError(
+            f"options.server: there is no {server} {where}; build llama.cpp's llama-server or install it "
+            "(https://github.com/ggml-org/llama.cpp), or leave options.server out"
+        )
+    return Path(path)
+
+
+def command(binary: Path, loaded: Loaded, socket: Path) -> list[str]:
+    """The command line. What could give a text another blend's keys and values is off: --cache-ram keeps those of past
+    prompts without their adapters, and loads them into any slot (server_prompt_cache)."""
+    settings = loaded.settings
+    flash = {None: "auto", False: "off", True: "on"}[settings.flash_attention]
+    kind = "f32" if settings.kv_float32 else "f16"
+    given: dict[str, object] = {
+        "host": socket,
+        "model": loaded.base,
+        "ctx-size": settings.cells * settings.rows,
+        "parallel": settings.rows,
+        "batch-size": settings.tokens_per_step,
+        "ubatch-size": min(UBATCH, settings.tokens_per_step),
+        "threads": settings.threads,
+        "cache-type-k": kind,
+        "cache-type-v": kind,
+        "flash-attn": flash,
+        "cache-ram": 0,
+        "cache-reuse": 0,
+        "log-verbosity": 2,  # errors and warnings
+    }
+    if settings.gpu_layers >= 0:
+        given["n-gpu-layers"] = settings.gpu_layers
+    if settings.gpu_layers == 0:
+        given["device"] = "none"
+    if loaded.files:
+        given["lora"] = ",".join(map(str, loaded.files))
+    flags = ("no-kv-unified", "no-context-shift", "no-webui", "offline", "lora-init-without-apply")
+    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    return [str(binary), *options, *(f"--{flag}" for flag in flags)]
+
+
+def environment(own: Mapping[str, str]) -> dict[str, str]:
+    """This process's own, without what llama-server would take for its command line."""
+    return {key: value for key, value in own.items() if not key.startswith("LLAMA_")}
