@@ -89,7 +89,7 @@ class Scheduler(ABC):
         ready = [(at, work[number][0]) for at, number in enumerate(order) if not work[number][0].pending]
         if not ready:
             return
-        rows = logits[[at for at, _ in ready]]
+        rows = logits if len(ready) == len(logits) else logits[[at for at, _ in ready]]
         drawn = draw(rows, [sequence.chooser for _, sequence in ready])
         for (_, sequence), row, token in zip(ready, rows, drawn, strict=True):
             try:

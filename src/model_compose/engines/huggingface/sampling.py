@@ -36,6 +36,8 @@ class Chooser:
         self._seen = dict.fromkeys(prompt) if sampling.repetition_penalty != 1.0 else None
         self._counts: dict[int, int] = {}
         self._drawn = 0
+        tokens, values = ([pair[i] for pair in sampling.logit_bias] for i in (0, 1))
+        self._biases = (torch.tensor(tokens), torch.tensor(values, dtype=torch.float32)) if tokens else None
         self.edits = (
             self._seen is not None
             or constraint is not None
@@ -61,11 +63,11 @@ class Chooser:
         if self._counts and (sampling.presence_penalty or sampling.frequency_penalty):
             counts = torch.tensor(list(self._counts.values()))
             scores[torch.tensor(list(self._counts))] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        if sampling.logit_bias:
-            tokens, biases = zip(*sampling.logit_bias, strict=True)
-            scores[torch.tensor(tokens)] += torch.tensor(biases, dtype=scores.dtype)
+        if self._biases is not None:
+            scores.index_add_(0, *self._biases)
         if 1 < sampling.min_output_length > self._drawn and self._eos:
-            scores[self._eos] = -math.inf
+            for token in self._eos:
+                scores[token] = -math.inf
         if self._constraint is not None:
             self._constraint.mask(scores)
 
