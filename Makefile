@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 QUICKSTART := examples/quickstart/model-compose.yml
 
-.PHONY: quickstart up test test-vllm test-llamacpp lint train measure clean
+.PHONY: quickstart up test test-vllm test-llamacpp test-llama-server lint train measure clean
 
 quickstart: .venv/installed  ## Install, fetch the weights, print a blended answer
 	$(BIN)/model-compose run -f $(QUICKSTART) --input '{"prompt": "Why do people read books?"}'
@@ -22,6 +22,10 @@ test-vllm: .venv/dev  ## Installs vLLM beside this, and runs what every engine m
 test-llamacpp: .venv/dev  ## What every driver promises, with llama.cpp too: compiles it first, some 8 minutes
 	$(PIP) --editable '.[llamacpp]'
 	$(BIN)/python -m pytest -q tests/contracts tests/lora/test_gguf.py tests/engines/test_llamacpp.py
+
+test-llama-server: .venv/dev  ## What every driver promises, on LLAMA_SERVER=/path/to/llama-server
+	MODEL_COMPOSE_LLAMA_SERVER=$(abspath $(LLAMA_SERVER)) \
+		$(BIN)/python -m pytest -q tests/contracts tests/engines/test_llama_server.py -k server
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Linears on CPU by kernels of our own (native.py) or those that torch ships, with int8 or int4 weights if wanted.
+"""Linears on CPU by kernels of our own (native) or those that torch ships, with int8 or int4 weights if wanted.
 
 Weight-only: every row of a batch is computed alone, there is no scale that rows share. Adapters act outside, in their own
 precision.
