@@ -1,7 +1,7 @@
 """The scheduler: which sequences run, how many tokens of each, and one forward pass for all of them a step.
 
 A step gives every sequence that decodes one token, and shares PREFILL_TOKENS among the prompts that are being read, so
-that a long prompt stalls nobody and a short one overtakes it. Sequences join in the order in which they came; one whose
+that a long prompt stalls nobody and short ones overtake it. Sequences join in the order in which they came; one whose
 blend runs folded only waits until all that run have its blend, and those behind it wait too, so that nobody starves. When
 the KV cache is full, old prefixes go first, then the youngest sequence, which is computed again later.
 """
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 256
 """Prompt tokens a step, over all rows: the others wait no longer than these take."""
+
+PIECE_TOKENS = 64
+"""Least of a prompt in a step, if it has so many and they fit: many prompts at once are read some after the others."""
 
 RESERVED_TOKENS = 64
 """A row starts with room for so many tokens behind its prompt, if that many may come."""
@@ -82,15 +85,23 @@ class Batch(Scheduler):
         self.preemptions += 1
 
     def _prompts(self) -> list[Work]:
-        """Pieces of prompts: the budget is shared evenly among those that are being read, old and new."""
+        """Pieces of prompts: the budget is shared evenly among those that are being read, but in pieces of some size, as each
+        costs attention of its own. The shortest go first; the oldest has a piece in any case, and what is left over."""
         self._admit()
-        reading = sorted((s for s in self.running if s.pending > 1), key=lambda s: s.pending)
+        reading = [sequence for sequence in self.running if sequence.pending > 1]
+        if not reading:
+            return []
+        oldest, *others = reading
         work, left = [], PREFILL_TOKENS
-        for number, sequence in enumerate(reading):
-            tokens = min(sequence.pending, max(1, left // (len(reading) - number)))
+        kept = min(oldest.pending, PIECE_TOKENS)
+        for number, sequence in enumerate(sorted(others, key=lambda s: s.pending)):
+            share = max(PIECE_TOKENS, left // (len(reading) - number))
+            tokens = min(sequence.pending, share, left - kept)
+            if not tokens:
+                break
             work.append((sequence, tokens))
             left -= tokens
-        return work
+        return [*work, (oldest, min(oldest.pending, left))]
 
     def _admit(self) -> None:
         """Gives waiting sequences a row, oldest first, as long as there is room for them.
