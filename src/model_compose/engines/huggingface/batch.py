@@ -85,7 +85,7 @@ class Batch(Scheduler):
         self.preemptions += 1
 
     def _prompts(self) -> list[Work]:
-        """Pieces of prompts: the budget is shared evenly among those that are being read, but in pieces of some size, as each
+        """Pieces of prompts: the budget is shared evenly among those that are being read, but not in small pieces, as each
         costs attention of its own. The shortest go first; the oldest has a piece in any case, and what is left over."""
         self._admit()
         reading = [sequence for sequence in self.running if sequence.pending > 1]
