@@ -85,8 +85,8 @@ class LlamacppEngine(SteppingEngine):
 
     Options: ClassVar[type[Options]] = LlamacppOptions
 
-    # One name in ENGINES, one schema of options, and two ways to run it, which share no state: who makes an engine knows the
-    # name alone. mypy wants a subclass here, which a server is not.
+    # One name in ENGINES, one schema of options, and two ways to run it, which share no state: who makes an engine knows
+    # the name alone. mypy wants a subclass here, which a server is not.
     def __new__(cls, options: ModelOptions, blends: Blends, base_dir: Path) -> "Engine":  # type: ignore[misc]
         assert isinstance(options.options, LlamacppOptions)
         if options.options.server is None:
