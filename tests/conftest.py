@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from model_compose.compose import Compose
 from model_compose.loading import load
@@ -17,6 +18,8 @@ from model_compose.servers.serve import address, bind, listening
 from tests import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that forgets its stand-in must fail at once, not look for the Hub
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 torch.set_num_threads(1)  # two that wait for each other on a busy machine make tiny steps 15 times slower
 
 

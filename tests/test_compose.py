@@ -25,6 +25,7 @@ from model_compose.workflow import runner
 from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.runner import Done
 from tests import tiny
+from tests.waiting import held, until
 
 PROMPT = {"prompt": "Once upon a time"}
 TOKENS = 40
@@ -331,12 +332,6 @@ async def test_unknown_workflow_lists_the_known_ones(compose: Compose) -> None:
 # Ends.
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
 async def test_closing_the_iterator_stops_the_computation(both: Compose) -> None:
     engine: Any = both.models["a"].engine
     async with aclosing(both.run({}, workflow="long")) as events:
@@ -370,11 +365,14 @@ async def test_error_of_one_job_ends_the_others_at_once(both: Compose) -> None:
 async def test_max_concurrent_count_of_a_component_lets_one_run_at_a_time(opening: Open) -> None:
     async with opening(tiny.YAML.replace("  action:", "  max_concurrent_count: 1\n  action:")) as compose:
         engine: Any = compose.models["__component__"].engine
-        most = 0
-        runs = [asyncio.create_task(compose.answer(PROMPT)) for _ in range(3)]
-        while not all(run.done() for run in runs):
-            most = max(most, len(engine._loop.running))
-            await asyncio.sleep(0)
+        with held(engine) as thread:
+            runs = [asyncio.create_task(compose.answer(PROMPT)) for _ in range(3)]
+            await until(lambda: engine._loop.load)
+            most = 0
+            while not all(run.done() for run in runs):
+                most = max(most, engine._loop.load)
+                thread.step()
+                await asyncio.sleep(0.001)
         assert most == 1
         assert len({run.result().output["generated"] for run in runs}) == 1
 

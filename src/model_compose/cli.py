@@ -104,6 +104,7 @@ def up(
     env_files: EnvFiles = None,
     env: EnvPairs = None,
     verbose: Verbose = False,
+    log: Annotated[Path | None, typer.Option(hidden=True, help="Where --detach sends the output")] = None,
 ) -> None:
     """Load the models and serve until stopped."""
     loaded = load_files(files, env_files, env)
@@ -119,7 +120,7 @@ def up(
         pairs = dict(pair.split("=", 1) for pair in env or ())
         _detach(loaded, [*arguments, *(["--verbose"] if verbose else [])], pairs)
     else:
-        log_to_stderr(verbose)
+        log_to_stderr(verbose, kept_in=log)
         _serve(loaded)
 
 
@@ -302,22 +303,24 @@ def _detach(loaded: "Loaded", arguments: list[str], pairs: dict[str, str]) -> No
 
     pairs: what -e gave; it goes into the child's environment, since everybody may read a process's arguments.
     """
-    from model_compose.running import already_up, find, log_file
+    from model_compose.running import already_up, find, log_file, private
     from model_compose.terminal import bars
 
     if (record := find(loaded.files)) is not None:
         raise already_up(loaded.files, record)
     log = log_file(loaded.files)
-    with log.open("wb") as sink:
+    with open(log, "ab", opener=private) as sink:
+        before = sink.tell()
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "model_compose", "up", *arguments],  # -P: a torch.py here is not torch
+            # -P: a torch.py here is not torch
+            [sys.executable, "-P", "-m", "model_compose", "up", "--log", str(log), *arguments],
             stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True, env={**os.environ, **pairs},
         )  # fmt: skip
     try:
         with bars() as report:
             while (record := find(loaded.files)) is None or record.pid != child.pid or not record.ready:
                 if child.poll() is not None:
-                    raise LoadError(_why_it_ended(log))
+                    raise LoadError(_why_it_ended(log, before))
                 if report is not silent and record is not None and record.api is not None:
                     _report_health(f"{record.api}{record.base_path}/health", report)
                 time.sleep(POLL_SECONDS)
@@ -329,9 +332,10 @@ def _detach(loaded: "Loaded", arguments: list[str], pairs: dict[str, str]) -> No
         print(url)
 
 
-def _why_it_ended(log: Path) -> str:
-    """The child's own complaint, else the end of its log."""
-    text = log.read_text(errors="replace").strip()
+def _why_it_ended(log: Path, before: int) -> str:
+    """The child's own complaint, else the end of its log. before: bytes of earlier starts, unless they were put aside."""
+    content = log.read_bytes()
+    text = content[before if before <= len(content) else 0 :].decode(errors="replace").strip()
     _, mark, complaint = text.rpartition("❌ ")
     reason = complaint if mark else "\n".join(text.splitlines()[-5:])
     return f"{reason}\n(the service did not start; its log: {log})"

@@ -9,7 +9,7 @@ import socket
 import sys
 import venv
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import silent
 from tests import tiny
 from tests.engines import vllm_stand_in
-from tests.engines.test_child import until
+from tests.engines.test_child import start_when_told
+from tests.waiting import until
 
 ALPACA = Blend({"alpaca": 1.0})
 SHORT = Sampling(4, do_sample=False)
@@ -97,7 +98,8 @@ async def test_an_answer_is_what_the_server_says(engine: VllmEngine) -> None:
 async def test_a_crash_fails_what_runs_and_the_server_comes_back(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(child, "SHORTEST_PAUSE", 0.3)
+    monkeypatch.setattr(child, "SHORTEST_PAUSE", 0.0)
+    again = start_when_told(engine, monkeypatch)
     caplog.set_level(logging.INFO, "model_compose")
     other = engine.generate(Request("Hello", ALPACA, Sampling(200)))
     await anext(other)
@@ -109,6 +111,7 @@ async def test_a_crash_fails_what_runs_and_the_server_comes_back(
     await until(lambda: "ended with code 7" in caplog.text)
     with pytest.raises(NotReady, match="is being started again"):
         await answer(engine, "Hello")
+    again.set()
     await until(lambda: engine.up)
     assert (await answer(engine, "Hello")).texts[0].text == SAID * 4  # the blend is loaded again
     assert (await answer(engine, "Hello", Blend())).texts[0].text == SAID * 4
@@ -171,9 +174,11 @@ async def test_what_does_not_fit_the_base_is_found_before_the_server_starts(proj
 
 
 async def test_a_running_server_is_used_and_left_as_it_was(python: str, project: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # Bound and not listening: nobody else is given the port, and the server may take it.
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
     url, module = f"http://127.0.0.1:{port}", "vllm.entrypoints.openai.api_server"
     with pytest.raises(LoadError, match=f"the vLLM server at {url} cannot be reached"):
         async with opened(project.parent, base_url=url):
@@ -181,14 +186,11 @@ async def test_a_running_server_is_used_and_left_as_it_was(python: str, project:
     server = await asyncio.create_subprocess_exec(python, "-m", module, "--port", str(port), "--max-lora-rank", "4")
     try:
         async with httpx.AsyncClient(trust_env=False) as client:
-
-            async def is_up() -> bool:
-                try:
-                    return (await client.get(f"{url}/health")).is_success
-                except httpx.TransportError:
-                    return False
-
-            while not await is_up():
+            while True:
+                assert server.returncode is None
+                with suppress(httpx.TransportError):
+                    if (await client.get(f"{url}/health")).is_success:
+                        break
                 await asyncio.sleep(0.05)
         async with opened(project.parent, base_url=url, adapter_folder=str(project.parent)) as engine:
             assert (await answer(engine, "Hello")).texts[0].text == SAID * 4
@@ -209,6 +211,7 @@ async def test_a_running_server_is_used_and_left_as_it_was(python: str, project:
     finally:
         server.kill()
         await server.wait()
+        probe.close()
 
 
 @pytest.mark.parametrize(

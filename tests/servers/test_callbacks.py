@@ -5,8 +5,7 @@ import hmac
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,6 +18,7 @@ from model_compose.errors import InputError
 from model_compose.servers import callbacks
 from model_compose.servers.callbacks import Callback
 from tests.servers.test_http import PROMPT, is_problem, post
+from tests.waiting import SECONDS, wait_until
 
 
 @dataclass
@@ -31,16 +31,8 @@ class Receiver:
 
     def wait(self, count: int = 1) -> list[tuple[Any, dict[str, Any]]]:
         """Headers and JSON of the first `count` calls."""
-        until(lambda: len(self.received) >= count)
+        wait_until(lambda: len(self.received) >= count)
         return [(headers, json.loads(body)) for headers, body in self.received]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("waited 10 s in vain")
 
 
 @pytest.fixture
@@ -98,15 +90,16 @@ def test_a_failed_run_is_told_too(wide: str, receiver: Receiver) -> None:
 
 
 def test_a_cancelled_run_is_told_too(wide: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Sequence.take
+    take, cancelled = Sequence.take, threading.Event()
 
-    def slow(sequence: Sequence, *drawn: Any) -> None:
-        time.sleep(0.2)
+    def hold(sequence: Sequence, *drawn: Any) -> None:
+        cancelled.wait(SECONDS)
         take(sequence, *drawn)
 
-    monkeypatch.setattr(Sequence, "take", slow)
+    monkeypatch.setattr(Sequence, "take", hold)
     started = start(wide, receiver)
     httpx.post(f"{wide}/api/tasks/{started['task_id']}/cancel")
+    cancelled.set()
     _, told = receiver.wait()[0]
     assert (told["event"], told["task_id"]) == ("cancelled", started["task_id"])
 
@@ -121,7 +114,7 @@ def test_a_receiver_in_trouble_is_tried_again(wide: str, receiver: Receiver) -> 
 def test_in_the_end_it_is_given_up(wide: str, receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
     receiver.statuses += [503] * 10
     start(wide, receiver)
-    until(lambda: "given up" in caplog.text)
+    wait_until(lambda: "given up" in caplog.text)
     assert len(receiver.received) == callbacks.ATTEMPTS
 
 
@@ -129,12 +122,15 @@ def test_in_the_end_it_is_given_up(wide: str, receiver: Receiver, caplog: pytest
 def test_neither_redirects_nor_refusals_are_followed(
     wide: str, receiver: Receiver, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """After the run has been told of: what would come later comes before the end of the next run's."""
     caplog.set_level("INFO")
-    receiver.statuses += [status]
+    receiver.statuses += [status, 503]
     start(wide, receiver)
-    until(lambda: f"callback answered {status}" in caplog.text)
-    time.sleep(0.1)
-    assert len(receiver.received) == 1
+    wait_until(lambda: f"callback answered {status}" in caplog.text)
+    start(wide, receiver)
+    receiver.wait(3)  # the second run's, and again after a pause
+    tasks = [json.loads(body)["task_id"] for _, body in receiver.received]
+    assert tasks[1] == tasks[2] != tasks[0]
 
 
 # What may be called.

@@ -29,6 +29,7 @@ from tests.hub import Hub, running_hub
 from tests.servers.test_fuzz import BOUNDED, ODD, TEXTS
 from tests.servers.test_guard import KEY
 from tests.servers.test_openai import client_of, text_of
+from tests.waiting import held
 
 YAML = tiny.YAML.replace(
     "  blends:\n",
@@ -328,12 +329,14 @@ async def put(model: ModelComponent, name: str, path: str) -> None:
 async def test_requests_in_flight_finish_on_the_old_content(model: ModelComponent) -> None:
     await put(model, "x", "./loose/first")
     first = await text(model, "x")
-    running = [asyncio.create_task(text(model, "x")) for _ in range(3)]
-    await asyncio.sleep(0.05)
-    await put(model, "x", "./loose/second")
-    second = asyncio.create_task(text(model, "x"))
-    await asyncio.sleep(0.02)
-    await model.unload_adapter("x")
+    with held(model.engine) as thread:
+        running = [asyncio.create_task(text(model, "x")) for _ in range(3)]
+        await thread.until(lambda: sum(thread.generated) >= 3)
+        await thread.during(put(model, "x", "./loose/second"))
+        second = asyncio.create_task(text(model, "x"))
+        await thread.until(lambda: len(thread.generated) == 4 and all(thread.generated))
+        await thread.during(model.unload_adapter("x"))
+        assert all(0 < count < 120 for count in thread.generated)
     assert await asyncio.gather(*running) == [first] * 3
     assert await second != first
     with pytest.raises(InputError, match="'x' has been unloaded"):

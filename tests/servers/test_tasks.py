@@ -1,7 +1,6 @@
 """Tasks: asked for, cancelled, left alone; and what they must not hold on to."""
 
 import asyncio
-import time
 from typing import Any
 
 import httpx
@@ -12,18 +11,19 @@ from model_compose.servers import tasks as tasks_module
 from model_compose.servers.tasks import Tasks
 from tests.servers.conftest import Live
 from tests.servers.test_http import PROMPT, events, is_problem, post
+from tests.waiting import wait_until
 
 RUN = "/api/workflows/runs"
 HELLO = {"prompt": "Hello"}
 
 
 def wait_for(url: str, task_id: str) -> dict[str, Any]:
-    for _ in range(500):
-        state: dict[str, Any] = httpx.get(f"{url}/api/tasks/{task_id}").json()
-        if state["status"] not in ("pending", "processing"):
-            return state
-        time.sleep(0.02)
-    raise AssertionError(f"never ended: {state}")
+    def state() -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{url}/api/tasks/{task_id}").json()
+        return found
+
+    wait_until(lambda: state()["status"] not in ("pending", "processing"), "ended")
+    return state()
 
 
 # Over HTTP.

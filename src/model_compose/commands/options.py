@@ -49,6 +49,12 @@ def parse_json(text: str, option: str) -> Any:
         raise InputError(f'{option} is not valid JSON: {error}; example: \'{{"prompt": "Hello"}}\'') from None
 
 
-def log_to_stderr(verbose: bool, level: int = logging.INFO) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)-8s %(message)s", stream=sys.stderr)
+def log_to_stderr(verbose: bool, level: int = logging.INFO, kept_in: Path | None = None) -> None:
+    """kept_in: the file that standard error goes to in a detached service."""
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if kept_in is not None:
+        from model_compose.running import ServiceLog
+
+        handler = ServiceLog(kept_in)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)-8s %(message)s", handlers=[handler])
     logging.getLogger("model_compose").setLevel(logging.DEBUG if verbose else level)
