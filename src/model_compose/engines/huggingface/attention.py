@@ -17,11 +17,15 @@ from model_compose.engines.huggingface.cache import Row
 
 @dataclass(frozen=True)
 class Piece:
-    """Some new tokens of one row, behind the `start` tokens that it has cached."""
+    """Some new tokens of one row, behind the `start` tokens that it has cached.
+
+    long: whether the row's text is longer than the switch of the model's rotary embedding (rotary.py).
+    """
 
     row: Row
     tokens: Sequence[int]
     start: int
+    long: bool = False
 
 
 class Decode:
@@ -106,6 +110,12 @@ class Pass:
         self.positions = torch.cat([torch.arange(p.start, p.start + len(p.tokens)) for p in ordered]).to(device)
         self.last = torch.tensor(self.counts).cumsum(0).to(device) - 1
         self.groups = _groups(ordered, device)
+        self._long, self._device = [piece.long for piece in ordered], device
+
+    @property
+    def long(self) -> Tensor:
+        """(tokens,): `long` of each token's piece."""
+        return torch.tensor(self._long).repeat_interleave(torch.tensor(self.counts)).to(self._device)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float | None = None, window: int | None = None,

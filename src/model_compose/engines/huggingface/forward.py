@@ -14,6 +14,7 @@ from transformers import AttentionInterface
 
 from model_compose.engines.huggingface.attention import Pass
 from model_compose.engines.huggingface.cache import LayerShape
+from model_compose.engines.huggingface.rotary import Rotary, longrope_modules, rotate_by_row, switch_length
 from model_compose.errors import LoadError
 from model_compose.lora.live import Mix
 
@@ -22,15 +23,20 @@ NAME = "model_compose"
 
 
 class Forward(Protocol):
-    """A model's code. layers: what each of them keeps in the KV cache."""
+    """A model's code. layers: what each of them keeps in the KV cache. switch: the length beyond which all tokens of a text
+    have other keys (rotary.py); None where there is no such length."""
 
     layers: list[LayerShape]
+    switch: int | None
 
     def __call__(self, step: Pass, mix: Mix | None) -> Tensor:
         """(pieces, vocabulary): the logits behind the last token of each piece, in the order of the pass."""
 
 
 class Attends(Protocol):
+    @property
+    def long(self) -> Tensor: ...
+
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float | None, window: int | None, cap: float
     ) -> Tensor: ...
@@ -44,6 +50,10 @@ class TransformersForward:
 
     def __init__(self, model: nn.Module, device: torch.device, name: str) -> None:
         self._model, self._device = model, device
+        self.switch = switch_length(model, name)
+        if self.switch is not None:
+            for module in longrope_modules(model):
+                module.forward = _rotary_by_row(module.forward, self.switch)
         probe = _Probe()
         try:
             with _attending(probe):
@@ -82,10 +92,18 @@ class _Probe:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
+        self.long = torch.zeros(1, dtype=torch.bool)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
         self.layers[layer] = LayerShape(k.shape[1], k.shape[2], v.shape[2], k.dtype, k.device)
         return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+
+
+def _rotary_by_row(rotary: Rotary, switch: int) -> Rotary:
+    def forward(x: Tensor, position_ids: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return rotate_by_row(rotary, switch, _running.get().long, x, position_ids, **options)
+
+    return forward
 
 
 @contextmanager

@@ -33,7 +33,8 @@ class Prompt:
 
 class Sequence:
     """Sequence `index` of a request. tokens: prompt and drawn ones; the first `cached` of them are in the KV cache, in
-    `row`. reused: how many prompt tokens came out of the prefix cache.
+    `row`. long: whether they are there as in a text beyond the rotary embedding's switch (rotary.py). reused: how many
+    prompt tokens came out of the prefix cache.
 
     emit: takes each Chunk, or the error that ends the sequence; called from the engine's thread.
     """
@@ -45,6 +46,7 @@ class Sequence:
         self.blend, self.identity, self.index = prompt.blend, prompt.identity, index
         self.tokens, self.cached, self.reused = list(prompt.tokens), 0, 0
         self.row: Row | None = None
+        self.long = False
         self.done = False
         self.failed = False
         self.chooser = Chooser(prompt.sampling, index, prompt.tokens, eos, constraint)
@@ -64,6 +66,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that the next passes have to compute: 1 while it decodes."""
         return len(self.tokens) - self.cached
+
+    @property
+    def kept_as(self) -> str:
+        """What the keys and values of its tokens depend on besides the tokens."""
+        return f"{self.identity} long" if self.long else self.identity
 
     @property
     def most_tokens(self) -> int:
