@@ -54,7 +54,7 @@ async def logprobs(engine: Engine, prompt: str, blend: Blend) -> dict[str, float
     """Of the token after the prompt, by its text; half characters, which share one text, are left out."""
     sampling = Sampling(1, do_sample=False, logprobs=gguf_base.VOCABULARY)
     (token,) = (await answer(engine, prompt, blend, sampling)).texts[0].logprobs
-    return {text: value for text, value in token.top if "\ufffd" not in text}
+    return {text.decode(): value for text, value in token.top if text.isascii()}
 
 
 async def distance(one: Engine, other: Engine, blend: Blend) -> float:

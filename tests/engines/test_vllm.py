@@ -370,5 +370,12 @@ def test_text_is_whole_characters_and_ends_before_a_stop_string() -> None:
 def test_each_token_has_its_logprob_and_the_best_others() -> None:
     first, *_ = told("ab", sampling=Sampling(logprobs=2))
     (token,) = first.logprobs
-    assert (token.text, token.logprob) == ("a", -1.0)
-    assert token.top == (("a", -1.0), (tiny.tokenizer().decode([5]), -2.0))
+    assert (token.token, token.logprob, token.position) == (b"a", -1.0, 0)
+    assert token.top == ((b"a", -1.0), (str(tiny.tokenizer().decode([5])).encode(), -2.0))
+
+
+def test_a_part_of_a_character_is_told_by_its_own_bytes() -> None:
+    tokens = [token for chunk in told("a👍b", sampling=Sampling(logprobs=1)) for token in chunk.logprobs]
+    assert [token.token for token in tokens] == [b"a", b"\xf0", b"\x9f", b"\x91", b"\x8d", b"b"]
+    assert [token.position for token in tokens] == [0, 1, 1, 1, 1, 2]
+    assert [token.top[0][0] for token in tokens] == [token.token for token in tokens]

@@ -6,7 +6,7 @@ from typing import Any
 
 from model_compose.engines import AdapterOptions, ModelOptions
 from model_compose.errors import InputError, LoadError, Overloaded, SourceError
-from model_compose.generation import Request
+from model_compose.generation import Message, Request
 from model_compose.lora.adapter import LoraAdapter, read_adapter, read_config
 from model_compose.lora.blend import Blend
 from model_compose.progress import Report
@@ -128,9 +128,26 @@ def _render_chat(tokenizer: Any, request: Request) -> str:
         raise InputError(
             "the base model has no chat template; use /v1/completions or task: text-generation", field="messages"
         )
-    messages = [{"role": m.role, "content": m.content} for m in request.prompt if not isinstance(m, str)]
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise InputError(
+            f"the base model has several chat templates and none of them is called default: "
+            f"{', '.join(tokenizer.chat_template)}; call one of them so in the base's tokenizer_config.json, or use "
+            "/v1/completions with the prompt written out",
+            field="messages",
+        )
+    messages = [_turn(message) for message in request.prompt if not isinstance(message, str)]
     try:
         text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except jinja2.TemplateError as error:
         raise InputError(f"the base's chat template refuses these messages: {error}", field="messages") from error
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise InputError(
+            f"the base's chat template fails on these messages: {type(error).__name__}: {error}; send others, or use "
+            "/v1/completions with the prompt written out",
+            field="messages",
+        ) from error
     return text
+
+
+def _turn(message: Message) -> dict[str, str]:
+    return {"role": message.role, "content": message.content} | ({"name": message.name} if message.name else {})

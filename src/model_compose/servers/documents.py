@@ -1,12 +1,13 @@
-"""The OpenAPI document: the shapes of answers and errors, the forms of bodies, and a page that lists the routes."""
+"""The OpenAPI document: the shapes of answers and errors, the forms of bodies, a page that lists the routes, and the root,
+which links to all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
@@ -51,6 +52,14 @@ class RunState(BaseModel):
     error: Failure | None = None
     session_id: str | None = None
     metadata: dict[str, Any] | None = None
+
+
+class Index(BaseModel):
+    """What is served, and where: links by what they lead to."""
+
+    name: str
+    version: str
+    links: dict[str, str]
 
 
 class LoadProgress(BaseModel):
@@ -186,7 +195,7 @@ class OpenAIError(BaseModel):
 
 
 _ANSWERS = (
-    RunState, Health, WorkflowInfo, Problem, ModelCard, ModelList, CompletionReply, ChatReply, OpenAIError
+    RunState, Index, Health, WorkflowInfo, Problem, ModelCard, ModelList, CompletionReply, ChatReply, OpenAIError
 )  # fmt: skip
 
 _MEANINGS = {
@@ -213,6 +222,7 @@ _EVENT = {
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
 }
+"""One of a stream's events: OpenAPI 3.1 knows no items of a stream, and its tools take the schema for that of an event."""
 OPENAI_STREAM = 'data: {"id": "…", "object": "…", "choices": [{"index": 0, "text": "Hel"}]}\n\ndata: [DONE]\n\n'
 
 
@@ -231,7 +241,7 @@ def answers(model: type[BaseModel], stream: str | None = None) -> dict[str, Any]
     schema = _ref(model) if model is not RunState else {"anyOf": [_ref(model), {"description": "the bare output"}]}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if stream:
-        content[STREAM_TYPE] = {"itemSchema": _EVENT, "example": stream}
+        content[STREAM_TYPE] = {"schema": _EVENT, "example": stream}
     return {"description": "The answer", "content": content}
 
 
@@ -260,6 +270,15 @@ def add_documents(app: FastAPI, *, bodies: Sequence[type[BaseModel]], open_path:
     async def docs() -> HTMLResponse:
         """The routes on one page that needs nothing from elsewhere; Swagger's own page loads scripts from a CDN."""
         return HTMLResponse(_page(describe()))
+
+
+def add_index(app: FastAPI, links: Mapping[str, str]) -> None:
+    """Adds /. links: paths of this server, or addresses of others."""
+
+    @app.get("/", tags=["index"], responses={200: {"model": Index}})
+    async def index() -> JSONResponse:
+        """What is served here, and where."""
+        return JSONResponse({"name": app.title, "version": app.version, "links": links})
 
 
 def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]], open_path: str, *, with_keys: bool) -> dict[str, Any]:

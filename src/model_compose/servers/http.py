@@ -27,6 +27,7 @@ from model_compose.servers.documents import (
     RunState,
     WorkflowInfo,
     add_documents,
+    add_index,
     answers,
     body_schema,
     problems,
@@ -86,8 +87,8 @@ class RunBody(Options):
             raise InputError("callback_headers needs callback_url", field="callback_headers")
 
 
-def create_app(compose: Compose, options: HttpServerOptions) -> FastAPI:
-    """The whole HTTP application of one server."""
+def create_app(compose: Compose, options: HttpServerOptions, page: str | None = None) -> FastAPI:
+    """The whole HTTP application of one server. page: the web page's address."""
     app = FastAPI(
         title="model-compose", version=__version__, description="Language models with blended LoRA adapters.",
         docs_url=None, redoc_url=None,
@@ -98,6 +99,11 @@ def create_app(compose: Compose, options: HttpServerOptions) -> FastAPI:
     app.include_router(create_adapters_router(compose), prefix="/v1")
     _add_metrics(app, compose)
     health = f"{options.base_path}/health"
+    links = {
+        "docs": "/docs", "openapi": "/openapi.json", "health": health, "workflows": f"{options.base_path}/workflows",
+        "models": "/v1/models", "metrics": "/metrics",
+    }  # fmt: skip
+    add_index(app, links if page is None else {**links, "page": page})
     bodies = (RunBody, CompletionBody, ChatBody, LoadBody, UnloadBody)
     add_documents(app, bodies=bodies, open_path=health, with_keys=bool(options.api_keys))
     app.add_middleware(Guard, options=options, open_paths=(health,))

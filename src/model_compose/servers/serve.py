@@ -54,7 +54,7 @@ async def serve(
         if api is not None and controller.server is not None:
             from model_compose.servers.http import create_app
 
-            app = create_app(compose, controller.server)
+            app = create_app(compose, controller.server, address(page))
             await faces.enter_async_context(listening(app, api))
         announce(Addresses(address(api), address(page)))
         loading = asyncio.create_task(compose.load(report))

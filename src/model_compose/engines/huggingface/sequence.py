@@ -11,9 +11,9 @@ from torch import Tensor
 from model_compose.engines.huggingface.cache import Row
 from model_compose.engines.huggingface.grammar import Constraint
 from model_compose.engines.huggingface.sampling import Chooser, logprobs
-from model_compose.engines.huggingface.text import Detokenizer, StopStrings
+from model_compose.engines.huggingface.text import Transcript
 from model_compose.errors import ComposeError, RunError
-from model_compose.generation import Chunk, Finish, Sampling
+from model_compose.generation import Chunk, Finish, Sampling, TokenLogprob
 from model_compose.lora.blend import Blend
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,7 @@ class Sequence:
         self.chooser = Chooser(prompt.sampling, index, prompt.tokens, eos, constraint)
         self._prompt_length = len(prompt.tokens)
         self._eos, self._tokenizer, self._emit = eos, tokenizer, emit
-        self._text = Detokenizer(tokenizer, prompt.tokens)
-        self._stops = StopStrings(prompt.sampling.stop_sequences)
+        self._text = Transcript(tokenizer, prompt.tokens, prompt.sampling.stop_sequences)
         self._logprobs = prompt.sampling.logprobs
         room = prompt.limit - len(prompt.tokens)
         self._budget = min(prompt.sampling.max_output_length or room, room)
@@ -81,13 +80,13 @@ class Sequence:
         """The drawn token: sends the text that it completes. logits: the row's, (vocabulary,)."""
         self.tokens.append(token)
         if token in self._eos:
-            return self._end("stop", self._stops.flush())
-        text, stopped = self._stops.push(self._text.push(token))
-        told = () if self._logprobs is None else logprobs(logits, token, self._logprobs, self._tokenizer)
+            return self._end("stop", self._text.end())
+        told = () if self._logprobs is None else self._told(token, logits, self._logprobs)
+        text, stopped = self._text.push(token)
         if stopped:
             return self._end("stop", text, told)
         if self.generated >= self._budget:
-            return self._end("length", text + self._stops.flush(), told)
+            return self._end("length", text + self._text.end(), told)
         if text or told:
             self._emit(Chunk(self.index, text, logprobs=told))
         return None
@@ -98,6 +97,9 @@ class Sequence:
         if not isinstance(error, ComposeError):
             log.error("a sequence failed", exc_info=error)
         self._emit(_run_error(error))
+
+    def _told(self, token: int, logits: Tensor, count: int) -> tuple[TokenLogprob]:
+        return (logprobs(logits, token, count, self._tokenizer, self._text.position),)
 
     def _end(self, finish: Finish, text: str, logprobs: Any = ()) -> None:
         self.done = True
