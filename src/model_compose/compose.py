@@ -8,6 +8,8 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from model_compose.generation import Chunk, Request
 from model_compose.loading import Loaded, find_files, load
 from model_compose.lora.blend import Blend, names_method
 from model_compose.progress import Progress, Report, silent
+from model_compose.room import Admission
 from model_compose.workflow import runner, variables
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 from model_compose.workflow.runner import Done
@@ -117,28 +120,42 @@ class Compose:
         workflow: str | None = None,
         blend: Any = None,
         context: Mapping[str, Any] | None = None,
+        admission: Admission | None = None,
     ) -> AsyncGenerator[Delta | Done]:
         """Runs a workflow: deltas of its output as they are made, then Done. Closing the iterator stops the run.
 
-        blend: a name, {adapter: weight}, or {component: blend}; None leaves it to the actions.
-        Raises NotFound, InputError, NotReady, RunError.
+        blend: a name, {adapter: weight}, or {component: blend}; None leaves it to the actions. admission: from `admit`,
+        given back at the end; None asks for one.
+        Raises NotFound, InputError, NotReady, Overloaded, RunError.
         """
         self.check_ready()
         chosen, blends = self.check_input(input, workflow, blend)
+        admission = admission or self.admit(chosen, blends)
 
         async def run_component(
             component: str, action: str, sources: Mapping[str, Any]
         ) -> AsyncGenerator[Delta | Result]:
             id = pick(self.config.all_components, component, "component").id
-            async with self._limits[id], aclosing(self._components[id].run(action, sources, blends.get(id))) as items:
+            of_component = self._components[id].run(action, sources, blends.get(id), admission.places.get(id))
+            async with self._limits[id], aclosing(of_component) as items:
                 async for item in items:
                     yield item
 
         running = runner.run(chosen, input, context or {}, run_component)
-        with self._counted():
+        with admission, self._counted():
             async with self._runs, aclosing(running) as events:
                 async for event in events:
                     yield event
+
+    def admit(self, workflow: WorkflowOptions, blends: Mapping[str, Blend]) -> Admission:
+        """A place for one run with every model that the workflow uses, for all that its jobs ask: what was let in is not
+        refused later. Raises Overloaded where a model has none left."""
+        models = {id: self.models[id] for id in sorted(self.models.keys() & self._used(workflow))}
+        return Admission({id: partial(model.take, blends.get(id)) for id, model in models.items()})
+
+    def _used(self, workflow: WorkflowOptions) -> set[str]:
+        """The ids of the components that the workflow's jobs name."""
+        return {pick(self.config.all_components, job.component, "component").id for job in workflow.all_jobs}
 
     async def answer(self, input: Any = None, *, workflow: str | None = None, blend: Any = None) -> Done:
         """`run`, collected."""
@@ -149,15 +166,20 @@ class Compose:
         raise AssertionError("a run ends with Done")
 
     async def generate(self, component: str, request: Request) -> AsyncGenerator[Chunk]:
-        """Asks a model component directly, past workflows and actions. Raises NotFound, InputError, NotReady, RunError."""
+        """Asks a model component directly, past workflows and actions. Raises NotFound, InputError, NotReady, Overloaded,
+        RunError."""
         self.check_ready()
         if component not in self.models:
             raise NotFound(f"there is no model component '{component}'; known: {', '.join(self.models)}")
         model = self.models[component]
-        with self._counted():
-            async with self._limits[component], aclosing(model.generate(request)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+        place = model.take(request.blend)  # before it waits for its turn
+        try:
+            with self._counted():
+                async with self._limits[component], aclosing(model.generate(replace(request, place=place))) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+        finally:
+            place.give_back()
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -188,9 +210,8 @@ class Compose:
                     field="blend",
                 )
             return {id: self.models[id].blends.resolve(value, place=f"blend.{id}") for id, value in blend.items()}
-        used = {pick(self.config.all_components, job.component, "component").id for job in workflow.all_jobs}
         resolved, refusals = {}, []
-        for id in self.models.keys() & used:
+        for id in self.models.keys() & self._used(workflow):
             try:
                 resolved[id] = self.models[id].blends.resolve(blend)
             except InputError as error:

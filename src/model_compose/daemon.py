@@ -1,10 +1,14 @@
-"""Blocking work in a thread that never keeps the process from ending."""
+"""Blocking work in threads that never keep the process from ending."""
 
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TypeVar
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from model_compose.errors import NotReady
 
 T = TypeVar("T")
 
@@ -22,3 +26,76 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 
     threading.Thread(target=run, name="loading", daemon=True).start()
     return await asyncio.wrap_future(future)
+
+
+class Lane:
+    """One daemon thread that does what it is given, in order. Started with the first work."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._waiting: dict[Future[Any], Callable[[], Any]] = {}
+        self._running: Future[Any] | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of `work`. Who is cancelled before its turn leaves the line. Raises NotReady once closed."""
+        future: Future[T] = Future()
+        with self._changed:
+            if self._closed:
+                raise _shutting_down()
+            self._waiting[future] = work
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            with self._changed:
+                self._waiting.pop(future, None)
+
+    def close(self) -> None:
+        """Whoever waits gets NotReady at once. Work that has begun goes on for nobody."""
+        with self._changed:
+            self._closed = True
+            left = [*self._waiting, *([self._running] if self._running else [])]
+            self._waiting.clear()
+            self._changed.notify()
+        for future in left:
+            with suppress(InvalidStateError):
+                future.set_exception(_shutting_down())
+
+    def _work(self) -> None:
+        while self._step():
+            pass
+
+    def _step(self) -> bool:
+        """Does the next work, once there is some. False once closed."""
+        with self._changed:
+            self._running = None
+            while not (self._waiting or self._closed):
+                self._changed.wait()
+            if self._closed:
+                return False
+            future = next(iter(self._waiting))
+            work = self._waiting.pop(future)
+            self._running = future
+        if future.set_running_or_notify_cancel():
+            _settle(future, work)
+        return True
+
+
+def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
+    settle: Callable[[], None]
+    try:
+        settle = partial(future.set_result, work())
+    except BaseException as error:
+        settle = partial(future.set_exception, error)
+    with suppress(InvalidStateError):  # closed meanwhile
+        settle()
+
+
+def _shutting_down() -> NotReady:
+    return NotReady("the service is shutting down")

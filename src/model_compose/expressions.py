@@ -248,11 +248,30 @@ def convert(value: Any, to: Type, source: str = "the value") -> Any:
         raise RunError(f"{source}: {value!r} is not {_ARTICLES.get(to.name, to.name)} ({error})") from error
 
 
-def strict_json(text: str | bytes) -> Any:
-    """JSON that can be written again: neither NaN and infinity nor half a surrogate pair, at most 200 levels.
+MOST_VALUES = 1 << 18
+"""Of one JSON text. An empty list is two bytes there and a hundred as an object."""
 
-    Raises ValueError.
+_OUTSIDE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([,\[{])', re.DOTALL)
+"""A string, or what stands before a value."""
+
+
+def _check_values(text: bytes) -> None:
+    """Raises ValueError for a JSON text of more than MOST_VALUES values."""
+    if sum(map(text.count, (b",", b"[", b"{"))) < MOST_VALUES:  # those in strings too: no more values than these
+        return
+    values = 1
+    for match in _OUTSIDE.finditer(text):
+        values += match.lastindex is not None
+        if values > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES} values")
+
+
+def strict_json(text: str | bytes) -> Any:
+    """JSON that can be written again: neither NaN and infinity nor half a surrogate pair.
+
+    At most 200 levels and MOST_VALUES values. Raises ValueError.
     """
+    _check_values(text.encode() if isinstance(text, str) else text)
     value = from_json(text, allow_inf_nan=False)
     json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
     return value

@@ -1,10 +1,11 @@
 """The nouns of generation: what a request asks for and what comes back. All frozen; engines and servers share them."""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from model_compose.lora.blend import Blend
+from model_compose.room import Place
 
 Finish = Literal["stop", "length"]
 """Why a text ended: by itself or at a stop string; or at max_output_length or the end of the context."""
@@ -62,13 +63,15 @@ class Sampling:
 class Request:
     """One prompt (raw text, or messages for the chat template) with the blend to answer it and the way to draw.
 
-    max_input_length truncates a longer prompt to that many tokens; None refuses one that exceeds the context.
+    max_input_length truncates a longer prompt to that many tokens; None refuses one that exceeds the context. place: the
+    one in the engine's room that its run was accepted with; None takes one of its own.
     """
 
     prompt: str | tuple[Message, ...]
     blend: Blend
     sampling: Sampling = Sampling()
     max_input_length: int | None = None
+    place: Place | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,23 @@ PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2
 WHOLE = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 
 Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
-OF_ENGINES: tuple[tuple[Family, str, str, Callable[[Stats], float]], ...] = (
+OF_ENGINES: tuple[tuple[Family, str, str, Callable[[Stats], float | None]], ...] = (
     (GaugeMetricFamily, "num_requests_running", "Texts being computed", lambda stats: stats.running),
-    (GaugeMetricFamily, "num_requests_waiting", "Texts that wait for the engine", lambda stats: stats.waiting),
     (
-        GaugeMetricFamily, "kv_cache_usage_perc", "Share of the KV cache in use, with the prefixes that it keeps; 0 to 1",
+        GaugeMetricFamily, "num_requests_waiting", "Texts that wait for the engine, and runs that have no text there yet",
+        lambda stats: stats.waiting,
+    ),
+    (
+        GaugeMetricFamily, "kv_cache_usage_perc",
+        "Share of the KV cache that running texts hold, 0 to 1; the prefix cache gives way to them and is not counted",
         lambda stats: stats.kv_cache_used / stats.kv_cache_total,
     ),
+    (
+        GaugeMetricFamily, "prefix_cache_usage_perc",
+        "Share of the KV cache that the prefix cache holds besides, 0 to 1; texts may take all of it",
+        lambda stats: None if stats.kv_cache_prefixes is None else stats.kv_cache_prefixes / stats.kv_cache_total,
+    ),
+    (GaugeMetricFamily, "kv_cache_bytes", "Size of the KV cache", lambda stats: stats.kv_cache_total),
     (GaugeMetricFamily, "num_adapters_loaded", "LoRA adapters in memory", lambda stats: stats.adapters),
     (
         CounterMetricFamily, "prefix_cache_queries", "Prompt tokens looked for in the prefix cache",
@@ -51,7 +61,7 @@ OF_ENGINES: tuple[tuple[Family, str, str, Callable[[Stats], float]], ...] = (
         lambda stats: stats.preemptions,
     ),
 )  # fmt: skip
-"""Kind, name, description, and how it is read: labelled by component."""
+"""Kind, name, description, and how it is read (None where the engine does not tell it): labelled by component."""
 
 
 class Metrics:
@@ -97,7 +107,8 @@ class Metrics:
         for kind, name, meaning, read in OF_ENGINES:
             family = kind(PREFIX + name, meaning, labels=("component",))
             for component, stats in known:
-                family.add_metric((component,), read(stats))
+                if (value := read(stats)) is not None:
+                    family.add_metric((component,), value)
             yield family
 
     def _counter(self, name: str, meaning: str, *more: str) -> Counter:
@@ -136,6 +147,10 @@ class Meter:
             if not completed:
                 self.metrics.failures.labels(*labels, _code(error)).inc()
             raise
+
+    def refuse(self, blend: Blend, blends: Blends, error: ComposeError) -> None:
+        """Counts a request that was not let in, so that it never began."""
+        self.metrics.failures.labels(self.component, label(blend, blends), error.code).inc()
 
     def _complete(
         self, labels: tuple[str, str], request: Request, usage: Usage, finishes: set[Finish | None],

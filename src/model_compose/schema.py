@@ -24,6 +24,9 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_sc
 
 from model_compose.expressions import SyntaxProblem, parse
 
+LONGEST_NAME = 256
+"""Characters of a key that are compared and shown: comparing takes time that grows with its square."""
+
 
 class Options(BaseModel):
     """A frozen pydantic model that refuses unknown keys and names the nearest valid one.
@@ -52,7 +55,22 @@ class Options(BaseModel):
 
 def unknown_key(key: str, valid: list[str]) -> PydanticCustomError:
     """The error for a key that is not in `valid`; ctx["key"] lets the loader find its line."""
+    key = key if len(key) <= LONGEST_NAME else f"{key[:LONGEST_NAME]}..."
     return PydanticCustomError("unknown_key", "unknown key '{key}'; {hint}", {"key": key, "hint": nearest(key, valid)})
+
+
+def at_most(count: int, things: str) -> BeforeValidator:
+    """Annotation: refuses a longer list or mapping before its items are looked at, as each wrong one would be an error."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | tuple | Mapping) and len(value) > count:
+            raise PydanticCustomError(
+                "too_many", "{given} {things}, and at most {count} are taken",
+                {"given": len(value), "things": things, "count": count},
+            )  # fmt: skip
+        return value
+
+    return BeforeValidator(check)
 
 
 def field_of(item: ErrorDetails, data: Any) -> str:
@@ -73,7 +91,7 @@ def field_of(item: ErrorDetails, data: Any) -> str:
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A hint for a misspelt name: the nearest valid one, else all of them."""
     valid = list(valid)
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name[:LONGEST_NAME], valid, n=1, cutoff=0.6)
     if near:
         return f"did you mean '{near[0]}'?"
     return f"valid: {', '.join(valid)}" if valid else "there are none"

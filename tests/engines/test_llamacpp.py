@@ -117,7 +117,7 @@ async def test_token_ids_are_those_of_llama_cpps_own_vocabulary(engine: Llamacpp
         raw = prompt.encode()
         found = (ctypes.c_int32 * 256)()
         count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), found, 256, True, True)
-        assert engine._running.tokenizer(prompt)["input_ids"] == list(found[:count])
+        assert engine._running.prompts.tokenizer(prompt)["input_ids"] == list(found[:count])
 
 
 async def check_split(driver: str, project: Path, folder: Path) -> None:

@@ -147,7 +147,7 @@ async def test_a_client_that_leaves_is_counted_as_cancelled(live: Live) -> None:
 
 async def test_a_refusal_for_want_of_room_is_counted_by_either_face(live: Live) -> None:
     engine: Any = live.compose.models["__component__"].engine
-    engine._max_rows, engine._max_queue = 1, 0
+    engine.room.rows, engine.room.queue = 1, 0
     first = asyncio.create_task(live.client.post(live.url + RUN[0], json=RUN[1]))
     await live.running()
     for path, body in (RUN, COMPLETION):

@@ -17,6 +17,7 @@ from model_compose.generation import Usage
 from model_compose.lora.blend import Blend
 from model_compose.progress import Report
 from model_compose.registry import Registry
+from model_compose.room import Place
 from model_compose.schema import Options, TemplateValue
 
 DEFAULT_ID = "__default__"
@@ -99,10 +100,13 @@ class Component(Protocol):
     def __init__(self, options: Any, base_dir: Path) -> None: ...
     async def open(self, report: Report) -> None: ...
 
-    def run(self, action: str, context: Mapping[str, Any], blend: Any = None) -> AsyncGenerator[Delta | Result]:
+    def run(
+        self, action: str, context: Mapping[str, Any], blend: Any = None, place: Place | None = None
+    ) -> AsyncGenerator[Delta | Result]:
         """Runs an action with `input` and `context` as sources. Deltas as they come, then one Result.
 
-        blend: the caller's blend, which goes before the action's own; None leaves it to the action.
+        blend: the caller's blend, which goes before the action's own; None leaves it to the action. place: what the run was
+        accepted with, None where it asks for each text.
         """
 
     async def close(self) -> None: ...

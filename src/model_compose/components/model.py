@@ -8,23 +8,51 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
 from model_compose.components.response_format import AnyFormat
 from model_compose.engines import ENGINES, AdapterOptions, Engine, ModelOptions
-from model_compose.errors import Conflict, FieldError, Forbidden, InputError, NotFound
+from model_compose.errors import Conflict, FieldError, Forbidden, InputError, NotFound, Overloaded
 from model_compose.expressions import parse
 from model_compose.generation import Chunk, Message, Request, Sampling, Usage
 from model_compose.lora.blend import Blend
 from model_compose.progress import Report, silent
-from model_compose.schema import Options, field_of, has_expression, templated
+from model_compose.room import Place
+from model_compose.schema import Options, at_most, field_of, has_expression, templated
 from model_compose.sources.confine import confine
 
 if TYPE_CHECKING:
     from model_compose.metrics import Meter
 
-LogitBias = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]]
+MOST_MESSAGES = 4096
+MOST_PROMPTS = 4096
+"""Of one request; each is a request to the engine."""
+
+MOST_TEXTS = 256
+"""Of one run that are with the engine at the same time."""
+
+MOST_BIASES = 4096
+MOST_STOPS = 64
+LONGEST_STOP = 1024
+"""In bytes. Every token that is made is compared with all stop strings."""
+
+
+def _short_stops(stops: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    for stop in (stops,) if isinstance(stops, str) else stops or ():
+        if (size := len(stop.encode(errors="surrogatepass"))) > LONGEST_STOP:
+            raise PydanticCustomError(
+                "stop_too_long", "a stop string of {size} bytes, and it may have at most {most}",
+                {"size": size, "most": LONGEST_STOP},
+            )  # fmt: skip
+    return stops
+
+
+LogitBias = Annotated[
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]], at_most(MOST_BIASES, "tokens")
+]
+Stops = Annotated[str | tuple[str, ...] | None, at_most(MOST_STOPS, "stop strings"), AfterValidator(_short_stops)]
 
 
 class Params(Options):
@@ -51,8 +79,8 @@ class Generation(Options):
     max_output_length: int | None = Field(default=None, ge=1, description="Until EOS or the context's end if unset")
     min_output_length: int = Field(default=1, ge=0)
     num_return_sequences: int = Field(default=1, ge=1, le=64)
-    stop_sequences: str | tuple[str, ...] | None = None
-    batch_size: int = Field(default=1, ge=1, description="Prompts of a list that run at the same time")
+    stop_sequences: Stops = None
+    batch_size: int = Field(default=1, ge=1, le=MOST_TEXTS, description="Prompts of a list that run at the same time")
     streaming: bool = Field(default=False, description="With output_only, answer as the dialect's event stream")
     response_format: AnyFormat | None = Field(
         default=None, description="What the whole text must be: JSON, or a pattern"
@@ -74,14 +102,14 @@ class Generation(Options):
         )
 
 
-Prompts = Annotated[tuple[str, ...], Field(min_length=1)]
+Prompts = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)] | None, at_most(MOST_PROMPTS, "prompts")]
 
 
 class TextGeneration(Generation):
     """`task: text-generation`: a raw prompt. `text` is the same as `prompt`."""
 
-    prompt: str | Prompts | None = None
-    text: str | Prompts | None = None
+    prompt: Prompts = None
+    text: Prompts = None
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -110,7 +138,7 @@ class ChatMessage(Options):
 class ChatCompletion(Generation):
     """`task: chat-completion`: messages, through the base's chat template."""
 
-    messages: ChatMessage | tuple[ChatMessage, ...]
+    messages: Annotated[ChatMessage | tuple[ChatMessage, ...], at_most(MOST_MESSAGES, "messages")]
 
     @property
     def takes_many(self) -> bool:
@@ -274,22 +302,33 @@ class ModelComponent:
         given = files.get(name, AdapterOptions(type="lora", model=source))
         return given.model_copy(update={"name": name, "model": source})
 
+    def take(self, blend: Blend | None = None) -> Place:
+        """A place in the engine's room. blend: under which a refusal is counted. Raises Overloaded."""
+        try:
+            return self.engine.room.take()
+        except Overloaded as error:
+            if self.meter is not None:
+                self.meter.refuse(blend or self.blends.default, self.blends, error)
+            raise
+
     def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         """The engine's text, counted: the way of every request, from workflows and from /v1."""
         chunks = self.engine.generate(request)
         return chunks if self.meter is None else self.meter.measure(request, self.blends, chunks)
 
-    async def run(self, action: str, context: Mapping[str, Any], blend: Any = None) -> AsyncGenerator[Delta | Result]:
+    async def run(
+        self, action: str, context: Mapping[str, Any], blend: Any = None, place: Place | None = None
+    ) -> AsyncGenerator[Delta | Result]:
         chosen = self.options.find_action(action)
         inputs = self.evaluate(chosen, context)
         used = self.blends.resolve(inputs.blend if blend in (None, "") else blend)
         prompts, sampling = inputs.prompts(), inputs.sampling
         several = inputs.takes_many
-        requests = [Request(prompt, used, sampling, inputs.max_input_length) for prompt in prompts]
+        requests = [Request(prompt, used, sampling, inputs.max_input_length, place) for prompt in prompts]
         as_list = several or sampling.num_return_sequences > 1
         identity = self.engine.identity(used)  # now: the adapters may be others when the text ends
         output = parse(chosen.output)
-        places = output.places("result", ()) if chosen.output is not None else [()]
+        paths = output.places("result", ()) if chosen.output is not None else [()]
 
         texts = [""] * (len(requests) * sampling.num_return_sequences)
         usage, start = Usage(), time.perf_counter()
@@ -298,8 +337,8 @@ class ModelComponent:
                 texts[chunk.index] += chunk.text
                 usage = _add(usage, chunk.usage) if chunk.usage else usage
                 if chunk.text:
-                    for place in places:
-                        yield Delta((*place, chunk.index) if as_list else place, chunk.text)
+                    for path in paths:
+                        yield Delta((*path, chunk.index) if as_list else path, chunk.text)
         usage = replace(usage, seconds=time.perf_counter() - start)
         value: Any = texts if as_list else texts[0]
         if chosen.output is not None:
@@ -328,7 +367,7 @@ async def _merge(
         return
     width = requests[0].sampling.num_return_sequences
     queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
-    limit = asyncio.Semaphore(at_once)
+    limit = asyncio.Semaphore(max(1, min(at_once, MOST_TEXTS // width)))
 
     async def feed(number: int, request: Request) -> None:
         async with limit, aclosing(generate(request)) as chunks:

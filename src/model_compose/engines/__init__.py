@@ -17,6 +17,7 @@ from model_compose.generation import Chunk, Request
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.registry import Registry
+from model_compose.room import Room
 from model_compose.schema import Options, Weight
 from model_compose.sources import ModelSource
 from model_compose.sources.confine import SourcePatterns
@@ -36,7 +37,9 @@ Quantization = Annotated[Literal["int8", "int4", "nf4", "fp4"], BeforeValidator(
 class Stats:
     """What an engine is doing, and has done since it was opened.
 
-    running and waiting count texts, kv_cache_* bytes (used: with the prefixes that are kept), prefix_* prompt tokens.
+    running and waiting count texts (waiting: also runs that have a place and no text yet), kv_cache_* bytes, prefix_*
+    prompt tokens. kv_cache_used: what running texts hold. kv_cache_prefixes: what the prefix cache keeps besides, in the
+    same total; it gives way to texts. None where the engine does not tell.
     """
 
     running: int
@@ -47,12 +50,14 @@ class Stats:
     prefix_hits: int
     preemptions: int
     adapters: int
+    kv_cache_prefixes: int | None = None
 
 
 class Engine(Protocol):
-    """Runs one base model with its adapters. Opened once, then serves any number of requests at once."""
+    """Runs one base model with its adapters. Opened once, then serves as many requests at once as its room has places."""
 
     Options: ClassVar[type[Options]]
+    room: Room
 
     def __init__(self, options: "ModelOptions", blends: Blends, base_dir: Path) -> None: ...
 
@@ -66,7 +71,8 @@ class Engine(Protocol):
     def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         """The text as it is made. Closing the iterator stops the computation within one token.
 
-        Raises InputError (prompt too long, no chat template), RunError.
+        Raises InputError (prompt too long, no chat template), RunError, and Overloaded for a request without a place where
+        the room has none left.
         """
 
     def identity(self, blend: Blend) -> str:

@@ -1,11 +1,11 @@
-"""What every driver does alike: fetching adapters, and turning prompts into token ids by the base's own tokenizer."""
+"""What every driver does alike: fetching adapters, the base's own tokenizer and chat template, and checks of a request."""
 
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from model_compose.engines import AdapterOptions, ModelOptions
-from model_compose.errors import InputError, LoadError, Overloaded, SourceError
+from model_compose.errors import InputError, LoadError, SourceError
 from model_compose.generation import Message, Request
 from model_compose.lora.adapter import LoraAdapter, read_adapter, read_config
 from model_compose.lora.blend import Blend
@@ -76,27 +76,6 @@ def load_tokenizer(base: Fetched, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def tokenize(tokenizer: Any, context: int, request: Request) -> list[int]:
-    """The prompt's token ids. Raises InputError for one that does not fit, or has no chat template to go through."""
-    is_text = isinstance(request.prompt, str)
-    text = request.prompt if isinstance(request.prompt, str) else _render_chat(tokenizer, request)
-    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError("the prompt holds half of a surrogate pair, which is no character", field="prompt")
-    ids: list[int] = tokenizer(text, add_special_tokens=is_text)["input_ids"]
-    if request.max_input_length is not None and len(ids) > request.max_input_length:
-        left = tokenizer.truncation_side == "left"
-        ids = ids[-request.max_input_length :] if left else ids[: request.max_input_length]
-    if not ids:
-        raise InputError("the prompt is empty, and this model has no token that starts a text", field="prompt")
-    if len(ids) >= context:
-        raise InputError(
-            f"the prompt has {len(ids)} tokens, and this model's context holds {context} with the answer; "
-            "shorten it, or set max_input_length to truncate it",
-            field="prompt",
-        )
-    return ids
-
-
 def check_logit_bias(request: Request, vocabulary: int) -> None:
     """Raises InputError for a token that the model has not got."""
     for token, _ in request.sampling.logit_bias:
@@ -107,21 +86,14 @@ def check_logit_bias(request: Request, vocabulary: int) -> None:
             )
 
 
-def check_room(texts: int, rows: int, queue: int) -> None:
-    """Raises Overloaded where as many texts run or wait as may: `rows` at once, and `queue` besides."""
-    if texts >= rows + queue:
-        raise Overloaded(
-            f"{texts} texts run or wait already (max_batch_size {rows}, max_queue {queue}); try again in a moment"
-        )
-
-
 def check_loaded(blend: Blend, adapters: Container[str]) -> None:
     """Raises InputError for an adapter that has been unloaded since the blend was resolved."""
     if gone := [name for name in blend.active if name not in adapters]:
         raise InputError(f"the adapter '{gone[0]}' has been unloaded meanwhile", field="blend")
 
 
-def _render_chat(tokenizer: Any, request: Request) -> str:
+def render_chat(tokenizer: Any, request: Request) -> str:
+    """The messages as the base's chat template writes them. Raises InputError."""
     import jinja2
 
     if not tokenizer.chat_template:

@@ -10,20 +10,22 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from model_compose.daemon import in_daemon_thread
+from model_compose.daemon import Lane, in_daemon_thread
 from model_compose.engines import AdapterOptions
 from model_compose.engines.low_rank import LowRank
-from model_compose.engines.parts import check_loaded, check_logit_bias, check_room, fetch_adapter, tokenize
+from model_compose.engines.parts import check_loaded, check_logit_bias, fetch_adapter
+from model_compose.engines.prompts import Prompts
 from model_compose.errors import NotReady
-from model_compose.generation import Chunk, Request
+from model_compose.generation import Chunk, Request, Sampling
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
+from model_compose.room import Room
 
 if TYPE_CHECKING:
-    from model_compose.engines.huggingface.grammar import Grammars
+    from model_compose.engines.huggingface.grammar import Constraint, Grammars
     from model_compose.engines.huggingface.loop import Loop
     from model_compose.engines.scheduler import Scheduler
 
@@ -39,10 +41,9 @@ class Running:
     the engine's thread; one that was made here has no options. Raises AdapterError.
     """
 
-    tokenizer: Any
+    prompts: Prompts
     vocabulary: int
     eos: tuple[int, ...]
-    context: int
     identity: str
     grammars: "Grammars"
     scheduler: "Scheduler"
@@ -55,9 +56,10 @@ class SteppingEngine:
 
     def __init__(self, blends: Blends, base_dir: Path, *, rows: int, queue: int) -> None:
         """rows: sequences that run at once; queue: those that may wait besides."""
-        self._base_dir, self._max_rows, self._max_queue = base_dir, rows, queue
+        self._base_dir, self.room = base_dir, Room(rows, queue)
         self._running: Running | None = None
         self._loop: Loop | None = None
+        self._formats = Lane("response formats")
         self._low_rank: LowRank
         self._keys = {name: name for name in blends.adapters}
         """What an adapter is held under. One that is loaded again gets another key, as running requests finish on the old
@@ -84,28 +86,33 @@ class SteppingEngine:
             raise NotReady("the model is not loaded")
         check_logit_bias(request, running.vocabulary)
         self._check(request)
-        check_room(loop.load, self._max_rows, self._max_queue)  # before any work
         start = time.perf_counter()
-        tokens = await asyncio.to_thread(tokenize, running.tokenizer, running.context, request)
-        format = request.sampling.response_format
         texts = range(request.sampling.num_return_sequences)
-        constraints = [await asyncio.to_thread(running.grammars.start, format) if format else None for _ in texts]
-        # Nothing is awaited from here until the thread has the sequences, but for the adapter that an svd is made into: one
-        # that is unloaded in between would be gone from under them.
-        mailbox = Mailbox()
-        identity = self.identity(request.blend)
-        blend = replace(request.blend, weights={self._keys[name]: w for name, w in request.blend.active.items()})
-        if blend.low_rank:
-            blend = await self._low_rank.blend(identity, blend)
-        prompt = Prompt(tokens, blend, identity, request.sampling, running.context)
-        sequences = [
-            Sequence(prompt, index, running.eos, running.tokenizer, constraint, mailbox.put)
-            for index, constraint in enumerate(constraints)
-        ]
-        check_room(loop.load, self._max_rows, self._max_queue)  # others may have come meanwhile
-        async with aclosing(stream(loop, mailbox, sequences, len(tokens), start)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        with self.room.hold(len(texts), request.place):  # before any work
+            tokens = await running.prompts.read(request)
+            constraints = await self._constraints(running.grammars, request.sampling)
+            # Nothing is awaited from here until the thread has the sequences, but for the adapter that an svd is made into:
+            # one that is unloaded in between would be gone from under them.
+            mailbox = Mailbox()
+            identity = self.identity(request.blend)
+            blend = replace(request.blend, weights={self._keys[name]: w for name, w in request.blend.active.items()})
+            if blend.low_rank:
+                blend = await self._low_rank.blend(identity, blend)
+            prompt = Prompt(tokens, blend, identity, request.sampling, running.prompts.context)
+            sequences = [
+                Sequence(prompt, index, running.eos, running.prompts.tokenizer, constraint, mailbox.put)
+                for index, constraint in enumerate(constraints)
+            ]
+            async with aclosing(stream(loop, mailbox, sequences, len(tokens), start)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _constraints(self, grammars: "Grammars", sampling: Sampling) -> "list[Constraint | None]":
+        """The response_format's, one for each text. Raises InputError."""
+        format, texts = sampling.response_format, sampling.num_return_sequences
+        if format is None:
+            return [None] * texts
+        return await self._formats.run(lambda: [grammars.start(format) for _ in range(texts)])
 
     def identity(self, blend: Blend) -> str:
         if self._running is None:
@@ -139,6 +146,9 @@ class SteppingEngine:
             await asyncio.wrap_future(loop.call(lambda: running.scheduler.retire(key)))
 
     async def close(self) -> None:
+        self._formats.close()
+        if self._running is not None:
+            self._running.prompts.close()
         if self._loop is not None:
             await asyncio.to_thread(self._loop.close)
         self._loop = self._running = None

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_core import PydanticCustomError
 
 from model_compose.schema import Options
 
 DEFAULT_MAX_BODY = 10 << 20
+DEFAULT_MAX_TASKS_SIZE = 256 << 20
 
 
 def _listed(value: Any) -> Any:
@@ -54,6 +55,11 @@ class HttpServerOptions(Options):
     )
     api_keys: Annotated[tuple[SecretStr, ...] | None, BeforeValidator(_keys)] = None
     max_body_size: int = Field(default=DEFAULT_MAX_BODY, ge=1, description="Largest request body, in bytes")
+    max_tasks_size: ByteSize = Field(
+        default=ByteSize(DEFAULT_MAX_TASKS_SIZE),
+        ge=1,
+        description="Memory for answers of finished tasks; the oldest go first",
+    )
     callback_private_hosts: bool = Field(default=False, description="Allow callback_url to reach private addresses")
     callback_secret: SecretStr | None = Field(default=None, description="Signs callbacks (HMAC-SHA256)")
 

@@ -1,8 +1,8 @@
 """The workflow API under base_path: runs, tasks, workflows, health. `create_app` adds OpenAI's API at /v1, and /metrics."""
 
-import asyncio
+import json
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
@@ -17,7 +17,7 @@ from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
 from model_compose.expressions import strict_json
 from model_compose.metrics import MEDIA_TYPE
-from model_compose.schema import Options
+from model_compose.schema import LONGEST_NAME, Options
 from model_compose.servers import HttpServerOptions
 from model_compose.servers.callbacks import Callback
 from model_compose.servers.documents import (
@@ -41,12 +41,13 @@ from model_compose.servers.wire import (
     Guard,
     add_error_handlers,
     attended,
+    beside,
     content_type,
     error_response,
     event,
     parse_body,
     problem,
-    read_json,
+    read_body,
     start_stream,
 )
 from model_compose.workflow import variables
@@ -54,12 +55,20 @@ from model_compose.workflow.jobs import WorkflowOptions
 
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
+LARGEST = {"session_id": 1 << 10, "metadata": 64 << 10, "callback_url": 8 << 10, "callback_headers": 16 << 10}
+"""What is kept of a request or sent on besides its input, in bytes."""
+
+DEEPEST_KEY = 32
+"""Parts of a form's key."""
+
 
 class RunBody(Options):
     """A run. `input` holds what the workflow's schema names; everything else is optional."""
 
     later: ClassVar[Mapping[str, Any]] = {"subscribe_task": False}
-    workflow_id: str | None = Field(default=None, description="The default workflow if left out")
+    workflow_id: str | None = Field(
+        default=None, max_length=LONGEST_NAME, description="The default workflow if left out"
+    )
     input: Any = Field(
         default=None, description="The workflow's input, usually an object", examples=[{"prompt": "Hello"}]
     )
@@ -69,15 +78,20 @@ class RunBody(Options):
     stream: bool = Field(default=False, description="Answer as server-sent events: delta, then done or error")
     output_only: bool = Field(default=False, description="Answer with the bare output")
     wait_for_completion: bool = Field(default=True, description="false: answer at once with the task's id")
-    session_id: str | None = None
-    metadata: dict[str, Any] | None = None
+    session_id: str | None = Field(default=None, description="Shown in the task's state; at most 1 KiB")
+    metadata: dict[str, Any] | None = Field(
+        default=None, description="Shown in the task's state; at most 64 KiB of JSON"
+    )
     callback_url: str | None = Field(
         default=None, description="Told when the task ends; needs wait_for_completion=false"
     )
-    callback_headers: dict[str, str] | None = None
+    callback_headers: dict[str, str] | None = Field(default=None, description="At most 16 KiB in all")
 
     def check(self) -> None:
-        """Raises InputError for fields that contradict each other."""
+        """Raises InputError for fields that are too large, or contradict each other."""
+        for name, largest in LARGEST.items():
+            if (size := _size(getattr(self, name))) > largest:
+                raise InputError(f"{name} has {size} bytes, and it may have at most {largest}", field=name)
         for name in ("stream", "output_only"):
             if getattr(self, name) and not self.wait_for_completion:
                 raise InputError(f"{name} needs wait_for_completion=true", field=name)
@@ -87,6 +101,14 @@ class RunBody(Options):
             raise InputError("callback_headers needs callback_url", field="callback_headers")
 
 
+def _size(value: Any) -> int:
+    """In bytes, as JSON; a text without its quotes."""
+    if value is None:
+        return 0
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return len(text.encode(errors="surrogatepass"))
+
+
 def create_app(compose: Compose, options: HttpServerOptions, page: str | None = None) -> FastAPI:
     """The whole HTTP application of one server. page: the web page's address."""
     app = FastAPI(
@@ -94,7 +116,9 @@ def create_app(compose: Compose, options: HttpServerOptions, page: str | None = 
         docs_url=None, redoc_url=None,
     )  # fmt: skip
     add_error_handlers(app)
-    app.include_router(_create_router(compose, Tasks(compose), options), prefix=options.base_path)
+    app.include_router(
+        _create_router(compose, Tasks(compose, options.max_tasks_size), options), prefix=options.base_path
+    )
     app.include_router(create_openai_router(compose), prefix="/v1")
     app.include_router(create_adapters_router(compose), prefix="/v1")
     _add_metrics(app, compose)
@@ -163,14 +187,14 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
             callback = Callback(body.callback_url, headers, options.callback_private_hosts, options.callback_secret)
             await callback.check()
         compose.check_ready()
-        workflow, _ = compose.check_input(body.input, body.workflow_id, body.blend)
+        workflow = compose.config.find_workflow(body.workflow_id)
         raw = body.output_only and (body.stream or any(compose.streams(job) for job in workflow.terminal_jobs))
         extras = {"session_id": body.session_id, "metadata": body.metadata}
         streaming = raw or body.stream
         task = tasks.start(workflow.id, body.input, body.blend, extras, streaming=streaming)
         if not body.wait_for_completion:
             if callback:
-                task.follower = asyncio.create_task(callback.send_when_done(task))
+                task.follow(callback.send_when_done(task))
             return JSONResponse(task.state())
         try:
             if streaming:
@@ -179,7 +203,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
             await attended(request, _end_of(task, tasks))
         except ComposeError as error:
             return error_response(request, error, task.id)
-        return JSONResponse(task.state()["output"] if body.output_only else task.state())
+        return JSONResponse(task.state()["output"]) if body.output_only else _shown(task)
 
     @router.get(
         "/tasks/{task_id}",
@@ -193,7 +217,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
         """A task's state; with output_only the bare output, 202 while it runs, and its error once it has failed."""
         found = tasks.find(task_id)
         if not output_only:
-            return JSONResponse(found.state())
+            return _shown(found)
         if not found.finished:
             return JSONResponse(found.state(), 202)
         if found.error:
@@ -222,6 +246,11 @@ def _describe(compose: Compose, workflow: WorkflowOptions, *, with_schema: bool)
         entry["input"] = [variables.describe(variable) for variable in compose.inputs(workflow.id)]
         entry["output"] = [variables.describe(variable) for variable in variables.outputs(workflow)]
     return {key: value for key, value in entry.items() if value is not None}
+
+
+def _shown(task: Task) -> Response:
+    """The task's state."""
+    return Response(task.document, media_type="application/json") if task.finished else JSONResponse(task.state())
 
 
 async def _end_of(task: Task, tasks: Tasks) -> None:
@@ -264,42 +293,54 @@ async def _read_body(request: Request, largest: int) -> RunBody:
     """The run, whatever form it came in. Raises InputError."""
     kind = content_type(request)
     if kind == "application/json":
-        data = read_json(await request.body())
+        body = await read_body(RunBody, request)
     elif kind in FORMS:
-        data = await _read_form(request, largest)
+        body = await _read_form(request, largest)
     else:
         raise InputError(
-            f"Content-Type '{kind}' is not supported; send application/json, {' or '.join(FORMS)}",
+            f"Content-Type '{kind[:64]}' is not supported; send application/json, {' or '.join(FORMS)}",
             field="Content-Type",
         )
-    body = parse_body(RunBody, data)
     body.check()
     return body
 
 
-async def _read_form(request: Request, largest: int) -> dict[str, Any]:
+async def _read_form(request: Request, largest: int) -> RunBody:
     """Form keys nest: input[prompt] or input.prompt. Values that start like JSON are read as JSON; files are text."""
-    result: dict[str, Any] = {}
     async with request.form(max_part_size=largest) as form:
-        for key, value in form.multi_items():
-            path = [part for part in re.split(r"[\[\].]+", key) if part]
-            if not path:
-                raise InputError(f"the form key '{key}' names no field", field="body")
-            node = result
-            for part in path[:-1]:
-                node = node.setdefault(part, {})
-                if not isinstance(node, dict):
-                    raise InputError(f"the form key '{key}' goes below a plain value", field=key)
-            node[path[-1]] = await _form_value(key, value)
+        fields = [(key, await _form_text(key, value)) for key, value in form.multi_items()]
+    return await beside(
+        lambda: parse_body(RunBody, _nested(fields)), sum(len(key) + len(value) for key, value in fields)
+    )
+
+
+async def _form_text(key: str, value: UploadFile | str) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return (await value.read()).decode()
+    except UnicodeDecodeError:
+        raise InputError(f"the file in '{key}' is not UTF-8 text", field=key) from None
+
+
+def _nested(fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in fields:
+        path = [part for part in re.split(r"[\[\].]+", key) if part]
+        if not path:
+            raise InputError(f"the form key '{key}' names no field", field="body")
+        if len(path) > DEEPEST_KEY:
+            raise InputError(f"a form key has {len(path)} parts, and it may have at most {DEEPEST_KEY}", field="body")
+        node = result
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise InputError(f"the form key '{key}' goes below a plain value", field=key)
+        node[path[-1]] = _form_value(value)
     return result
 
 
-async def _form_value(key: str, value: UploadFile | str) -> Any:
-    if isinstance(value, UploadFile):
-        try:
-            return (await value.read()).decode()
-        except UnicodeDecodeError:
-            raise InputError(f"the file in '{key}' is not UTF-8 text", field=key) from None
+def _form_value(value: str) -> Any:
     if value[:1] in ("{", "["):
         try:
             return strict_json(value)

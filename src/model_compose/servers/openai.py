@@ -15,14 +15,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from model_compose.components.model import LogitBias, ModelComponent
+from model_compose.components.model import MOST_MESSAGES, LogitBias, ModelComponent, Stops
 from model_compose.components.response_format import AnyFormat
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError, NotFound
 from model_compose.generation import Chunk, Completion, Message, Sampling, Text, Usage, collect
 from model_compose.generation import Request as Generation
 from model_compose.lora.blend import Blend
-from model_compose.schema import Options, Weight
+from model_compose.schema import LONGEST_NAME, Options, Weight, at_most
 from model_compose.servers.documents import (
     OPENAI_STREAM,
     ChatReply,
@@ -35,10 +35,12 @@ from model_compose.servers.documents import (
 )
 from model_compose.servers.logprobs import chat_logprobs, completion_logprobs
 from model_compose.servers.openai_fields import UNSUPPORTED, ClientOptions, Neutral, wrong
-from model_compose.servers.wire import attended, event, openai_error, parse_body, read_json, start_stream
+from model_compose.servers.wire import attended, event, openai_error, read_body, start_stream
 
 UNNAMED = "__component__"
 UNNAMED_ON_V1 = "default"
+MOST_ADAPTERS = 256
+"""Of one request."""
 
 
 class LoraWeight(Options):
@@ -59,7 +61,7 @@ class Body(ClientOptions):
     """What completions and chat share. Fields without effect here are accepted; unknown ones are refused by name."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = UNSUPPORTED
-    model: str
+    model: str = Field(max_length=LONGEST_NAME)
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy")
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -76,10 +78,10 @@ class Body(ClientOptions):
     )
     n: int | None = Field(default=None, ge=1, le=64)
     seed: int | None = Field(default=None, ge=-1, lt=2**63, description="-1 is another one each time")
-    stop: str | list[str] | None = None
+    stop: Stops = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    lora: list[LoraWeight] | dict[str, Weight] | None = Field(
+    lora: Annotated[list[LoraWeight] | dict[str, Weight] | None, at_most(MOST_ADAPTERS, "adapters")] = Field(
         default=None, description="Free mixing: {adapter: weight}, or [{name, scale}]; [] is the bare base"
     )
     user: str | None = None
@@ -194,7 +196,7 @@ class ChatMessage(ClientOptions):
 class ChatBody(Body):
     """POST /v1/chat/completions: messages, through the base's chat template."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], at_most(MOST_MESSAGES, "messages")] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -284,7 +286,7 @@ def create_router(compose: Compose) -> APIRouter:
     )
     async def completions(request: Request) -> Response:
         """Completes raw text, whatever the component's task."""
-        body = parse_body(CompletionBody, read_json(await request.body()))
+        body = await read_body(CompletionBody, request)
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if len(prompts) != 1:
             raise InputError("prompt must be one text; send one request a prompt, they share a batch", field="prompt")
@@ -297,7 +299,7 @@ def create_router(compose: Compose) -> APIRouter:
     )
     async def chat_completions(request: Request) -> Response:
         """Answers messages through the base's chat template, whatever the component's task."""
-        body = parse_body(ChatBody, read_json(await request.body()))
+        body = await read_body(ChatBody, request)
         return await _answer(compose, request, body, tuple(turn.message for turn in body.messages), CHAT)
 
     return router

@@ -15,7 +15,7 @@ from model_compose.errors import AdapterError, Forbidden, InputError, NotFound, 
 from model_compose.schema import Options
 from model_compose.servers.documents import body_schema, openai_errors, text_answer
 from model_compose.servers.openai import public_id
-from model_compose.servers.wire import parse_body, read_json
+from model_compose.servers.wire import read_body
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def create_router(compose: Compose) -> APIRouter:
     )
     async def load(request: Request) -> PlainTextResponse:
         """Loads an adapter, which requests may name from now on; those that run finish on what they began with."""
-        body = parse_body(LoadBody, read_json(await request.body()))
+        body = await read_body(LoadBody, request)
         component = _find(compose, body.component)
         compose.check_ready()
         try:
@@ -76,7 +76,7 @@ def create_router(compose: Compose) -> APIRouter:
     )
     async def unload(request: Request) -> PlainTextResponse:
         """Takes an adapter away; requests that run finish with it. 409 where a blend of the file uses it."""
-        body = parse_body(UnloadBody, read_json(await request.body()))
+        body = await read_body(UnloadBody, request)
         component = _find(compose, body.component)
         compose.check_ready()
         await component.unload_adapter(body.lora_name)

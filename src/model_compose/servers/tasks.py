@@ -1,18 +1,27 @@
-"""Runs as tasks: each has an id, a state that can be asked for, and events for whoever waits. Kept for an hour."""
+"""Runs as tasks: each has an id, a state that can be asked for, and events for whoever waits.
+
+A finished task is kept for an hour, as the JSON of its answer: its input, and the objects that ran it, are let go.
+"""
 
 import asyncio
+import copy
+import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from model_compose.components import Answer, Delta
 from model_compose.compose import Compose
 from model_compose.errors import Cancelled, ComposeError, Conflict, NotFound, RunError
 from model_compose.lora.blend import Blend
+from model_compose.room import Admission
+from model_compose.servers import DEFAULT_MAX_TASKS_SIZE
 from model_compose.workflow.runner import Done
 
 log = logging.getLogger(__name__)
@@ -34,12 +43,14 @@ class Task:
 
     id: str
     workflow_id: str
-    extras: Mapping[str, Any]
+    extras: bytes = b"{}"
+    """JSON of what the caller wants to see in its state."""
     streaming: bool = False
     status: Status = "pending"
-    done: Done | None = None
     error: ComposeError | None = None
-    ended: float | None = None
+    document: bytes = b""
+    """JSON of the state, once finished."""
+    ended: float = 0.0
     work: asyncio.Task[None] | None = None
     follower: asyncio.Task[None] | None = None
     """Tells somebody of the end; kept here, since asyncio itself keeps only weak references."""
@@ -52,14 +63,21 @@ class Task:
 
     def state(self) -> dict[str, Any]:
         """The task as the API shows it; keys without a value are left out."""
-        state: dict[str, Any] = {"task_id": self.id, "status": self.status, "workflow_id": self.workflow_id}
-        if self.done is not None:
-            state["output"] = self.done.output
-            if len(self.done.answers) == 1:
-                state |= usage_and_blend(self.done.answers[0])
-        if self.error is not None and self.status == "failed":
-            state["error"] = {"code": self.error.code, "message": str(self.error)}
-        return state | {key: value for key, value in self.extras.items() if value is not None}
+        if not self.finished:
+            return self._state(self.status)
+        state: dict[str, Any] = json.loads(self.document)
+        return state
+
+    def _state(self, status: Status, done: Done | None = None, error: ComposeError | None = None) -> dict[str, Any]:
+        state: dict[str, Any] = {"task_id": self.id, "status": status, "workflow_id": self.workflow_id}
+        if done is not None:
+            state["output"] = done.output
+            if len(done.answers) == 1:
+                state |= usage_and_blend(done.answers[0])
+        if error is not None and status == "failed":
+            state["error"] = {"code": error.code, "message": str(error)}
+        state |= json.loads(self.extras)
+        return state
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The text as it comes, until the task has finished; for one reader. Raises the error that ended it."""
@@ -74,16 +92,31 @@ class Task:
 
     def raise_error(self) -> None:
         if self.error is not None:
-            raise self.error
+            raise copy.copy(self.error)  # one that was raised holds on to every frame that it went through
+
+    def follow(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work`, which tells somebody of the end."""
+        self.follower = asyncio.create_task(work)
+        self.follower.add_done_callback(lambda _: setattr(self, "follower", None))
+
+    def leave(self) -> None:
+        """Nobody reads its text any more."""
+        self.streaming, self._deltas = False, asyncio.Queue()
 
     def publish(self, delta: Delta) -> None:
         if self.streaming:
             self._deltas.put_nowait(delta)
 
     def finish(self, status: Status, *, done: Done | None = None, error: ComposeError | None = None) -> None:
-        self.status, self.done, self.error, self.ended = status, done, error, time.monotonic()
+        """Raises ValueError for an output that is no JSON; the task goes on then."""
+        self.document = _json(self._state(status, done, error))
+        self.status, self.error, self.ended = status, copy.copy(error), time.monotonic()
         self._deltas.put_nowait(None)
         self._over.set()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 def usage_and_blend(answer: Answer) -> dict[str, Any]:
@@ -111,21 +144,29 @@ def _method(blend: Blend) -> dict[str, Any]:
 class Tasks:
     """The tasks of one server."""
 
-    def __init__(self, compose: Compose) -> None:
-        self._compose = compose
+    def __init__(self, compose: Compose, kept_bytes: int = DEFAULT_MAX_TASKS_SIZE) -> None:
+        """kept_bytes: for the documents of finished ones; the last of them is always kept."""
+        self._compose, self._kept_bytes = compose, kept_bytes
         self._tasks: dict[str, Task] = {}
+        self._ended: deque[Task] = deque()
+        """The finished ones, the oldest first."""
+        self._size = 0
+        """Of their documents, in bytes."""
 
     def start(
         self, workflow: str | None, input: Any, blend: Any, extras: Mapping[str, Any], *, streaming: bool = False
     ) -> Task:
-        """Starts a run. Raises NotFound for an unknown workflow."""
+        """Starts a run that has a place with every model it uses. Raises NotFound for an unknown workflow, InputError,
+        Overloaded."""
         self._drop_old()
-        chosen = self._compose.config.find_workflow(workflow)
-        task = Task(uuid.uuid4().hex, chosen.id, extras, streaming)
+        chosen, blends = self._compose.check_input(input, workflow, blend)
+        admission = self._compose.admit(chosen, blends)
+        shown = {key: value for key, value in extras.items() if value is not None}
+        task = Task(uuid.uuid4().hex, chosen.id, _json(shown), streaming)
         context = {"task_id": task.id, "session_id": extras.get("session_id"), "metadata": extras.get("metadata")}
-        events = self._compose.run(input, workflow=chosen.id, blend=blend, context=context)
+        events = self._compose.run(input, workflow=chosen.id, blend=blend, context=context, admission=admission)
         task.work = asyncio.create_task(self._work(task, events))
-        task.work.add_done_callback(lambda work: _settle(task, work))
+        task.work.add_done_callback(partial(self._settle, task, admission))
         self._tasks[task.id] = task
         return task
 
@@ -133,7 +174,10 @@ class Tasks:
         """Raises NotFound."""
         self._drop_old()
         if id not in self._tasks:
-            raise NotFound(f"there is no task '{id}'; finished tasks are kept for {KEPT_SECONDS / 3600:g} h")
+            raise NotFound(
+                f"there is no task '{id[:64]}'; finished tasks are kept for {KEPT_SECONDS / 3600:g} h, "
+                f"at most {KEPT_TASKS} and {self._kept_bytes} bytes of them (max_tasks_size)"
+            )
         return self._tasks[id]
 
     async def cancel(self, task: Task, *, wait: bool = True) -> None:
@@ -147,19 +191,22 @@ class Tasks:
 
     async def abandon(self, task: Task) -> None:
         """Nobody waits for this task any more: stops it if it still runs."""
+        task.leave()
         with suppress(Conflict):
             await self.cancel(task)
 
     async def _work(self, task: Task, events: AsyncGenerator[Delta | Done]) -> None:
         task.status = "processing"
         log.info("[task-%s] workflow '%s' started", task.id, task.workflow_id)
+        done = None
         try:
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Done):
-                        task.finish("completed", done=event)
+                        done = event
                     else:
                         task.publish(event)
+            task.finish("completed", done=done)  # now that its place is free
         except ComposeError as error:
             level = logging.ERROR if error.status >= 500 else logging.INFO
             log.log(level, "[task-%s] %s", task.id, error, exc_info=error.__cause__ if error.status >= 500 else None)
@@ -170,17 +217,24 @@ class Tasks:
                 "failed", error=RunError("the run failed; the server's log has the details under the task's id")
             )
 
+    def _settle(self, task: Task, admission: Admission, work: "asyncio.Task[None]") -> None:
+        """The end of a task's work; also of work that was cancelled before its first step."""
+        if work.cancelled() and not task.finished:
+            task.finish("cancelled", error=Cancelled(f"task '{task.id}' was cancelled"))
+        task.work = None  # it holds on to what it ran
+        admission.give_back()
+        log.info("[task-%s] %s", task.id, task.status)
+        self._ended.append(task)
+        self._size += len(task.document)
+        self._drop_old()
+
     def _drop_old(self) -> None:
         limit = time.monotonic() - KEPT_SECONDS
-        ended = [task for task in self._tasks.values() if task.ended is not None]
-        spare = len(ended) - KEPT_TASKS
-        for at, task in enumerate(ended):
-            if at < spare or (task.ended or 0) < limit:
-                del self._tasks[task.id]
-
-
-def _settle(task: Task, work: "asyncio.Task[None]") -> None:
-    """The end of a task's work; also of work that was cancelled before its first step."""
-    if work.cancelled() and not task.finished:
-        task.finish("cancelled", error=Cancelled(f"task '{task.id}' was cancelled"))
-    log.info("[task-%s] %s", task.id, task.status)
+        while self._ended and (
+            self._ended[0].ended < limit
+            or len(self._ended) > KEPT_TASKS
+            or (self._size > self._kept_bytes and len(self._ended) > 1)
+        ):
+            task = self._ended.popleft()
+            self._size -= len(task.document)
+            del self._tasks[task.id]

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from model_compose.daemon import in_daemon_thread
 from model_compose.errors import (
     Cancelled,
     ComposeError,
@@ -38,6 +39,10 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 RETRY_AFTER_SECONDS = 5
+LARGE_BODY = 256 << 10
+"""In bytes: reading fewer takes a few milliseconds."""
+MOST_ERRORS = 64
+"""Of one body, that are told."""
 PROBLEM_TYPE = "application/problem+json"
 STREAM_TYPE = "text/event-stream"
 
@@ -193,6 +198,17 @@ def read_json(text: bytes) -> Any:
         raise InputError(f"the request body is not valid JSON: {error}", field="body") from None
 
 
+async def read_body(model: type[M], request: Request) -> M:
+    """A JSON body as a model. A large one is read beside the event loop. Raises InputError."""
+    body = await request.body()
+    return await beside(lambda: parse_body(model, read_json(body)), len(body))
+
+
+async def beside(work: Callable[[], T], size: int) -> T:
+    """The result of `work` on so many bytes: in a thread where that would hold up other requests."""
+    return work() if size <= LARGE_BODY else await in_daemon_thread(work)
+
+
 def parse_body(model: type[M], data: Any) -> M:
     """The body as a model. Raises InputError that names each wrong field once."""
     if not isinstance(data, dict):
@@ -201,7 +217,7 @@ def parse_body(model: type[M], data: Any) -> M:
         return model.model_validate(data)
     except ValidationError as error:
         messages: dict[str, list[str]] = {}
-        for item in error.errors(include_url=False):
+        for item in error.errors(include_url=False)[:MOST_ERRORS]:
             messages.setdefault(field_of(item, data) or "body", []).append(item["msg"].removeprefix("Value error, "))
         raise _wrong(
             [FieldError(name, ", or: ".join(dict.fromkeys(said))) for name, said in messages.items()]

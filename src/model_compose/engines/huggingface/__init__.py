@@ -8,6 +8,7 @@ from pydantic import ByteSize, Field
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
 from model_compose.engines.parts import refuse_common
+from model_compose.engines.prompts import Prompts
 from model_compose.engines.stepping import Running, SteppingEngine
 from model_compose.errors import Conflict, InputError, LoadError
 from model_compose.generation import Request, ResponseFormat
@@ -113,7 +114,7 @@ class HuggingfaceEngine(SteppingEngine):
             loaded.lora.load(adapter, *([placement(options)] if options else []), key=key)
 
         return Running(
-            loaded.tokenizer, loaded.vocabulary, loaded.eos, context, loaded.identity, grammars, batch,
+            Prompts(loaded.tokenizer, context), loaded.vocabulary, loaded.eos, loaded.identity, grammars, batch,
             lambda: loaded.lora.adapters, attach,
         )  # fmt: skip
 
@@ -127,9 +128,10 @@ class HuggingfaceEngine(SteppingEngine):
         prefixes = batch.prefixes
         return Stats(
             running=running,
-            waiting=max(0, loop.load - done - running),
+            waiting=max(0, loop.load - done - running) + self.room.promised,
             kv_cache_used=cache.spent - (prefixes.size if prefixes else 0),  # prefixes give way
             kv_cache_total=cache.budget,
+            kv_cache_prefixes=prefixes.size if prefixes else 0,
             prefix_queries=prefixes.queries if prefixes else 0,
             prefix_hits=prefixes.hits if prefixes else 0,
             preemptions=batch.preemptions,

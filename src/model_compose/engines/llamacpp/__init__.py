@@ -15,6 +15,7 @@ from pydantic import ByteSize, Field, model_validator
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, Engine, ModelOptions, Stats
 from model_compose.engines.parts import refuse_common, refuse_full_rank
+from model_compose.engines.prompts import Prompts
 from model_compose.engines.stepping import Running, SteppingEngine
 from model_compose.generation import ResponseFormat
 from model_compose.lora.adapter import LoraAdapter
@@ -181,7 +182,7 @@ class LlamacppEngine(SteppingEngine):
             _attach(llama, base, adapter, key)
 
         return Running(
-            tokenizer, llama.vocabulary, eos, context, base.identity, grammars, batch,
+            Prompts(tokenizer, context), llama.vocabulary, eos, base.identity, grammars, batch,
             lambda: {key: attached.adapter for key, attached in llama.adapters.copy().items()}, attach,
         )  # fmt: skip
 
@@ -194,7 +195,7 @@ class LlamacppEngine(SteppingEngine):
         done = sum(sequence.done for sequence in loop.running)
         return Stats(
             running=len(running),
-            waiting=max(0, loop.load - done - len(running)),
+            waiting=max(0, loop.load - done - len(running)) + self.room.promised,
             kv_cache_used=sum(sequence.cached for sequence in running) * loaded.token_bytes,
             kv_cache_total=loaded.llama.cells * loaded.token_bytes,
             prefix_queries=batch.prefix_queries,

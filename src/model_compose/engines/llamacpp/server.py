@@ -26,17 +26,14 @@ from model_compose.engines.llamacpp import LlamacppEngine, LlamacppOptions
 from model_compose.engines.llamacpp.completion import ends, refuse
 from model_compose.engines.llamacpp.slots import Slots
 from model_compose.engines.llamacpp.writing import Job, Writing
-from model_compose.engines.parts import (
-    check_loaded,
-    check_logit_bias,
-    check_room,
-    tokenize,
-)
+from model_compose.engines.parts import check_loaded, check_logit_bias
+from model_compose.engines.prompts import Prompts
 from model_compose.errors import ComposeError, Conflict, InputError, LoadError, NotReady, RunError
 from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends, stack
 from model_compose.progress import Progress, Report
+from model_compose.room import Room
 from model_compose.schema import Options
 from model_compose.sources.local import absolute
 
@@ -85,7 +82,9 @@ class ServerEngine:
         self._connection: Connection | None = None
         self._child: Child | None = None
         self._folder: Path | None = None
-        self._texts = self._prefix_queries = self._prefix_hits = 0
+        self.room = Room(self._own.max_batch_size, self._own.max_queue)
+        self._prompts: Prompts | None = None
+        self._prefix_queries = self._prefix_hits = 0
         self._closed = False
 
     @classmethod
@@ -102,6 +101,7 @@ class ServerEngine:
         self._folder = folder = Path(tempfile.mkdtemp(prefix="model-compose-"))
         try:
             loaded = await in_daemon_thread(lambda: self._load(folder, report))
+            self._prompts = Prompts(loaded.tokenizer, loaded.context)
             self._connection = Connection("http://llama-server", socket=folder / SOCKET)
             public = "default" if self._options.id == "__component__" else self._options.id  # as on /v1
             self._child = Child(
@@ -147,16 +147,14 @@ class ServerEngine:
         self._slots.forget()
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        loaded, connection, sampling = self._loaded, self._connection, request.sampling
-        if loaded is None or connection is None:
+        loaded, connection, prompts, sampling = self._loaded, self._connection, self._prompts, request.sampling
+        if loaded is None or connection is None or prompts is None:
             raise NotReady("the model is not loaded")
         refuse(sampling)
         check_logit_bias(request, loaded.vocabulary)
-        check_room(self._texts, self._own.max_batch_size, self._own.max_queue)  # before any work
         start, unfinished = time.perf_counter(), sampling.num_return_sequences
-        self._texts += sampling.num_return_sequences
-        try:
-            tokens = await asyncio.to_thread(tokenize, loaded.tokenizer, loaded.context, request)
+        with self.room.hold(unfinished, request.place):  # before any work
+            tokens = await prompts.read(request)
             identity, left = self.identity(request.blend), loaded.context - len(tokens)
             job = Job(
                 connection.client, self._slots, lambda: self.up, loaded.tokenizer, loaded.vocabulary, tokens, sampling,
@@ -172,8 +170,6 @@ class ServerEngine:
                         usage = Usage(len(tokens), made, time.perf_counter() - start, writings[0].cached)
                         chunk = replace(chunk, usage=usage)
                     yield chunk
-        finally:
-            self._texts -= sampling.num_return_sequences
 
     async def _chunks(self, writings: Sequence[Writing]) -> AsyncGenerator[Chunk]:
         """Those of all texts as they come."""
@@ -224,7 +220,7 @@ class ServerEngine:
             return None
         used = self._slots.used
         return Stats(
-            running=len(used), waiting=max(0, self._texts - len(used)),
+            running=len(used), waiting=max(0, self.room.texts - len(used)),
             kv_cache_used=sum(len(slot.tokens) for slot in used) * loaded.token_bytes,
             kv_cache_total=loaded.settings.cells * loaded.settings.rows * loaded.token_bytes,
             prefix_queries=self._prefix_queries, prefix_hits=self._prefix_hits, preemptions=0,
@@ -238,6 +234,8 @@ class ServerEngine:
         """There is none but those of the file, which stay."""
 
     async def close(self) -> None:
+        if self._prompts is not None:
+            self._prompts.close()
         self._closed, self._loaded = True, None
         if self._child is not None:
             await self._child.close()

@@ -22,7 +22,8 @@ from model_compose.engines.child import Child
 from model_compose.engines.compiled import Compiled
 from model_compose.engines.huggingface.free import main_memory
 from model_compose.engines.huggingface.sizes import context_length
-from model_compose.engines.parts import check_loaded, check_logit_bias, check_room, fetch_adapter, tokenize
+from model_compose.engines.parts import check_loaded, check_logit_bias, fetch_adapter
+from model_compose.engines.prompts import Prompts
 from model_compose.engines.vllm.connection import Connection, Served
 from model_compose.engines.vllm.loading import (
     Loaded,
@@ -50,6 +51,7 @@ from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Progress, Report
+from model_compose.room import Room
 from model_compose.schema import Options
 from model_compose.sources.local import absolute
 
@@ -80,7 +82,8 @@ class VllmEngine:
         self._max_rank = 0
         self._dtype = ""
         self._folder: Path | None = None
-        self._texts = 0
+        self.room = Room(self._own.max_batch_size, self._own.max_queue)
+        self._prompts: Prompts | None = None
         self._stats: Stats | None = None
         self._measuring: asyncio.Task[None] | None = None
         self._closed = False
@@ -167,6 +170,7 @@ class VllmEngine:
         served = await connection.served()
         limits = (served.context, own.max_context, self._options.max_seq_length)
         self._served = Served(served.name, min(limit for limit in limits if limit is not None))
+        self._prompts = Prompts(loaded.tokenizer, self._served.context)
         self._compiled = Compiled(self._folder, self._slots, connection.load, connection.unload)
         for number, name in enumerate(self._adapters):
             report(Progress("attaching adapters", number, len(self._adapters), "adapters"))
@@ -193,38 +197,35 @@ class VllmEngine:
             ) from error
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        loaded, connection = self._loaded, self._connection
-        if loaded is None or connection is None or self._compiled is None:
+        loaded, connection, prompts = self._loaded, self._connection, self._prompts
+        if loaded is None or connection is None or prompts is None or self._compiled is None:
             raise NotReady("the model is not loaded")
         sampling = request.sampling
         check_logit_bias(request, loaded.vocabulary)
-        check_room(self._texts, self._own.max_batch_size, self._own.max_queue)  # before any work
         start, unfinished, last = time.perf_counter(), sampling.num_return_sequences, Chunk()
-        tokens = await asyncio.to_thread(tokenize, loaded.tokenizer, self._served.context, request)
-        self._texts += unfinished
-        try:
-            async with self._model(request.blend) as model:
-                prompt = Prompt(model, tokens, sampling, self._served.context - len(tokens), loaded.eos)
-                texts = [Text(index, prompt, loaded.tokenizer) for index in range(unfinished)]
-                async with aclosing(complete(connection.client, prompt, texts)) as items:
-                    async for item in items:
-                        if isinstance(item, int):
-                            made = sum(len(text.tokens) for text in texts)
-                            usage = Usage(len(tokens), made, time.perf_counter() - start, item)
-                            yield replace(last, usage=usage)
-                            continue
-                        unfinished -= item.finish is not None
-                        if unfinished:
-                            yield item
-                        last = item
-        except (httpx.HTTPError, httpx.StreamError, RunError) as error:
-            raise self._failure(error) from error
-        except RuntimeError as error:  # httpx's, of a client that has been closed meanwhile
-            if self._closed:
+        with self.room.hold(unfinished, request.place):  # before any work
+            tokens = await prompts.read(request)
+            try:
+                async with self._model(request.blend) as model:
+                    prompt = Prompt(model, tokens, sampling, prompts.context - len(tokens), loaded.eos)
+                    texts = [Text(index, prompt, loaded.tokenizer) for index in range(unfinished)]
+                    async with aclosing(complete(connection.client, prompt, texts)) as items:
+                        async for item in items:
+                            if isinstance(item, int):
+                                made = sum(len(text.tokens) for text in texts)
+                                usage = Usage(len(tokens), made, time.perf_counter() - start, item)
+                                yield replace(last, usage=usage)
+                                continue
+                            unfinished -= item.finish is not None
+                            if unfinished:
+                                yield item
+                            last = item
+            except (httpx.HTTPError, httpx.StreamError, RunError) as error:
                 raise self._failure(error) from error
-            raise
-        finally:
-            self._texts -= sampling.num_return_sequences
+            except RuntimeError as error:  # httpx's, of a client that has been closed meanwhile
+                if self._closed:
+                    raise self._failure(error) from error
+                raise
 
     @asynccontextmanager
     async def _model(self, blend: Blend) -> AsyncGenerator[str]:
@@ -302,6 +303,8 @@ class VllmEngine:
 
     async def close(self) -> None:
         self._closed, self._stats, self._loaded = True, None, None
+        if self._prompts is not None:
+            self._prompts.close()
         if self._measuring is not None:
             self._measuring.cancel()
             await asyncio.wait([self._measuring])

@@ -1,0 +1,191 @@
+"""From prompts to token ids, beside the event loop: what cannot fit is refused early, and short prompts overtake long ones.
+
+A prompt's length in tokens is known only once it has been tokenized, which takes about two microseconds and a hundred
+bytes a character. So the work is bounded twice: by the characters that the context could hold at most, and by tokenizing
+only as much of the text as decides whether it fits.
+"""
+
+import json
+import re
+from typing import Any
+
+from model_compose.daemon import Lane
+from model_compose.engines.parts import render_chat
+from model_compose.errors import InputError
+from model_compose.generation import Request
+
+SHORT_CHARACTERS = 16_384
+"""Prompts up to this length have a thread of their own, so they never wait for longer ones."""
+
+MESSAGE_CHARACTERS = 64
+"""What a message counts besides its content: a chat template writes a frame around each."""
+
+PIECE_CHARACTERS = 8
+"""The first piece of a long text has so many characters for each token that it may have. Texts have 2 to 5."""
+
+SPARE_TOKENS = 64
+"""Where a text is cut, the last tokens may differ from those of the whole text. So many are made besides and not used."""
+
+BORDER_CHARACTERS = 1024
+"""How far before the cut a word may start with which the end of a text begins."""
+
+COMPOSED = 4
+"""Unicode's NFC and NFKC make one character of at most so many."""
+
+_KEEPING_NORMALIZERS = ("Prepend", "ByteLevel", "Lowercase", "NFD", "NFKD")
+_COMPOSING_NORMALIZERS = ("NFC", "NFKC")
+_KEEPING_PRE_TOKENIZERS = ("ByteLevel", "Metaspace", "Digits")
+_SPLITTING_PRE_TOKENIZERS = ("Split", "Punctuation")
+
+_BORDER = re.compile(r"(?<=\S) (?=\S)")
+
+
+class Prompts:
+    """Tokenizes the prompts of one engine. context: the most tokens that prompt and answer may have together."""
+
+    def __init__(self, tokenizer: Any, context: int) -> None:
+        self.tokenizer, self.context = tokenizer, context
+        self._longest = characters_per_token(tokenizer.backend_tokenizer)
+        self._short, self._long = Lane("short prompts"), Lane("long prompts")
+
+    async def read(self, request: Request) -> list[int]:
+        """The prompt's token ids. Raises InputError for one that does not fit or has no chat template to go through, and
+        NotReady once closed."""
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            size = len(prompt)
+            self._check_characters(prompt, request)
+        else:
+            size = sum(len(message.content) + MESSAGE_CHARACTERS for message in prompt)
+        lane = self._short if size <= SHORT_CHARACTERS else self._long
+        return await lane.run(lambda: self._tokenize(request))
+
+    def close(self) -> None:
+        """Ends all requests that wait here."""
+        self._short.close()
+        self._long.close()
+
+    def _tokenize(self, request: Request) -> list[int]:
+        is_text = isinstance(request.prompt, str)
+        text = request.prompt if isinstance(request.prompt, str) else render_chat(self.tokenizer, request)
+        self._check_characters(text, request)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                "the prompt holds half of a surrogate pair, which is no character", field="prompt"
+            ) from None
+        most, cut = request.max_input_length, self.tokenizer.truncation_side if request.max_input_length else "right"
+        enough = min(most or self.context, self.context) + SPARE_TOKENS
+        ids, whole = _tokens(self.tokenizer, text, enough, special=is_text, end=cut == "left")
+        if most is not None and len(ids) > most:
+            ids = ids[-most:] if cut == "left" else ids[:most]
+        if not ids:
+            raise InputError("the prompt is empty, and this model has no token that starts a text", field="prompt")
+        if len(ids) >= self.context:
+            count = f"{len(ids)}" if whole else f"more than {self.context}"
+            holds = f"this model's context holds {self.context} with the answer"
+            raise self._too_long(f"the prompt has {count} tokens, and {holds}")
+        return ids
+
+    def _check_characters(self, text: str, request: Request) -> None:
+        """Raises InputError for a text that cannot fit, whatever its tokens are."""
+        if self._longest is None or request.max_input_length is not None:
+            return
+        if len(text) > self.context * self._longest:
+            raise self._too_long(
+                f"the prompt has {len(text)} characters, and this model's context holds at most "
+                f"{self.context * self._longest}: {self.context} tokens of up to {self._longest}"
+            )
+
+    def _too_long(self, why: str) -> InputError:
+        return InputError(f"{why}; shorten it, or set max_input_length to truncate it", field="prompt")
+
+
+def _tokens(tokenizer: Any, text: str, enough: int, *, special: bool, end: bool) -> tuple[list[int], bool]:
+    """The text's token ids, and whether these are all. Of a longer text at least `enough` tokens of its start or end."""
+    size = PIECE_CHARACTERS * enough
+    while True:
+        piece = _cut(text, size, end=end)
+        ids: list[int] = tokenizer(
+            piece, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
+        )["input_ids"]
+        whole = len(piece) == len(text)
+        if whole or len(ids) >= enough:
+            return ids, whole
+        size *= 2  # long tokens, or a tokenizer that drops characters
+
+
+def _cut(text: str, size: int, *, end: bool) -> str:
+    """The first or last `size` characters. An end starts at a word, as tokens are found from left to right."""
+    if len(text) <= size:
+        return text
+    if not end:
+        return text[:size]
+    start = len(text) - size
+    border = _BORDER.search(text, max(0, start - BORDER_CHARACTERS), start)
+    return text[border.start() if border else start :]
+
+
+def characters_per_token(backend: Any) -> int | None:
+    """The most characters of a text that one token can stand for: no text of more than `tokens` times as many has `tokens`
+    tokens. None where the tokenizer may drop characters, or join any number of them: such a bound would refuse what fits.
+
+    backend: of the tokenizers library.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    normalizer, pre_tokenizer = _state(backend.normalizer), _state(backend.pre_tokenizer)
+    composed = _normalized(normalizer)
+    absorbs = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
+    if composed is None or absorbs or not _splits_only(pre_tokenizer) or type(backend.model).__name__ != "BPE":
+        return None
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    if backend.model.byte_fallback:
+        units = [f"<0x{byte:02X}>" for byte in range(256)]
+    elif _is_bytes(normalizer) or _is_bytes(pre_tokenizer):
+        units = ByteLevel.alphabet()
+    else:
+        return None
+    # Without a token for each byte, unknown characters are dropped, or any number of them becomes one token.
+    return composed * max(map(len, vocabulary)) if all(unit in vocabulary for unit in units) else None
+
+
+def _state(part: Any) -> Any:
+    """A tokenizer's part as its JSON says it; None where there is none."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _normalized(state: Any) -> int | None:
+    """How many characters a normalizer may make one of; None where there is no bound."""
+    if state is None:
+        return 1
+    kind = state["type"]
+    if kind == "Sequence":
+        factors = [_normalized(part) for part in state["normalizers"]]
+        known = [factor for factor in factors if factor is not None]
+        return max(known, default=1) if len(known) == len(factors) else None
+    if kind == "Replace":
+        pattern = state["pattern"].get("String")
+        return 1 if pattern is not None and len(state["content"]) >= len(pattern) else None
+    if kind in _COMPOSING_NORMALIZERS:
+        return COMPOSED
+    return 1 if kind in _KEEPING_NORMALIZERS else None
+
+
+def _splits_only(state: Any) -> bool:
+    """Whether a pre-tokenizer keeps every character."""
+    if state is None:
+        return True
+    kind = state["type"]
+    if kind == "Sequence":
+        return all(_splits_only(part) for part in state["pretokenizers"])
+    return kind in _KEEPING_PRE_TOKENIZERS or (kind in _SPLITTING_PRE_TOKENIZERS and state["behavior"] != "Removed")
+
+
+def _is_bytes(state: Any) -> bool:
+    """Whether a normalizer or a pre-tokenizer turns characters into bytes."""
+    if state is None:
+        return False
+    parts = state.get("normalizers") or state.get("pretokenizers") or ()
+    return state["type"] == "ByteLevel" or any(_is_bytes(part) for part in parts)
