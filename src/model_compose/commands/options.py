@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from model_compose.errors import InputError
+from model_compose.request_log import RequestFilter
 
 if TYPE_CHECKING:
     from model_compose.loading import Loaded
@@ -49,6 +50,8 @@ def parse_json(text: str, option: str) -> Any:
         raise InputError(f'{option} is not valid JSON: {error}; example: \'{{"prompt": "Hello"}}\'') from None
 
 
-def log_to_stderr(verbose: bool, level: int = logging.INFO) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)-8s %(message)s", stream=sys.stderr)
+def log_to_stderr(verbose: bool, level: int = logging.WARNING, format: str = "%(levelname)-8s %(message)s") -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(RequestFilter())
+    logging.basicConfig(level=logging.WARNING, format=format, handlers=[handler])
     logging.getLogger("model_compose").setLevel(logging.DEBUG if verbose else level)
