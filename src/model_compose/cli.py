@@ -32,6 +32,7 @@ from model_compose.commands.options import (
 from model_compose.commands.setup import setup
 from model_compose.errors import ComposeError, ConfigError, Conflict, InputError, LoadError
 from model_compose.progress import Progress, silent
+from model_compose.request_log import REQUEST_FORMAT
 
 if TYPE_CHECKING:
     from model_compose.loading import Loaded
@@ -120,7 +121,7 @@ def up(
         pairs = dict(pair.split("=", 1) for pair in env or ())
         _detach(loaded, [*arguments, *(["--verbose"] if verbose else [])], pairs)
     else:
-        log_to_stderr(verbose, kept_in=log)
+        log_to_stderr(verbose, logging.INFO, REQUEST_FORMAT, kept_in=log)
         _serve(loaded)
 
 

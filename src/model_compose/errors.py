@@ -105,9 +105,23 @@ class Conflict(ComposeError):
     title = "Conflict"
 
 
+class SlowBody(ComposeError):
+    """The request's body does not arrive, or only by and by."""
+
+    status = 408
+    title = "Request timeout"
+
+
 class PayloadTooLarge(ComposeError):
     status = 413
     title = "Payload too large"
+
+
+class Misdirected(ComposeError):
+    """The request asks for a host that this server is not."""
+
+    status = 421
+    title = "Misdirected request"
 
 
 class Overloaded(ComposeError):
@@ -115,6 +129,13 @@ class Overloaded(ComposeError):
 
     status = 429
     title = "Too many requests"
+
+
+class Crowded(ComposeError):
+    """There are too many connections: try again later."""
+
+    status = 503
+    title = "Too many connections"
 
 
 class NotReady(ComposeError):

@@ -40,7 +40,8 @@ print("ended", flush=True)
 def process(endless_file: Path) -> Iterator[subprocess.Popen[str]]:
     """The endless project, served by a process of its own."""
     path = endless_file.with_name("process.yml")
-    path.write_text("controller: {type: http-server, port: 0}\n" + ENDLESS, encoding="utf-8")
+    controller = "controller: {type: http-server, port: 0, shutdown_timeout: 0s}\n"
+    path.write_text(controller + ENDLESS, encoding="utf-8")
     env = {**os.environ, "PYTHONPATH": "src", "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from model_compose.errors import InputError
+from model_compose.request_log import RequestFilter
 
 if TYPE_CHECKING:
     from model_compose.loading import Loaded
@@ -49,12 +50,18 @@ def parse_json(text: str, option: str) -> Any:
         raise InputError(f'{option} is not valid JSON: {error}; example: \'{{"prompt": "Hello"}}\'') from None
 
 
-def log_to_stderr(verbose: bool, level: int = logging.INFO, kept_in: Path | None = None) -> None:
+def log_to_stderr(
+    verbose: bool,
+    level: int = logging.WARNING,
+    format: str = "%(levelname)-8s %(message)s",
+    kept_in: Path | None = None,
+) -> None:
     """kept_in: the file that standard error goes to in a detached service."""
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if kept_in is not None:
         from model_compose.running import ServiceLog
 
         handler = ServiceLog(kept_in)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)-8s %(message)s", handlers=[handler])
+    handler.addFilter(RequestFilter())
+    logging.basicConfig(level=logging.WARNING, format=format, handlers=[handler])
     logging.getLogger("model_compose").setLevel(logging.DEBUG if verbose else level)

@@ -19,6 +19,7 @@ from model_compose.expressions import strict_json
 from model_compose.metrics import MEDIA_TYPE
 from model_compose.schema import LONGEST_NAME, Options
 from model_compose.servers import HttpServerOptions
+from model_compose.servers.access import REQUEST_ID
 from model_compose.servers.callbacks import Callback
 from model_compose.servers.documents import (
     RUN_STREAM,
@@ -32,13 +33,13 @@ from model_compose.servers.documents import (
     body_schema,
     problems,
 )
+from model_compose.servers.guard import Guard, Hosts, Keys
 from model_compose.servers.openai import ChatBody, CompletionBody
 from model_compose.servers.openai import create_router as create_openai_router
 from model_compose.servers.runtime_adapters import LoadBody, UnloadBody
 from model_compose.servers.runtime_adapters import create_router as create_adapters_router
 from model_compose.servers.tasks import Task, Tasks
 from model_compose.servers.wire import (
-    Guard,
     add_error_handlers,
     attended,
     beside,
@@ -130,11 +131,15 @@ def create_app(compose: Compose, options: HttpServerOptions, page: str | None = 
     add_index(app, links if page is None else {**links, "page": page})
     bodies = (RunBody, CompletionBody, ChatBody, LoadBody, UnloadBody)
     add_documents(app, bodies=bodies, open_path=health, with_keys=bool(options.api_keys))
-    app.add_middleware(Guard, options=options, open_paths=(health,))
+    app.add_middleware(
+        Guard, hosts=Hosts(options.host, options.allowed_hosts), max_body=options.max_body_size,
+        keys=Keys(options.api_keys) if options.api_keys else None, open_paths=(health,), origins=options.origins,
+    )  # fmt: skip
     if options.origins:  # outermost, so that a browser can read the errors of the guard too
         app.add_middleware(
-            CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"], max_age=600
-        )
+            CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=[REQUEST_ID], max_age=600,
+        )  # fmt: skip
     return app
 
 
