@@ -1,19 +1,26 @@
 """What lies on disk and is read back: who may read it, how large it grows, and what a hostile file may cost."""
 
+import ctypes
 import os
+import shutil
 import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from model_compose.loading import Loaded, load
+from model_compose.native import compiling, kernels
+from model_compose.native.compiling import find_compiler, load_compiled
 from model_compose.running import find, hold, log_file
+from tests.engines.test_child import alive
 from tests.test_cli import cli, folder, state  # noqa: F401 - fixtures
 from tests.tiny import YAML
+from tests.waiting import wait_until
 
 Record = Callable[[str, int, str], None]
 
@@ -93,3 +100,138 @@ def test_a_log_is_bounded_whoever_writes_it(tmp_path: Path, record: Record) -> N
     assert lines[-3:] == ["INFO     logged 999", "printed 999", "by C 999"]
     assert {line.split()[0] for line in lines} == {"INFO", "printed", "by"}
     record("a log of 10 kB", 3000, f"{sum(path.stat().st_size for path in kept)} bytes in two files")
+
+
+# Compiled kernels.
+
+needs_compiler = pytest.mark.skipif(kernels() is None, reason="no C compiler")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+NOBODY = 65534
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "model-compose"
+
+
+def compile_here() -> Path:
+    """Where the library is that would be used. It is tried first."""
+    compiler = find_compiler()
+    assert compiler is not None
+
+    def tried(path: Path) -> Path:
+        assert ctypes.CDLL(str(path)).decode
+        return path
+
+    return load_compiled(compiler, tried)
+
+
+def put(library: Path, content: bytes) -> None:
+    """Another file in its place: this process has the first one loaded."""
+    library.unlink(missing_ok=True)
+    library.write_bytes(content)
+    library.chmod(0o700)
+
+
+def foreign_owner(library: Path) -> None:
+    os.chown(library, NOBODY, NOBODY)
+
+
+def writable_by_others(library: Path) -> None:
+    library.chmod(0o777)
+
+
+def of_other_bytes(library: Path) -> None:
+    put(library, library.read_bytes() + b"\0")
+
+
+def truncated(library: Path) -> None:
+    """To dlopen this looks whole, and the first look into it ends the process by SIGBUS."""
+    put(library, library.read_bytes()[: library.stat().st_size // 2])
+
+
+def a_link(library: Path) -> None:
+    library.symlink_to(library.rename(library.parents[1] / "elsewhere.so"))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "spoil",
+    [pytest.param(foreign_owner, marks=needs_root), writable_by_others, of_other_bytes, truncated, a_link],
+)
+def test_a_library_that_cannot_be_trusted_is_compiled_again(
+    cache: Path, spoil: Callable[[Path], None], record: Record
+) -> None:
+    first = compile_here()
+    assert (first.parent, mode(cache), mode(first)) == (cache, 0o700, 0o700)
+    before = first.stat().st_ino
+    assert compile_here() == first
+    assert first.stat().st_ino == before, "what is sound is used again"
+    spoil(first)
+    again = compile_here()
+    assert again.lstat().st_ino != before
+    assert (again.lstat().st_uid, mode(again)) == (os.geteuid(), 0o700)
+    record(f"library: {spoil.__name__}", 1, "compiled again")
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded_is_compiled_again(cache: Path) -> None:
+    first = compile_here()
+    content = b"made for a libc that is not here"
+    first.unlink()
+    put(first.with_name(first.name.replace(first.stem[-16:], compiling._digest(content))), content)
+    assert compile_here() == first
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoil", ["open", pytest.param("foreign", marks=needs_root), "a file"])
+def test_a_cache_folder_of_others_is_not_used(
+    cache: Path, spoil: str, caplog: pytest.LogCaptureFixture, record: Record
+) -> None:
+    if spoil == "a file":
+        cache.touch()
+    else:
+        cache.mkdir()
+        cache.chmod(0o777)
+    if spoil == "foreign":
+        os.chown(cache, NOBODY, NOBODY)
+    path = compile_here()
+    if spoil == "open":  # it is this user's: nobody else may write to it from now on
+        assert (path.parent, mode(cache)) == (cache, 0o755)
+    else:
+        assert cache not in path.parents
+        assert not path.exists(), "a private copy is gone once it is loaded"
+        assert "are compiled anew at each start: set XDG_CACHE_HOME to a folder of yours" in caplog.text
+    record(f"cache folder: {spoil}", 1, "closed and used" if spoil == "open" else "not used")
+
+
+@needs_compiler
+def test_the_words_of_cc_are_split(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = find_compiler()
+    assert compiler is not None
+    spaced = cache.parent / "with space"
+    spaced.mkdir()
+    (spaced / "cc").symlink_to(shutil.which(compiler[0]) or "")
+    monkeypatch.setenv("CC", f"'{spaced}/cc' -g0")
+    assert find_compiler() == [f"{spaced}/cc", "-g0"]
+    assert compile_here().parent == cache
+    monkeypatch.setenv("CC", "gcc '-m64")
+    with pytest.raises(ValueError, match="No closing quotation"):
+        find_compiler()
+
+
+def test_a_compiler_that_hangs_is_ended_with_its_children(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, record: Record
+) -> None:
+    script = cache.parent / "cc"
+    script.write_text('#!/bin/sh\nsleep 600 &\necho "$$ $!" > "$0.pids"\nwait\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(compiling, "COMPILE_SECONDS", 1)
+    started = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        load_compiled([str(script)], Path)
+    pids = [int(pid) for pid in script.with_name("cc.pids").read_text().split()]
+    assert len(pids) == 2
+    wait_until(lambda: not any(map(alive, pids)), "all ended")
+    record("a compiler that hangs, its limit 1 s", 1, f"ended with its child after {time.monotonic() - started:.1f} s")

@@ -45,6 +45,10 @@ class LlamacppOptions(Options):
     start_timeout: Seconds = Field(
         default=START_SECONDS, gt=0, description="Seconds in which the server must answer; for 'server' alone"
     )
+    env: dict[str, str] = Field(
+        default={},
+        description="Further variables for 'server', which inherits those of libraries and no secrets",
+    )
     n_threads: int | None = Field(default=None, ge=1, description="As many as the machine has cores, if unset")
     max_batch_size: int = Field(
         default=8, ge=1, le=256, description="Texts that run at once; those of one blend share a step"
@@ -66,9 +70,10 @@ class LlamacppOptions(Options):
     max_queue: int = Field(default=256, ge=0, description="Requests that may wait; one more is answered 429")
 
     @model_validator(mode="after")
-    def _start_is_the_servers(self) -> Self:
-        if self.server is None and "start_timeout" in self.model_fields_set:
-            raise ValueError("'start_timeout' is for a llama-server, which 'server' names; leave it out")
+    def _some_are_the_servers(self) -> Self:
+        for key in ("start_timeout", "env"):
+            if self.server is None and key in self.model_fields_set:
+                raise ValueError(f"'{key}' is for a llama-server, which 'server' names; leave it out")
         return self
 
 

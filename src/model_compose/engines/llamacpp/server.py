@@ -105,7 +105,7 @@ class ServerEngine:
             self._connection = Connection("http://llama-server", socket=folder / SOCKET)
             public = "default" if self._options.id == "__component__" else self._options.id  # as on /v1
             self._child = Child(
-                public, command(binary, loaded, folder / SOCKET), environment(os.environ), self._connection.is_ready,
+                public, command(binary, loaded, folder / SOCKET), inherited(os.environ) | self._own.env, self._connection.is_ready,
                 self._start_afresh, patience=self._own.start_timeout,
             )  # fmt: skip
             report(Progress("starting llama-server", 0, 1, "servers"))
@@ -303,6 +303,3 @@ def command(binary: Path, loaded: Loaded, socket: Path) -> list[str]:
     return [str(binary), *options, *(f"--{flag}" for flag in flags)]
 
 
-def environment(own: Mapping[str, str]) -> dict[str, str]:
-    """This process's own, without what llama-server would take for its command line."""
-    return {key: value for key, value in own.items() if not key.startswith("LLAMA_")}

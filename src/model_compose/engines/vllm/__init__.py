@@ -153,7 +153,7 @@ class VllmEngine:
         )
         self._connection = Connection("http://vllm", socket=socket)
         public = "default" if options.id == "__component__" else options.id  # as on /v1
-        variables = environment(installed, os.environ, cores())
+        variables = environment(installed, os.environ, cores(), own.env)
         self._child = Child(
             public, command(installed, settings), variables, self._connection.is_ready, self._start_afresh,
             patience=own.start_timeout,

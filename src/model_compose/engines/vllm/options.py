@@ -41,10 +41,13 @@ class VllmOptions(Options):
     prefix_cache: bool = Field(default=True, description="Keep keys and values for prompts that start alike")
     trust_remote_code: bool = Field(default=False, description="Run Python code that the model's repository brings")
     start_timeout: Seconds = Field(default=START_SECONDS, gt=0, description="Seconds in which the server must answer")
+    env: dict[str, str] = Field(
+        default={}, description="Further variables for the server, which inherits those of libraries and no secrets"
+    )
 
     @model_validator(mode="after")
     def _one_server(self) -> Self:
-        of_own = ("python", "max_batch_size", "kv_cache", "prefix_cache", "start_timeout")
+        of_own = ("python", "max_batch_size", "kv_cache", "prefix_cache", "start_timeout", "env")
         of_other = ("api_key", "adapter_folder")
         for key in sorted(self.model_fields_set):
             if self.base_url is not None and key in of_own:

@@ -102,20 +102,21 @@ def command(installed: Installed, settings: Settings) -> list[str]:
     return [str(installed.python), "-m", "vllm.entrypoints.openai.api_server", *options, *(f"--{f}" for f in flags)]
 
 
-def environment(installed: Installed, own: Mapping[str, str], cores: Sequence[int]) -> dict[str, str]:
-    """The server's variables: this process's own, and what is not set among them. cores: those that it may use.
+def environment(
+    installed: Installed, own: Mapping[str, str], cores: Sequence[int], further: Mapping[str, str]
+) -> dict[str, str]:
+    """The server's variables: what it inherits of this process's own, what is not set among them, and `further` ones.
+    cores: those that it may use.
 
     On the CPU it would leave one core out, and its documentation advises Intel's OpenMP.
     """
-    # What leads this Python to its packages would lead the other one to them as well.
-    kept = {key: value for key, value in own.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     made = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if installed.on_cpu:
         made["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         openmp = installed.python.parents[1] / "lib" / "libiomp5.so"
         if openmp.exists():
             made["LD_PRELOAD"] = str(openmp)
-    return made | kept | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    return made | inherited(own) | further | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
 def cores() -> list[int]:
