@@ -9,6 +9,7 @@ from openai import OpenAI
 
 from tests import tiny
 from tests.conftest import serving
+from tests.engines.test_text import byte_fallback
 from tests.servers.test_openai import client_of
 
 SAID = "a😀é b"
@@ -92,3 +93,20 @@ def test_special_tokens_have_the_bytes_of_their_name_and_no_place_in_the_text(cl
     assert forced.logprobs.text_offset == [0, 0, 0]
     (token, *_) = chat(client, logit_bias={str(tiny.BOS): 100}).choices[0].logprobs.content
     assert bytes(token.bytes) == b"<s>"
+
+
+def test_a_model_of_bytes_and_words_may_say_whatever_it_likes(tmp_path: Path) -> None:
+    """Random bytes and words, as an untaught Llama 2 says them: tokenizers' own stream raises in nearly every such text."""
+    base = tiny.save_base(tmp_path / "base", tiny.llama_config(vocab_size=300))
+    byte_fallback(strip=True).tokenizer.save_pretrained(base)
+    path = tmp_path / "model-compose.yml"
+    path.write_text(YAML, encoding="utf-8")
+    options: Any = {"prompt": "ab a", "n": 8, "temperature": 2, "top_p": 1, "seed": 1, "logprobs": None}
+    with serving(path) as url, client_of(url) as client:
+        whole = complete(client, 80, **options).choices
+        texts = [""] * 8
+        for part in complete(client, 80, stream=True, **options):
+            texts[part.choices[0].index] += part.choices[0].text
+    assert [choice.text for choice in whole] == texts
+    assert "\ufffd" in "".join(texts)
+    assert "ab" in "".join(texts)

@@ -162,7 +162,7 @@ def _content_form(value: Any) -> str:
     return "parts" if isinstance(value, list) else "text"
 
 
-Parts = Annotated[list[TextPart], Field(min_length=1)]
+Parts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 Content = Annotated[Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")], Discriminator(_content_form)]
 
 
