@@ -56,7 +56,10 @@ class Task:
         if self.done is not None:
             state["output"] = self.done.output
             if len(self.done.answers) == 1:
+                state |= {"finish_reason": self.done.answers[0].finish_reason}
                 state |= usage_and_blend(self.done.answers[0])
+            if self.done.notes:
+                state["notes"] = self.done.notes
         if self.error is not None and self.status == "failed":
             state["error"] = {"code": self.error.code, "message": str(self.error)}
         return state | {key: value for key, value in self.extras.items() if value is not None}
@@ -157,6 +160,8 @@ class Tasks:
             async with aclosing(events):
                 async for event in events:
                     if isinstance(event, Done):
+                        for note in event.notes:
+                            log.info("[task-%s] %s", task.id, note)
                         task.finish("completed", done=event)
                     else:
                         task.publish(event)
