@@ -243,8 +243,8 @@ def test_down_names_what_is_up_where_it_ends_nothing(folder: Path, tmp_path: Pat
         (spaced / "two.yml").unlink()  # no file leads to it any more
         expected = [
             "these are up; each line ends one:",
-            f"  kill {os.getpid()}  # http://127.0.0.1:10",
-            f"  model-compose down -f '{spaced}/one.yml'  # http://127.0.0.1:9",
+            f"  kill {os.getpid()}  # http://127.0.0.1:10/api",
+            f"  model-compose down -f '{spaced}/one.yml'  # http://127.0.0.1:9/api",
         ]
         code, out, err = cli("down", cwd=tmp_path)
         assert (code, out, err[: len(nowhere)]) == (1, "", nowhere)

@@ -203,3 +203,20 @@ def test_a_conversation_with_a_mistake_in_it_is_not_sent_as_a_message(project: P
     compose = Compose(load([path]))
     with pytest.raises(InputError, match=r"^input\.messages: expected a list of messages, such as \[\{"):
         compose.check_input({"messages": as_messages('[{"role": "user", "content": "Hi"}')}, None, None)
+
+
+def test_an_empty_text_is_told_once() -> None:
+    """By the note, which says why; where there are several texts, each empty one is marked too."""
+    note = "the text is empty: the model ended at once"
+    alone = webui_runs.current(webui_runs.Run("", {"": ""}, "done", notes=[note]))
+    assert "empty text" not in alone
+    assert '<div class="mc-notice">The text is empty: the model ended at once.</div>' in alone
+    assert "empty text" in webui_runs.current(webui_runs.Run("", {"": ""}, "done"))
+    several = webui_runs.current(webui_runs.Run("", {"a": "", "b": "x"}, "done", notes=[note]))
+    assert several.count("empty text") == 1
+
+
+def test_one_message_is_shown_as_it_was_asked() -> None:
+    turn = {"role": "user", "content": "Hi"}
+    assert webui_runs.asked({"messages": [turn]}) == "Hi"
+    assert webui_runs.asked({"messages": [turn, turn]}).startswith('[{"role": "user"')
