@@ -192,6 +192,8 @@ def test_a_run_shows_its_text_blend_speed_and_identity(page: Any, site: Site) ->
     done = asyncio.run_coroutine_threadsafe(site.compose.answer({"prompt": "Ahoy"}), site.loop).result(30)
     assert text == done.output["generated"]
     facts = page.locator(".mc-done .mc-facts").inner_text()
+    notice = page.locator(".mc-done .mc-notice").inner_text()
+    assert notice == "The text was cut at max_output_length (24 tokens)."
     assert re.search(r"— 24 tokens, [\d.]+ tok/s — [\d.]+ s — identity [0-9a-f]{8}$", facts)
 
 
@@ -307,6 +309,30 @@ def test_errors_are_sentences(page: Any) -> None:
     run(page, "Ahoy")
     playwright.expect(error).to_have_text("the weight of alpaca is empty; type a number, 0 leaves the adapter out")
     assert "Traceback" not in page.content()
+
+
+@in_browser
+def test_a_message_of_a_conversation_is_typed_as_it_is(browser: Any, folder: Path) -> None:
+    path = folder / "chat.yml"
+    chat = tiny.YAML.replace("task: text-generation", "task: chat-completion")
+    path.write_text(chat.replace("text: ${input.prompt as text}", "messages: ${input.messages}"), encoding="utf-8")
+    with served(path) as chat_site:
+        for page in _open(browser, chat_site.page):
+            box = page.get_by_role("textbox", name="messages *")
+            box.fill("What is a haiku?")
+            page.get_by_role("button", name="Run Workflow").click()
+            text = finished(page, "alpaca 0.7 · pirate 0.8 (default)")
+            page.get_by_role("button", name="Do this by API").click()
+            curl = page.locator(".mc-snippet [data-text]").first.text_content()
+            assert '"messages": [{"role": "user", "content": "What is a haiku?"}]' in curl
+            box.fill('[{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "What is a haiku?"}]')
+            page.get_by_role("button", name="Run Workflow").click()
+            playwright.expect(page.locator(".mc-card .mc-asked")).to_have_text(["What is a haiku?"])
+            playwright.expect(page.locator(".mc-done [data-text]").first).not_to_have_text(text)
+            box.fill('[{"role": "user", "content": "What is a haiku?"}')
+            page.get_by_role("button", name="Run Workflow").click()
+            expected = 'messages: expected a list of messages, such as [{"role": "user", "content": "Hello"}]'
+            playwright.expect(page.get_by_role("alert")).to_have_text(expected)
 
 
 @in_browser

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from model_compose import __version__
 from model_compose.commands import adapters
 from model_compose.commands.export import export
 from model_compose.commands.options import (
+    BLEND_FORMS,
     EnvFiles,
     EnvPairs,
     Files,
@@ -27,7 +29,7 @@ from model_compose.commands.options import (
     global_files,
     load_files,
     log_to_stderr,
-    parse_json,
+    parse_blend,
 )
 from model_compose.commands.setup import setup
 from model_compose.errors import ComposeError, ConfigError, Conflict, InputError, LoadError
@@ -127,14 +129,17 @@ def up(
 
 @app.command()
 def down(files: Files = None) -> None:
-    """Stop the service of this file."""
+    """Stop the service of this file. Where there is no file, say what is up."""
     from model_compose.loading import find_files
     from model_compose.running import find
 
-    found = find_files(all_files(files))
+    try:
+        found = find_files(all_files(files))
+    except ConfigError as error:
+        raise ConfigError(str(error), *(_what_is_up() or ["nothing is up"])) from None
     record = find(found)
     if record is None:
-        print(f"{found[0].name} is not up", file=sys.stderr)
+        print("\n".join([f"{found[0].name} is not up", *_what_is_up()]), file=sys.stderr)
         return
     with suppress(ProcessLookupError):  # ended just now
         os.kill(record.pid, signal.SIGTERM)
@@ -154,9 +159,9 @@ def run(
     workflow: Annotated[
         str | None, typer.Argument(metavar="[WORKFLOW]", help="Its id; the default workflow if left out")
     ] = None,
-    input: Annotated[str, typer.Option("--input", "-i", metavar="JSON|@FILE|-", help="The input")] = "{}",
+    input: Annotated[str, typer.Option("--input", "-i", metavar="JSON|TEXT|@FILE|-", help="The input")] = "{}",
     blend: Annotated[
-        str | None, typer.Option("--blend", "-b", metavar="NAME|JSON", help="A blend's name, or weights")
+        str | None, typer.Option("--blend", "-b", metavar=BLEND_FORMS, help="A blend's name, or weights")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", "-s", help="Print the text as it is made")] = False,
     output: Annotated[
@@ -168,11 +173,13 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Run a workflow once, here or on the running service."""
+    from model_compose.commands.inputs import example, read_input, read_text
     from model_compose.oneshot import run_here, run_there
     from model_compose.terminal import Printer, bars, render, write
 
-    value, mix = parse_json(_input_text(input), "--input"), _blend(blend)
+    text, mix = read_text(input), parse_blend(blend)
     loaded = load_files(files, env_files, env)
+    value = read_input(text, loaded, workflow)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(
             f"--output: {output} is a folder" if output.is_dir() else f"--output: no folder {output.parent}"
@@ -181,20 +188,22 @@ def run(
     printer = Printer() if stream and output is None else None
     try:
         if record := _service(loaded):
-            result = run_there(record, loaded, value, workflow, mix, printer)
+            result, notes = run_there(record, loaded, value, workflow, mix, printer)
         else:
-            result = asyncio.run(run_here(loaded, value, workflow, mix, printer, bars()))
+            result, notes = asyncio.run(run_here(loaded, value, workflow, mix, printer, bars()))
     except BaseException as error:
         if printer is not None:
             printer.end_line()
-        if isinstance(error, InputError) and value == {} and (names := _missing(error)):
-            example = json.dumps(dict.fromkeys(names, "…"), ensure_ascii=False)
-            raise InputError(f"{error}; for example --input '{example}'") from None
+        missing = [each for each in getattr(error, "fields", ()) if each.field.startswith("input")]
+        if value == {} and missing:
+            raise InputError(f"{error}; for example {example(loaded, workflow)}") from None
         raise
     if printer is not None:
         printer.finish(result)
     else:
         write(render(result), output)
+    for note in notes:
+        print(f"⚠ {note}", file=sys.stderr)
 
 
 @app.command()
@@ -271,6 +280,20 @@ def _service(loaded: "Loaded") -> "Record | None":
         )
         return None
     return record
+
+
+def _what_is_up() -> list[str]:
+    """What ends each service of this user, after a line that says so; empty where nothing is up."""
+    from model_compose.running import find_all
+
+    lines = []
+    for record in find_all():
+        ends = ["kill", str(record.pid)]  # where the files are gone, or another version wrote the record
+        if record.files and all(Path(file).is_file() for file in record.files):
+            ends = ["model-compose", "down", *(part for file in record.files for part in ("-f", file))]
+        where = record.api + record.base_path if record.api else record.page or "still starting"
+        lines.append(f"  {shlex.join(ends)}  # {where}")
+    return ["these are up; each line ends one:", *lines] if lines else []
 
 
 def _serve(loaded: "Loaded") -> None:
@@ -350,30 +373,6 @@ def _report_health(url: str, report: "Report") -> None:
         progress = httpx.get(url, trust_env=False).json().get("progress")
         if progress:
             report(Progress(**progress))
-
-
-def _missing(error: InputError) -> list[str]:
-    """The names of the fields of the input that an error speaks of."""
-    return [field.field.removeprefix("input.") for field in error.fields if field.field.startswith("input.")]
-
-
-def _input_text(given: str) -> str:
-    """@file and - (standard input) besides the text itself."""
-    if given == "-":
-        return sys.stdin.read()
-    if given.startswith("@"):
-        try:
-            return Path(given[1:]).read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise InputError(f"--input: {given[1:]} cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise InputError(f"--input: {given[1:]} is not UTF-8 text") from None
-    return given
-
-
-def _blend(given: str | None) -> Any:
-    """A name as it is; anything that starts like JSON as JSON."""
-    return parse_json(given, "--blend") if given and given.lstrip()[:1] in "{[" else given
 
 
 def _complain(error: Exception) -> None:

@@ -100,7 +100,7 @@ class Compose:
         """The workflow and the blends that a run would take. Needs no model. Raises NotFound, InputError."""
         chosen = self.config.find_workflow(workflow)
         blends = self._resolve_blends(blend, chosen)
-        variables.check(self._inputs[chosen.id], input)
+        variables.check(self._inputs[chosen.id], input, hands_out_all=variables.hands_out_all(chosen))
         return chosen, blends
 
     def streams(self, job: JobOptions) -> bool:

@@ -27,7 +27,8 @@ LOG_BYTES = 10 << 20
 
 @dataclass(frozen=True)
 class Record:
-    """One running service. config: the fingerprint of what it serves. ready: its models are loaded."""
+    """One running service. files: what it was started with. config: the fingerprint of what it serves. ready: its models
+    are loaded."""
 
     pid: int
     config: str = ""
@@ -35,6 +36,7 @@ class Record:
     page: str | None = None
     base_path: str = ""
     ready: bool = False
+    files: tuple[str, ...] = ()
 
 
 def state_dir() -> Path:
@@ -119,7 +121,7 @@ def hold(files: Sequence[Path], config: Config) -> Iterator[Running]:
     _state(files, "lock").chmod(FILE_MODE)
     path = _state(files, "json")
     try:
-        yield Running(path, Record(os.getpid(), fingerprint(config)))
+        yield Running(path, Record(os.getpid(), fingerprint(config), files=tuple(map(str, files))))
     finally:
         path.unlink(missing_ok=True)
         lock.release()
@@ -133,15 +135,25 @@ def already_up(files: Sequence[Path], record: Record | None) -> Conflict:
 
 def find(files: Sequence[Path]) -> Record | None:
     """The service of these files that is up now, else None. Clears away what a killed one left."""
-    path = _state(files, "json")
+    return _find(_state(files, "json"))
+
+
+def find_all() -> list[Record]:
+    """Every service of this user that is up now."""
+    return [record for path in sorted(state_dir().glob("*.json")) if (record := _find(path)) is not None]
+
+
+def _find(path: Path) -> Record | None:
+    """The service whose record stands there, if it is up."""
     if not path.is_file():
         return None
-    lock = FileLock(_state(files, "lock"), mode=FILE_MODE)
+    lock = FileLock(path.with_suffix(".lock"), mode=FILE_MODE)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         try:
-            return Record(**json.loads(path.read_text(encoding="utf-8")))
+            record = Record(**json.loads(path.read_text(encoding="utf-8")))
+            return replace(record, files=tuple(record.files))  # a list in JSON
         except (OSError, ValueError, TypeError):  # ended in between, or written by another version
             return None
     path.unlink(missing_ok=True)

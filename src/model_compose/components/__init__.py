@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from model_compose.errors import NotFound
 from model_compose.expressions import Path as ValuePath
 from model_compose.expressions import Template, parse
-from model_compose.generation import Usage
+from model_compose.generation import Finish, Usage
 from model_compose.lora.blend import Blend
 from model_compose.progress import Report
 from model_compose.registry import Registry
@@ -33,12 +33,17 @@ class Delta:
 
 @dataclass(frozen=True)
 class Answer:
-    """Which model component answered, under which blend, at what cost."""
+    """Which model component answered, under which blend, at what cost, and how its text ended.
+
+    finish_reason: of each text, where the component's value is a list of texts. notes: sentences for a person.
+    """
 
     component: str
     blend: Blend
     identity: str
     usage: Usage
+    finish_reason: Finish | tuple[Finish, ...] = "stop"
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,11 @@ class ActionOptions(Options):
     """What every action has. `output` maps the component's `result`.
 
     needs: fields (any one of them) without which the action cannot run; input that feeds only other fields is optional.
+    structured: fields, dotted, that plain text cannot fill, so that a form asks for JSON.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    structured: ClassVar[tuple[str, ...]] = ()
     id: str = "__action__"
     output: TemplateValue = None
     default: bool = False

@@ -78,6 +78,10 @@ class Engine(Protocol):
     def identity(self, blend: Blend) -> str:
         """The blend's digest over base, adapter contents, weights and method."""
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the base brings one; False before it is loaded and once it is closed."""
+
     def stats(self) -> Stats | None:
         """As of now, from any thread, without waiting; None before it is loaded and once it is closed."""
 

@@ -11,6 +11,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from model_compose.generation import Finish
 from model_compose.servers.wire import PROBLEM_TYPE, STREAM_TYPE
 
 Responses = dict[int | str, dict[str, Any]]
@@ -41,14 +42,21 @@ class Failure(BaseModel):
 
 
 class RunState(BaseModel):
-    """A run's state; `output` once it has completed, `error` once it has failed."""
+    """A run's state; `output` once it has completed, `error` once it has failed.
+
+    finish_reason: stop (by itself, or at a stop sequence) or length (cut at max_output_length, or at the context's end); a
+    list where the model made a list of texts. finish_reason, usage and blend are there where one model answered. notes:
+    sentences for a person, such as why a text is empty.
+    """
 
     task_id: str
     status: Literal["pending", "processing", "cancelling", "cancelled", "completed", "failed"]
     workflow_id: str
     output: Any = None
+    finish_reason: Finish | list[Finish] | None = None
     usage: Usage | None = None
     blend: UsedBlend | None = None
+    notes: list[str] | None = None
     error: Failure | None = None
     session_id: str | None = None
     metadata: dict[str, Any] | None = None
@@ -158,7 +166,7 @@ class Reply(BaseModel):
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Finish
     logprobs: dict[str, Any] | None = None
 
 
@@ -175,7 +183,7 @@ class AssistantMessage(BaseModel):
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Finish
     logprobs: dict[str, Any] | None = None
 
 

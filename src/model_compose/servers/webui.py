@@ -231,7 +231,10 @@ def _ended(
     if error is None:
         done = work.result()
         texts = webui_runs.texts(done.output)
-        return replace(run, status="done", texts=texts, answers=done.answers), Call(workflow, input, done.answers)
+        for note in done.notes:
+            log.info("workflow '%s': %s", workflow.id, note)
+        run = replace(run, status="done", texts=texts, answers=done.answers, notes=done.notes)
+        return run, Call(workflow, input, done.answers)
     if not isinstance(error, ComposeError):
         log.error("workflow '%s' failed", workflow.id, exc_info=error)
         return replace(run, status="failed", error="The run failed; the server's log has the details."), None

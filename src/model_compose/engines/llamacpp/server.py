@@ -214,6 +214,10 @@ class ServerEngine:
         check_loaded(blend, loaded.adapters)
         return blend.identity(loaded.identity, {name: loaded.adapters[name].digest for name in blend.active})
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._loaded is not None and bool(self._loaded.tokenizer.chat_template)
+
     def stats(self) -> Stats | None:
         loaded = self._loaded
         if loaded is None:

@@ -266,6 +266,10 @@ class VllmEngine:
         check_loaded(blend, adapters)
         return blend.identity(self._loaded.base.identity, {name: adapters[name].digest for name in blend.active})
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._loaded is not None and bool(self._loaded.tokenizer.chat_template)
+
     def stats(self) -> Stats | None:
         return self._stats
 
