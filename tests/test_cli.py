@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -64,12 +65,9 @@ def cli(*arguments: str, cwd: Path, stdin: str = "", **how: Any) -> tuple[int, s
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A folder with the tiny project's YAML alone: enough for everything that loads no model."""
-    path = tmp_path / "app.v1"
-    path.mkdir()
-    (path / "model-compose.yml").write_text(tiny.YAML, encoding="utf-8")
-    return path
+def folder(tmp_path: Path, project: Path) -> Path:
+    """A folder with a tiny project of its own."""
+    return shutil.copytree(project.parent, tmp_path / "app.v1")
 
 
 @contextmanager
@@ -513,13 +511,15 @@ def test_up_run_down(project: Path) -> None:
             os.kill(found.pid, signal.SIGKILL)
 
 
-def test_load_that_fails_is_told_by_run_and_by_up(project: Path) -> None:
+def test_what_cannot_be_loaded_is_told_by_every_command(project: Path) -> None:
     cwd = project.parent
     (cwd / "missing.yml").write_text(tiny.YAML.replace("./pirate", "./priate"), encoding="utf-8")
     expected = (
-        f"❌ adapter 'pirate': There is no file or folder {cwd / 'priate'}, where './priate' leads from {cwd}: correct the "
-        "path.\n"
+        "❌ missing.yml:15: component.peft_adapters.1.model: adapter 'pirate': There is no file or folder "
+        f"{cwd / 'priate'}, where './priate' leads from {cwd}: correct the path.\n"
     )
+    assert cli("validate", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
+    assert cli("plan", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
     assert cli("run", "-f", "missing.yml", "--input", INPUT, cwd=cwd) == (1, "", expected)
     code, out, err = cli("up", "-d", "-f", "missing.yml", cwd=cwd)
     assert (code, out) == (1, "")

@@ -208,8 +208,12 @@ def run(
 
 @app.command()
 def validate(files: Files = None, env_files: EnvFiles = None, env: EnvPairs = None) -> None:
-    """Check the file without loading any model."""
-    config = load_files(files, env_files, env).config
+    """Check the file, and the models and adapters on this machine that it names, without loading them."""
+    from model_compose.preflight import check_files
+
+    loaded = load_files(files, env_files, env)
+    check_files(loaded)
+    config = loaded.config
     server = config.serving.server
     counts = f"{len(config.all_components)} component(s), {len(config.all_workflows)} workflow(s)"
     print(f"✅ Configuration is valid (controller: {server.type if server else 'none'}, {counts})")

@@ -172,10 +172,9 @@ def _warnings(adapter: LoraAdapter, config: Mapping[str, Any], base: Base | None
     from model_compose.engines.huggingface.model import other_base
 
     found = []
-    if base is not None and other_base(adapter, base.options, base.fetched):
+    if base is not None and (other := other_base(adapter, base.options, base.fetched)):
         found.append(
-            f"was trained on {adapter.base}, but the base model is {describe(base.options.model)}; the shapes fit, the "
-            "text may still suffer"
+            f"was trained on {adapter.base}, but the base model is {other}; the shapes fit, the text may still suffer"
         )
     zeros = [path for path, factors in adapter.modules.items() if not (factors.a.any() and factors.b.any())]
     if len(zeros) == len(adapter.modules):

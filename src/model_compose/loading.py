@@ -16,7 +16,7 @@ from model_compose.config import Config
 from model_compose.errors import ConfigError, RunError
 from model_compose.explain import SECRETS, explain, place
 from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, convert, parse_reference, split
-from model_compose.nodes import at, below, child, compose, merge, typed
+from model_compose.nodes import Keys, at, below, child, compose, merge, typed
 from model_compose.schema import nearest
 from model_compose.workflow import scopes
 
@@ -38,9 +38,9 @@ class Loaded:
     base_dir: Path
     root: Node = field(repr=False)
 
-    def place(self, path: Sequence[str | int]) -> str:
-        """ "file:line: keys" of what stands at a path of keys."""
-        return place(self.root, path)
+    def place(self, keys: Keys) -> str:
+        """ "file:line: keys" of what stands there."""
+        return place(self.root, keys)
 
 
 def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
@@ -73,7 +73,7 @@ def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> Loaded:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(*explain(error, root)) from None
-    if nowhere := [f"{place(root, problem.path)}: {problem.message}" for problem in scopes.problems(config)]:
+    if nowhere := [f"{place(root, problem.keys)}: {problem.message}" for problem in scopes.problems(config)]:
         raise ConfigError(*nowhere)
     return Loaded(config, tuple(files), base_dir, root)
 

@@ -15,6 +15,9 @@ from model_compose.errors import ConfigError
 
 Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+Keys = tuple[str | int, ...]
+"""Where something stands in a file: keys of mappings, indices of lists."""
+
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
 _PLAIN_TAGS = {f"{_TAG}{name}" for name in ("map", "seq", "str", "null", "bool", "int", "float")}

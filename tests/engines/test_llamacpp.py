@@ -321,7 +321,10 @@ async def test_what_is_no_gguf_file_or_too_small_a_cache_is_one_sentence(project
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": "./base"}, r"'model': it needs a GGUF file, and ./base is none; name one by 'path'"),
+        (
+            {"model": {"path": "./base", "filename": "model.safetensors"}},
+            r"'model': it needs a GGUF file, and ./base/model.safetensors is none; name one by 'filename'",
+        ),
         ({"model": "org/base"}, r"'model': it needs a GGUF file, and org/base is none; name one by 'filename'"),
         ({"precision": "bfloat16"}, "'precision': .*float16 or float32"),
         ({"quantization": "int8"}, "'quantization': .*take a file of another quantisation"),

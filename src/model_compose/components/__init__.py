@@ -3,7 +3,7 @@
 A new component type is one file here plus its line in COMPONENTS: a class with the methods of `Component` and `Options`.
 """
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -15,6 +15,7 @@ from model_compose.expressions import Path as ValuePath
 from model_compose.expressions import Template, parse
 from model_compose.generation import Finish, Usage
 from model_compose.lora.blend import Blend
+from model_compose.nodes import Keys
 from model_compose.progress import Report
 from model_compose.registry import Registry
 from model_compose.room import Place
@@ -154,3 +155,9 @@ def one_or_many(one: T | None, many: tuple[T, ...]) -> Iterator[T]:
     if one is not None:
         yield one
     yield from many
+
+
+def located(one: Any, many: Sequence[Any], key: str) -> list[tuple[Keys, Any]]:
+    """What stands under a key of the dialect and under its plural, each with its path in the YAML."""
+    alone = [] if one is None else [((key,), one)]
+    return [*alone, *(((f"{key}s", number), each) for number, each in enumerate(many))]

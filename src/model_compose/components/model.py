@@ -232,6 +232,10 @@ class ChatCompletionOptions(LanguageModelOptions):
     action: ChatCompletionAction | None = None  # type: ignore[valid-type]
     actions: tuple[ChatCompletionAction, ...] = ()  # type: ignore[valid-type]
 
+    @property
+    def chats(self) -> bool:
+        return True
+
 
 INPUTS: dict[str, type[TextGeneration] | type[ChatCompletion]] = {
     "text-generation": TextGeneration,

@@ -217,6 +217,11 @@ class ModelOptions(Options):
     def adapter_names(self) -> tuple[str, ...]:
         return tuple(adapter.name or f"peft_adapter_{index}" for index, adapter in enumerate(self.peft_adapters))
 
+    @property
+    def chats(self) -> bool:
+        """Whether its task needs the base's chat template."""
+        return False
+
     def to_blends(self) -> Blends:
         """The vocabulary of blends: the adapters, the named blends, and the default from the adapters' weights."""
         weights = {name: adapter.weight for name, adapter in zip(self.adapter_names, self.peft_adapters, strict=True)}

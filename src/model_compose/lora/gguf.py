@@ -6,12 +6,13 @@ architectures do is listed here, each tried against llama.cpp's own converter; a
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from model_compose.errors import AdapterError
+from model_compose.lora.adapter import ModuleShape
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,26 @@ class Architecture:
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
         found = gguf.get_tensor_name_map(arch, self.layers).get_type_and_name(path)
         return (found[0].name, f"{found[1]}.weight") if found and found[0].name in ADAPTED else None
+
+    def shape(self, path: str, matrices: Mapping[str, tuple[int, ...]]) -> ModuleShape | None:
+        """What a base of this architecture has at a module's path in transformers; None where it has nothing.
+
+        matrices: its matrices' dimensions by GGUF name, from the innermost.
+        """
+        if (found := self.tensor(path)) is None:
+            return None
+        kind, name = found
+        # The head has a tensor of its own only where it is not the embedding's.
+        own = "token_embd.weight" if kind == "OUTPUT" and self.tied else name
+        if own not in matrices:
+            return None
+        inputs, outputs = matrices[own]
+        # An embedding's matrix has a row for each token.
+        return (
+            ModuleShape("embedding", outputs, inputs)
+            if kind == "TOKEN_EMBD"
+            else ModuleShape("linear", inputs, outputs)
+        )
 
 
 def write_gguf(adapter: "LoraAdapter", base: Architecture, path: Path) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from model_compose.components import ActionOptions, ComponentOptions, pick
+from model_compose.components import ActionOptions, ComponentOptions, located, pick
 from model_compose.config import Config
 from model_compose.expressions import Path, Reference, Splice, Template, parse
+from model_compose.nodes import Keys
 from model_compose.schema import nearest
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
@@ -18,31 +19,26 @@ Shape = Mapping[str, Any] | Literal["text"] | None
 
 @dataclass(frozen=True)
 class Problem:
-    """path: the keys of the YAML that lead to the expression."""
+    """keys: those of the YAML that lead to the expression."""
 
-    path: Path
+    keys: Keys
     message: str
 
 
 def problems(config: Config) -> Iterator[Problem]:
     """Every expression of the file that names what is not there."""
-    for at, workflow in _located(config.workflow, config.workflows, "workflow"):
+    for at, workflow in located(config.workflow, config.workflows, "workflow"):
         yield from _of_workflow(at, workflow, config)
-    for at, component in _located(config.component, config.components, "component"):
+    for at, component in located(config.component, config.components, "component"):
         options: Any = component
-        for place, action in _located(options.action, options.actions, "action"):
+        for place, action in located(options.action, options.actions, "action"):
             yield from _of_action((*at, *place), action, component, config)
 
 
-def _located(one: Any, many: Any, key: str) -> list[tuple[Path, Any]]:
-    """What stands under a key and its plural, with the paths."""
-    return [*([((key,), one)] if one is not None else []), *(((f"{key}s", i), each) for i, each in enumerate(many))]
-
-
-def _of_workflow(at: Path, workflow: WorkflowOptions, config: Config) -> Iterator[Problem]:
+def _of_workflow(at: Keys, workflow: WorkflowOptions, config: Config) -> Iterator[Problem]:
     done: Shape = {job.id: {"output": _output(job, config)} for job in workflow.all_jobs}
     scope = {"input": None, "context": None, "jobs": done}
-    for place, job in _located(workflow.job, workflow.jobs, "job"):
+    for place, job in located(workflow.job, workflow.jobs, "job"):
         own = {**scope, "output": _result(job, config)}
         before = _before(job, workflow)
         for key, template, names in (("input", job.input_template, scope), ("output", job.output_template, own)):
@@ -54,7 +50,7 @@ def _of_workflow(at: Path, workflow: WorkflowOptions, config: Config) -> Iterato
         yield from _in_scope((*at, "output"), parse(workflow.output), scope)
 
 
-def _of_action(at: Path, action: ActionOptions, component: ComponentOptions, config: Config) -> Iterator[Problem]:
+def _of_action(at: Keys, action: ActionOptions, component: ComponentOptions, config: Config) -> Iterator[Problem]:
     scope: dict[str, Shape] = {"input": None, "context": None}
     for field, template in action.fields().items():
         found = list(_in_scope((*at, field), template, scope))
@@ -66,7 +62,7 @@ def _of_action(at: Path, action: ActionOptions, component: ComponentOptions, con
 
 
 def _never_given(
-    at: Path, reference: Reference, action: ActionOptions, component: ComponentOptions, config: Config
+    at: Keys, reference: Reference, action: ActionOptions, component: ComponentOptions, config: Config
 ) -> Iterator[Problem]:
     """An action cannot run without the field, and a job that runs it spells its input out and leaves that part away."""
     if reference.key != "input" or reference.default is not None:
@@ -85,17 +81,17 @@ def _never_given(
                 yield Problem(at, f"{reference.source}: {message}")
 
 
-def _in_scope(at: Path, template: Template, scope: Mapping[str, Shape]) -> Iterator[Problem]:
+def _in_scope(at: Keys, template: Template, scope: Mapping[str, Shape]) -> Iterator[Problem]:
     for path, reference in _references(template):
         if message := _nowhere(reference, scope):
             yield Problem((*at, *path), message)
 
 
-def _references(template: Template) -> Iterator[tuple[Path, Reference]]:
+def _references(template: Template) -> Iterator[tuple[Keys, Reference]]:
     """Every expression with its place in the template."""
     for path, leaf in template.leaves():
         for reference in Template(leaf).references():
-            yield path, reference
+            yield tuple(step for step in path if not isinstance(step, slice)), reference
 
 
 def _nowhere(reference: Reference, scope: Mapping[str, Shape]) -> str | None:

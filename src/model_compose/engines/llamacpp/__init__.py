@@ -22,7 +22,7 @@ from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blends
 from model_compose.progress import Progress, Report
 from model_compose.schema import Options, Seconds
-from model_compose.sources import HuggingfaceSource, describe
+from model_compose.sources import LocalSource, PypiSource, describe
 
 if TYPE_CHECKING:
     from model_compose.engines.llamacpp.base import Base
@@ -114,12 +114,14 @@ class LlamacppEngine(SteppingEngine):
         refuse_full_rank(options)
         own, source = options.options, options.model
         assert isinstance(own, LlamacppOptions)
-        file = source.filename if isinstance(source, HuggingfaceSource) else source.path
+        # Whether a local folder holds a GGUF file is seen when it is looked at (see parts.check_base_file).
+        file = source.path if isinstance(source, PypiSource) else source.filename
+        may_hold_one = isinstance(source, LocalSource) and source.filename is None
         placed = any(a.device is not None or a.precision not in ("auto", "float32") for a in options.peft_adapters)
-        key = "filename" if isinstance(source, HuggingfaceSource) else "path"
+        key = "path" if isinstance(source, PypiSource) else "filename"
         refused = {
             "model": (
-                not (file or "").endswith(".gguf"),
+                not may_hold_one and not (file or "").endswith(".gguf"),
                 f"it needs a GGUF file, and {describe(source)} is none; name one by '{key}', or use driver: huggingface",
             ),
             "precision": (

@@ -1,21 +1,19 @@
 """What a GGUF base says of itself: its architecture, its modules' shapes, its context. Reads headers, no weights."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model_compose.engines.on_disk import gguf_parts
 from model_compose.errors import AdapterError, LoadError
-from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
+from model_compose.lora.adapter import LoraAdapter, check
 from model_compose.lora.gguf import Architecture, checked_name
 
 if TYPE_CHECKING:
     import gguf
     import torch
-
-_SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -52,20 +50,9 @@ class Base:
 
     def check(self, adapter: LoraAdapter) -> None:
         """The preflight: every module of the adapter exists here and fits. Raises AdapterError."""
-        shapes = {}
-        for path in adapter.modules:
-            if found := self.architecture.tensor(path):
-                kind, name = found
-                # The head has a tensor of its own only where it is not the embedding's.
-                own = "token_embd.weight" if kind == "OUTPUT" and self.architecture.tied else name
-                if own in self.matrices:
-                    inputs, outputs = map(int, self.matrices[own].shape)
-                    embedding = kind == "TOKEN_EMBD"  # its matrix has a row for each token
-                    shapes[path] = (
-                        ModuleShape("embedding", outputs, inputs)
-                        if embedding
-                        else ModuleShape("linear", inputs, outputs)
-                    )
+        sizes = {name: tuple(map(int, matrix.shape)) for name, matrix in self.matrices.items()}
+        found = {path: self.architecture.shape(path, sizes) for path in adapter.modules}
+        shapes = {path: shape for path, shape in found.items() if shape is not None}
         check(adapter, shapes)
         for name, copy in adapter.copies.items():
             if not self._holds(name, copy):
@@ -97,7 +84,7 @@ def read_base(file: Path, identity: str) -> Base:
     import gguf
 
     try:
-        readers = [gguf.GGUFReader(path) for path in _shards(file)]
+        readers = [gguf.GGUFReader(path) for path in gguf_parts(file)]
     except (ValueError, OSError, IndexError) as error:
         raise LoadError(f"{file} is no GGUF file that can be read ({error}); download it again") from error
     fields = readers[0].fields
@@ -118,21 +105,6 @@ def check_all(base: Base, adapters: Iterable[LoraAdapter]) -> None:
     """Raises AdapterError for the first adapter that does not fit."""
     for adapter in adapters:
         base.check(adapter)
-
-
-def _shards(file: Path) -> list[Path]:
-    """All files of a split base. Raises LoadError where `file` is not the first, or one is missing."""
-    if (match := _SHARD.match(file.name)) is None:
-        return [file]
-    start, number, count = match.groups()
-    if int(number) != 1:
-        raise LoadError(f"{file} is a later part of a base; name its first, {start}00001-of-{count}.gguf")
-    files = [file.with_name(f"{start}{part:05}-of-{count}.gguf") for part in range(1, int(count) + 1)]
-    if missing := [each.name for each in files if not each.exists()]:
-        raise LoadError(
-            f"{file} is the first of {int(count)} parts, and there is no {missing[0]} beside it; download it too"
-        )
-    return files
 
 
 def _value(fields: Mapping[str, Any], key: str, file: Path) -> Any:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model_compose.engines import ModelOptions
+from model_compose.engines.on_disk import check_kind
 from model_compose.engines.parts import fetch_adapters, load_tokenizer
 from model_compose.engines.vllm.server import RANKS
 from model_compose.errors import AdapterError, InputError, LoadError
@@ -49,16 +50,13 @@ def load(
     # The configs come first, and decide whether the weights are worth fetching.
     small = SMALL_FILES if isinstance(options.model, HuggingfaceSource) else None
     base = fetch(options.model, base_dir=base_dir, only=small, report=report)
-    if base.file is not None:
-        raise LoadError(
-            f"{name} is a single file, and vllm takes a folder of safetensors; for GGUF use driver: llamacpp"
-        )
+    check_kind(base, "vllm")
     with load_errors(name, meta):
         config = base_config(base, trust_remote_code)
         shapes = module_shapes(on_meta(config, trust_remote_code))
         for adapter in adapters.values():
             check_adapter(adapter, shapes)
-        tokenizer = load_tokenizer(base, trust_remote_code)
+        tokenizer = load_tokenizer(base, trust_remote_code, chat=options.chats)
         eos = _eos(base, config, tokenizer)
     if weights and small is not None:
         base = fetch(options.model, base_dir=base_dir, report=report)

@@ -7,7 +7,7 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 from model_compose.engines import ModelOptions
 from model_compose.engines.parts import refuse_common, refuse_full_rank
 from model_compose.schema import Options, Seconds
-from model_compose.sources import HuggingfaceSource, LocalSource
+from model_compose.sources import LocalSource, PypiSource
 
 FILE_ENDINGS = (".gguf", ".bin", ".safetensors", ".pt")
 START_SECONDS = 600.0
@@ -63,7 +63,7 @@ def refuse(options: ModelOptions) -> None:
     refuse_full_rank(options)
     own, model = options.options, options.model
     assert isinstance(own, VllmOptions)
-    file = model.filename if isinstance(model, HuggingfaceSource) else None
+    file = None if isinstance(model, PypiSource) else model.filename
     if isinstance(model, LocalSource) and model.path.endswith(FILE_ENDINGS):
         file = model.path
     refused = {
