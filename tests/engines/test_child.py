@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from model_compose.engines import child as module
-from model_compose.engines.child import Child
+from model_compose.engines.child import Child, inherited
 from model_compose.errors import LoadError
 from tests.waiting import until
 
@@ -71,6 +71,11 @@ def parent_of(pid: int) -> int:
     return int(stat(pid)[1])
 
 
+def environment_of(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().rstrip("\0").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def stat(pid: int) -> list[str]:
     """State, parent and so on (proc(5))."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -86,6 +91,18 @@ def start_when_told(engine: Any, monkeypatch: pytest.MonkeyPatch) -> asyncio.Eve
 
     monkeypatch.setattr(engine._child, "_start", wait_and_start)
     return told
+
+
+def test_a_server_inherits_what_it_needs_and_no_secret() -> None:
+    needed = {
+        "PATH": "/bin", "HOME": "/h", "LC_ALL": "C", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "2", "HF_HOME": "/hf",
+        "TOKENIZERS_PARALLELISM": "false", "LD_LIBRARY_PATH": "/l", "VLLM_CACHE_ROOT": "/c", "GGML_CUDA_FORCE_MMQ": "1",
+    }  # fmt: skip
+    others = (
+        "HF_TOKEN", "VLLM_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "DATABASE_URL", "PYTHONPATH", "PYTHONHOME",
+        "VIRTUAL_ENV", "LLAMA_ARG_CACHE_RAM", "LLAMA_API_KEY", "SSH_AUTH_SOCK", "PATHS", "https_proxy",
+    )  # fmt: skip
+    assert inherited(needed | dict.fromkeys(others, "hidden")) == needed
 
 
 async def test_its_lines_are_logged_under_its_name_and_close_ends_all_of_it(

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from model_compose.engines import Engine, child
 from model_compose.engines.llamacpp.llama import Settings
-from model_compose.engines.llamacpp.server import ServerEngine, command, environment
+from model_compose.engines.llamacpp.server import ServerEngine, command
 from model_compose.engines.llamacpp.slots import Slots
 from model_compose.errors import InputError, LoadError, NotReady, Overloaded, RunError
 from model_compose.generation import Request, ResponseFormat, Sampling
@@ -279,6 +279,7 @@ async def test_what_it_cannot_do_exactly_is_the_requests_fault(engine: ServerEng
     ("changes", "said"),
     [
         ({"options": {"start_timeout": 3}}, "'start_timeout' is for a llama-server"),
+        ({"options": {"env": {"A": "1"}}}, "'env' is for a llama-server"),
         (
             {"options": {"server": "x"}, "allow_runtime_adapters": True},
             "'allow_runtime_adapters': llama-server loads adapters when it starts",
@@ -300,7 +301,7 @@ async def test_a_binary_that_is_not_there_or_does_not_serve_is_one_sentence(proj
         await opened(project.parent, "llamacpp", options={"server": sys.executable})
 
 
-def test_the_command_line_and_its_variables(tmp_path: Path) -> None:
+def test_the_command_line(tmp_path: Path) -> None:
     settings = Settings(256, 3, 64, 2, 0, kv_float32=True, flash_attention=False)
     loaded: Any = SimpleNamespace(settings=settings, base=Path("/m.gguf"), files=(Path("/0.gguf"), Path("/1.gguf")))
     line = " ".join(command(Path("/s"), loaded, Path("/llama.sock")))
@@ -309,7 +310,6 @@ def test_the_command_line_and_its_variables(tmp_path: Path) -> None:
         "--cache-ram 0", "--no-kv-unified", "--no-context-shift", "--lora /0.gguf,/1.gguf", "--device none",
     ):  # fmt: skip
         assert f"{part} " in f"{line} "
-    assert environment({"LLAMA_ARG_CACHE_RAM": "8", "LLAMA_API_KEY": "x", "PATH": "/bin"}) == {"PATH": "/bin"}
 
 
 # Slots and turns.

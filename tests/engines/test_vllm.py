@@ -31,7 +31,7 @@ from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import silent
 from tests import tiny
 from tests.engines import vllm_stand_in
-from tests.engines.test_child import start_when_told
+from tests.engines.test_child import environment_of, start_when_told
 from tests.waiting import until
 
 ALPACA = Blend({"alpaca": 1.0})
@@ -156,13 +156,22 @@ async def test_too_many_texts_are_turned_away(python: str, project: Path) -> Non
         await answer(engine, "Hello")
 
 
-async def test_an_adapter_that_vllm_does_not_take_is_named_while_loading(
-    python: str, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NO_MLP", "1")
+async def test_an_adapter_that_vllm_does_not_take_is_named_while_loading(python: str, project: Path) -> None:
     with pytest.raises(AdapterError, match=r"adapter 'pirate': vLLM does not take it: .*received \['mlp'\]"):
-        async with opened(project.parent, python=python):
+        async with opened(project.parent, python=python, env={"NO_MLP": "1"}):
             pass
+
+
+async def test_the_server_inherits_no_secret(python: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of somebody else")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    async with opened(project.parent, python=python, env={"MINE": "yes"}) as engine:
+        assert engine._child is not None
+        assert engine._child._process is not None
+        given = environment_of(engine._child._process.pid)
+    assert (given["PATH"], given["CUDA_VISIBLE_DEVICES"], given["MINE"]) == (os.environ["PATH"], "0", "yes")
+    assert not given.keys() & {"OPENAI_API_KEY", "HF_TOKEN", "PYTHONPATH"}
 
 
 async def test_what_does_not_fit_the_base_is_found_before_the_server_starts(project: Path, python: str) -> None:
@@ -219,6 +228,7 @@ async def test_a_running_server_is_used_and_left_as_it_was(python: str, project:
     [
         ({"options": {"fold": "never"}}, "unknown key 'fold'"),
         ({"options": {"max_lora_rank": 12}}, "8, 16, 32, 64, 128, 256, 320 or 512"),
+        ({"options": {"base_url": "http://x", "env": {"A": "1"}}}, "'env' is for a server that model-compose starts"),
         ({"options": {"base_url": "http://x", "python": "/p"}}, "'python' is for a server that model-compose starts"),
         ({"options": {"api_key": "x"}}, "'api_key' is for a server at 'base_url'"),
         (
@@ -312,10 +322,12 @@ def test_the_command_line_and_its_variables(tmp_path: Path) -> None:
         "--kv-cache-memory-bytes 1073741824", "--enable-lora", "--no-enable-prefix-caching", "--trust-remote-code",
     ):  # fmt: skip
         assert f"{part} " in f"{line} "
-    made = environment(installed, {"PYTHONPATH": "/ours", "HF_TOKEN": "t", "VLLM_NO_USAGE_STATS": "0"}, [2, 3])
-    assert "PYTHONPATH" not in made
-    assert (made["HF_TOKEN"], made["VLLM_NO_USAGE_STATS"], made["VLLM_CPU_OMP_THREADS_BIND"]) == ("t", "0", "2,3")
-    assert "LD_PRELOAD" not in made
+    own = {"PYTHONPATH": "/ours", "HF_TOKEN": "t", "VLLM_NO_USAGE_STATS": "0", "OMP_NUM_THREADS": "2"}
+    made = environment(installed, own, [2, 3], {"MINE": "1", "OMP_NUM_THREADS": "4"})
+    assert made == {
+        "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "0", "VLLM_CPU_OMP_THREADS_BIND": "2,3",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "MINE": "1", "OMP_NUM_THREADS": "4",
+    }  # fmt: skip
 
 
 def prompt(sampling: Sampling, room: int = 100) -> Prompt:

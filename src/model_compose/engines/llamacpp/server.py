@@ -20,7 +20,7 @@ import httpx
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
-from model_compose.engines.child import Child
+from model_compose.engines.child import Child, inherited
 from model_compose.engines.connection import Connection
 from model_compose.engines.llamacpp import LlamacppEngine, LlamacppOptions
 from model_compose.engines.llamacpp.completion import ends, refuse
@@ -104,9 +104,10 @@ class ServerEngine:
             self._prompts = Prompts(loaded.tokenizer, loaded.context)
             self._connection = Connection("http://llama-server", socket=folder / SOCKET)
             public = "default" if self._options.id == "__component__" else self._options.id  # as on /v1
+            variables = inherited(os.environ) | self._own.env
             self._child = Child(
-                public, command(binary, loaded, folder / SOCKET), inherited(os.environ) | self._own.env, self._connection.is_ready,
-                self._start_afresh, patience=self._own.start_timeout,
+                public, command(binary, loaded, folder / SOCKET), variables, self._connection.is_ready, self._start_afresh,
+                patience=self._own.start_timeout,
             )  # fmt: skip
             report(Progress("starting llama-server", 0, 1, "servers"))
             await self._child.start()
@@ -305,5 +306,3 @@ def command(binary: Path, loaded: Loaded, socket: Path) -> list[str]:
     flags = ("no-kv-unified", "no-context-shift", "no-webui", "offline", "lora-init-without-apply")
     options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     return [str(binary), *options, *(f"--{flag}" for flag in flags)]
-
-

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_compose.engines.child import inherited
 from model_compose.environments import environment_folder, python_of
 from model_compose.errors import LoadError
 from model_compose.sources.local import absolute
@@ -116,7 +117,7 @@ def environment(
         openmp = installed.python.parents[1] / "lib" / "libiomp5.so"
         if openmp.exists():
             made["LD_PRELOAD"] = str(openmp)
-    return made | inherited(own) | further | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    return {**made, **inherited(own), **further, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
 def cores() -> list[int]:
