@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from model_compose.errors import AdapterError
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check, check_copy
 from model_compose.lora.blend import Blend, delta
 from model_compose.lora.folding import add_in_blocks, page_out, swap, untie
@@ -84,6 +85,7 @@ class LoraModel:
         self._on_device: dict[str, None] = {}
         self._stack: frozenset[str] = frozenset()
         self._idle_uses = 0
+        self._unfit: Mapping[str, str] = {}
         self._sites: dict[str, Site] = {}
         self._originals: dict[str, Tensor] = {}
         self._rested: dict[Method | None, tuple[Blend, dict[str, Tensor]]] = {}
@@ -106,6 +108,7 @@ class LoraModel:
         """Attaches one more adapter, live, under `key` or its name. Raises AdapterError where it does not fit; nothing has
         changed then."""
         check(adapter, self._shapes)
+        _check_fit(adapter, self._unfit)
         _check_copies(adapter, self.model)
         device = self.model.get_submodule(next(iter(adapter.modules))).weight.device if adapter.modules else None
         assert device is None or isinstance(device, torch.device)
@@ -114,6 +117,12 @@ class LoraModel:
         for path in adapter.modules:
             if path not in self._sites:
                 self._attach(path)
+
+    def refuse(self, unfit: Mapping[str, str]) -> None:
+        """From now on takes no adapter for these modules. Values: why. Raises AdapterError where one acts on them."""
+        self._unfit = unfit
+        for adapter in self.adapters.values():
+            _check_fit(adapter, unfit)
 
     def unload(self, name: str) -> None:
         """Takes an adapter away. No request may use it any more."""
@@ -368,6 +377,14 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     """The dtype in which the model's activations are: that of what is not quantised, most often the embedding."""
     found = (parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point)
     return next(found, torch.float32)
+
+
+def _check_fit(adapter: LoraAdapter, unfit: Mapping[str, str]) -> None:
+    for path in adapter.modules.keys() & unfit.keys():
+        raise AdapterError(
+            f"adapter '{adapter.name}': it acts on {path}, where the embedded engine cannot add it to each token: "
+            f"{unfit[path]}. Such an adapter is refused."
+        )
 
 
 def _check_copies(adapter: LoraAdapter, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_compose.engines.huggingface.attention import Decode, Pass, attend_group
+from model_compose.engines.huggingface.attention import Decode, Pass, Scoring, attend_group
 from model_compose.engines.huggingface.cache import LayerShape
 from model_compose.engines.huggingface.decode import NativeLayers
 from model_compose.engines.huggingface.quantized import NativeLinear, quantize
@@ -154,7 +154,7 @@ class Between:
                 self._native.attend(group, number, layer, qkv, turn, out)
                 continue
             rotated = rotated or self._rotated(layer, qkv, turn)
-            attended = attend_group(group, number, *rotated, window=layer.window)
+            attended = attend_group(group, number, *rotated, Scoring(window=layer.window))
             out[group.tokens] = attended.reshape(-1, out.shape[1])
         return out
 
@@ -179,8 +179,8 @@ def native_for(model: nn.Module, device: torch.device) -> Kernels | None:
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether the lean decoder computes this model."""
-    return type(model).__name__ in ARCHITECTURES
+    """Whether the lean decoder computes this model. A config can make a Llama look at later tokens, too: not that one."""
+    return type(model).__name__ in ARCHITECTURES and getattr(model.config, "is_causal", True) is True
 
 
 def _window(attention: Any) -> int | None:

@@ -91,7 +91,6 @@ def load(
             _check_on_meta(options, config, checkpoint, adapters, device, trust_remote_code)
             _warn_of_other_base(adapters, options, base)
         model = _load_model(base, config, options, device, trust_remote_code)
-        _check_layers(model, describe(options.model))
         report(Progress("attaching adapters", 0, len(adapters), "adapters"))
         by_kernel = options.quantization if device.type == "cpu" else None
         if by_kernel is not None and not takes(model):
@@ -105,7 +104,9 @@ def load(
         if takes(model):
             forward = LlamaForward(lora, by_kernel, native)
         else:
-            forward = TransformersForward(model, device, describe(options.model))
+            theirs = TransformersForward(model, device, describe(options.model))
+            lora.refuse(theirs.unfit)
+            forward = theirs
     context = sizes.context_length(model.config, options.max_seq_length)
     loaded = Loaded(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
     if native is None:
@@ -180,6 +181,7 @@ def _check_on_meta(
 ) -> None:
     """That the adapters' shapes fit the base, and all of it into memory. Raises AdapterError, LoadError."""
     model = on_meta(config, trust_remote_code)
+    _check_layers(config, describe(options.model))
     shapes = module_shapes(model)
     for adapter in adapters:
         check(adapter, shapes)
@@ -290,9 +292,8 @@ def _bitsandbytes(options: ModelOptions) -> Any:
     )
 
 
-def _check_layers(model: nn.Module, name: str) -> None:
+def _check_layers(config: Any, name: str) -> None:
     """The KV cache holds what attention layers keep, and nothing else. Raises LoadError."""
-    config: Any = model.config
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
         raise LoadError(
@@ -316,11 +317,13 @@ def load_errors(name: str, device: torch.device) -> Iterator[None]:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(name, device) from error
-    except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # a config or a model's own code may fail in any way
         text = str(error)
         if "allocate memory" in text or "Cannot allocate" in text or "bad alloc" in text:
             raise _out_of_memory(name, device) from error
         first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+        if isinstance(error, AttributeError | TypeError | LookupError | AssertionError):  # their text alone says little
+            first = f"{type(error).__name__}: {first}"
         raise LoadError(f"{name} cannot be loaded as a causal language model: {first}") from error
 
 
