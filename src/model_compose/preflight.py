@@ -21,6 +21,7 @@ from model_compose.lora.adapter import LoraAdapter, ModuleShape, check, read_con
 from model_compose.lora.gguf import PERMUTED, PLAIN, Architecture
 from model_compose.lora.header import has_weights, read_header, shapes_in
 from model_compose.nodes import Keys
+from model_compose.schema import has_expression
 from model_compose.sources import Fetched, ModelSource, at_hand, describe
 
 
@@ -192,7 +193,8 @@ def _check_exactly(
 def _check_actions(findings: Findings, at: Keys, options: Any, base: Base | None) -> None:
     """Formats that no text can keep to, and tokens that the base has not got, where the YAML fixes them."""
     for place, action in located(options.action, options.actions, "action"):
-        format = getattr(action.response_format, "format", None)
+        given = action.response_format
+        format = None if given is None or has_expression(given) else given.format
         if format is not None and options.driver != "vllm":  # vLLM has its own grammars
             from model_compose.engines.huggingface.grammar import check_format
 

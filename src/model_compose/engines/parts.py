@@ -1,7 +1,8 @@
 """What every driver does alike: fetching adapters, and turning prompts into token ids by the base's own tokenizer."""
 
 import re
-from collections.abc import Container, Iterable
+import tempfile
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,20 +109,29 @@ def _gguf_tokenizer(base: Fetched, file: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     header = gguf_header(file)
-    beside: Any = None
-    if (base.folder / "tokenizer.json").is_file():
-        beside = PreTrainedTokenizerFast.from_pretrained(base.folder, local_files_only=True)
     tokens = header.strings("tokenizer.ggml.tokens")
-    if beside is not None and tokens[: len(beside)] == beside.convert_ids_to_tokens(range(len(beside))):
-        tokenizer = beside
+    tokenizer: Any = None
+    if (base.folder / "tokenizer.json").is_file():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(base.folder, local_files_only=True)
+    if tokenizer is not None and _same_tokens(tokenizer, tokens):
         for role in ("bos", "eos"):  # without a tokenizer_config.json nothing else says which they are
             id = header.fields.get(f"tokenizer.ggml.{role}_token_id")
             if isinstance(id, int) and getattr(tokenizer, f"{role}_token_id") is None:
                 setattr(tokenizer, f"{role}_token", tokens[id])
     else:
-        tokenizer = AutoTokenizer.from_pretrained(base.folder, gguf_file=base.file, local_files_only=True)
+        with tempfile.TemporaryDirectory(
+            prefix="model-compose-"
+        ) as alone:  # transformers prefers a tokenizer.json beside
+            (Path(alone) / file.name).symlink_to(file.absolute())
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name, local_files_only=True)
     tokenizer.chat_template = template_beside(base.folder) or header.chat_template
     return tokenizer
+
+
+def _same_tokens(tokenizer: Any, tokens: Sequence[str]) -> bool:
+    """Whether a tokenizer has a GGUF file's tokens. Converters rewrite those that were added to a vocabulary."""
+    own, added = tokenizer.convert_ids_to_tokens(range(len(tokenizer))), tokenizer.added_tokens_decoder
+    return all(id in added or tokens[id : id + 1] == [token] for id, token in enumerate(own))
 
 
 def tokenize(tokenizer: Any, context: int, request: Request) -> list[int]:
