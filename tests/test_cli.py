@@ -521,9 +521,19 @@ def test_what_cannot_be_loaded_is_told_by_every_command(project: Path) -> None:
     assert cli("validate", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
     assert cli("plan", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
     assert cli("run", "-f", "missing.yml", "--input", INPUT, cwd=cwd) == (1, "", expected)
-    code, out, err = cli("up", "-d", "-f", "missing.yml", cwd=cwd)
+    assert cli("up", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
+    assert cli("up", "-d", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
+
+
+def test_what_is_seen_only_while_loading_is_told_by_run_and_by_up(project: Path) -> None:
+    cwd = project.parent
+    (cwd / "card.yml").write_text(tiny.YAML.replace("precision: float32", "device: cuda:7"), encoding="utf-8")
+    code, out, err = cli("run", "-f", "card.yml", "--input", INPUT, cwd=cwd)
     assert (code, out) == (1, "")
-    assert err.startswith(f"{expected}(the service did not start; its log: ")
+    assert err.startswith("❌ device 'cuda:7' does not exist on this machine")
+    code, out, up = cli("up", "-d", "-f", "card.yml", cwd=cwd)
+    assert (code, out) == (1, "")
+    assert up.startswith(f"{err}(the service did not start; its log: ")
 
 
 @pytest.fixture(scope="session")

@@ -166,8 +166,8 @@ def test_a_pickled_adapter_is_left_to_whoever_reads_it(app: Path) -> None:
 # Bases.
 
 
-def shard(base: Path) -> None:
-    """Stores the weights in two files with an index."""
+def shard(base: Path) -> Path:
+    """Stores the weights in two files with an index. Returns the second."""
     tensors = load_file(base / "model.safetensors")
     names = sorted(tensors)
     shards = {f"model-0000{n + 1}-of-00002.safetensors": names[n::2] for n in range(2)}
@@ -176,6 +176,7 @@ def shard(base: Path) -> None:
     weight_map = {name: file for file, inside in shards.items() for name in inside}
     (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (base / "model.safetensors").unlink()
+    return base / "model-00002-of-00002.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -185,10 +186,12 @@ def shard(base: Path) -> None:
         (lambda base: (base / "config.json").unlink(), "has no config.json; is it the folder of a model"),
         (lambda base: (base / "config.json").write_text("{"), "config.json is not valid JSON"),
         (lambda base: (base / "config.json").write_text("[]"), "config.json holds no JSON object"),
-        (lambda base: (base / "tokenizer_config.json").unlink() or (base / "tokenizer.json").unlink(), "has no tokenizer"),
+        (lambda base: [file.unlink() for file in base.glob("tokenizer*")], "has no tokenizer"),
         (lambda base: (base / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
          "model.safetensors is a git-lfs pointer"),
-        (lambda base: shard(base) or (base / "model-00002-of-00002.safetensors").unlink(),
+        (lambda base: (base / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
+         "tokenizer.json is a git-lfs pointer"),
+        (lambda base: shard(base).unlink(),
          "base has no model-00002-of-00002.safetensors, which model.safetensors.index.json lists; download it too"),
     ],
 )  # fmt: skip
@@ -203,7 +206,7 @@ def test_shards_and_pickles_are_weights(app: Path) -> None:
     shard(app / "base")
     assert problems(app) == []
     edit(app, "./pirate", "./alpaca")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted((app / "base").glob("model-*.safetensors")):
         tensors |= load_file(file)
         file.unlink()
@@ -357,6 +360,33 @@ def test_devices_and_quantizations(app: Path) -> None:
     assert problems(app)[0] == (
         "model-compose.yml:13: component.quantization: quantization: nf4 is not available on cpu; on cpu use int8 or int4"
     )
+
+
+def test_programs_that_are_not_there(app: Path, gguf: Path) -> None:
+    edit(app, "  precision: float32", "  driver: llamacpp\n  options: {server: ./llama-server}")
+    (problem,) = problems(app, error=LoadError)
+    assert problem.startswith(
+        "model-compose.yml:13: component.options: options.server: there is no ./llama-server that can"
+    )
+    edit(app, "driver: llamacpp\n  options: {server: ./llama-server}", "driver: vllm\n  options: {python: ./python}")
+    edit(app, "./models", "./base")
+    (problem,) = problems(app, error=LoadError)
+    assert problem.startswith(f"model-compose.yml:13: component.options: options.python: there is no {app}/python; ")
+
+
+def test_ranks_beyond_what_vllm_is_started_for(app: Path) -> None:
+    put(app / "alpaca/adapter_config.json", r=8)
+    tensors = load_file(app / "alpaca/adapter_model.safetensors")
+    twice = {name: torch.cat([t, t], dim=int("lora_B" in name)) for name, t in tensors.items()}
+    save_file(twice, app / "alpaca/adapter_model.safetensors", metadata={"format": "pt"})
+    edit(app, "  precision: float32", "  driver: vllm\n  options: {max_lora_rank: 8}")
+    assert problems(app) == []
+    edit(app, "strong: {alpaca: 2.0}", "strong: {alpaca: 2.0, pirate: 1.0}\n    more: {alpaca: 1.0}")
+    put(app / "pirate/adapter_config.json", target_modules=["q_proj"])
+    shutil.copy(app / "alpaca/adapter_model.safetensors", app / "pirate/adapter_model.safetensors")
+    put(app / "pirate/adapter_config.json", r=8)
+    (problem,) = problems(app, error=LoadError)
+    assert "has the rank 16 (alpaca 8 + pirate 8), and vllm was started for 8" in problem
 
 
 # Before any network.

@@ -110,6 +110,8 @@ def up(
     log: Annotated[Path | None, typer.Option(hidden=True, help="Where --detach sends the output")] = None,
 ) -> None:
     """Load the models and serve until stopped."""
+    from model_compose.preflight import check_files
+
     loaded = load_files(files, env_files, env)
     controller = loaded.config.serving
     if controller.server is None and controller.webui is None:
@@ -117,6 +119,7 @@ def up(
             f"{loaded.files[0].name}: the controller has neither adapter nor webui, so nothing would be served; add "
             "adapter: {type: http-server}"
         )
+    check_files(loaded)  # before it says where it listens, or starts a process
     if detach:
         options = [("--file", loaded.files), ("--env-file", env_files or ())]
         arguments = [str(part) for name, values in options for value in values for part in (name, value)]

@@ -27,13 +27,19 @@ class Stored:
     plain: bool = True
 
 
+def refuse_pointer(path: Path) -> None:
+    """Raises HeaderError for what git leaves in a file's place where git-lfs is missing."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise HeaderError("is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
+
+
 def read_safetensors(path: Path) -> dict[str, Stored]:
     """The tensors of one file. Raises HeaderError for a file that is damaged, cut off, or no safetensors; OSError.
 
     Eight bytes say how long the JSON is that follows; its offsets count from its end
     (https://huggingface.co/docs/safetensors). safetensors itself would import numpy or torch for it.
     """
-    _refuse_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -82,7 +88,6 @@ class Gguf:
 
 def read_gguf(path: Path) -> Gguf:
     """Raises HeaderError for a file that is damaged, cut off, or no GGUF; OSError."""
-    _refuse_pointer(path)
     try:
         with _mapped(path) as data:
             return _read_gguf(path, _Cursor(data))
@@ -169,10 +174,3 @@ def _mapped(path: Path) -> mmap.mmap:
         if not path.stat().st_size:
             raise HeaderError("is empty; download it again")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def _refuse_pointer(path: Path) -> None:
-    """What git leaves in a file's place where git-lfs is missing."""
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise HeaderError("is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")

@@ -21,7 +21,7 @@ from model_compose.lora.adapter import LoraAdapter, ModuleShape, check, read_con
 from model_compose.lora.gguf import PERMUTED, PLAIN, Architecture
 from model_compose.lora.header import has_weights, read_header, shapes_in
 from model_compose.nodes import Keys
-from model_compose.schema import Options
+from model_compose.schema import has_expression
 from model_compose.sources import Fetched, ModelSource, at_hand, describe
 
 
@@ -88,6 +88,8 @@ def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Lo
         with findings.at(*at, "peft_adapters", number, "model"):
             if read := _read_adapter(name, adapter.model, loaded, weights):
                 adapters[number] = read
+    with findings.at(*at, "options"):
+        _check_driver(options, adapters, loaded)
     if base is not None:
         unsure = []
         for number, read in adapters.items():
@@ -187,15 +189,33 @@ def _check_exactly(
             check(adapter, shapes)
 
 
-# What actions ask for.
+# What drivers and actions ask for.
+
+
+def _check_driver(options: ModelOptions, adapters: Mapping[int, LoraAdapter], loaded: Loaded) -> None:
+    """The programs that the file names, and the ranks that vLLM is started for. Raises LoadError."""
+    own = options.options.model_dump()
+    if own.get("server"):
+        from model_compose.engines.llamacpp.server import find
+
+        find(own["server"], loaded.base_dir)
+    if options.driver == "vllm":
+        from model_compose.engines.vllm.loading import choose_rank
+        from model_compose.engines.vllm.server import interpreter
+
+        if own["python"]:
+            interpreter(own["python"], loaded.base_dir)
+        if len(adapters) == len(options.peft_adapters):
+            choose_rank(options.to_blends(), {each.name: each for each in adapters.values()}, own["max_lora_rank"])
 
 
 def _check_actions(findings: Findings, at: Keys, options: Any, base: Base | None) -> None:
     """Formats that no text can keep to, and tokens that the base has not got, where the YAML fixes them."""
+    own = options.options.model_dump()
     for place, action in located(options.action, options.actions, "action"):
         given = action.response_format
-        format = given.format if isinstance(given, Options) else None
-        if format is not None and options.driver != "vllm":  # vLLM has its own grammars
+        format = None if given is None or has_expression(given) else given.format
+        if format is not None and not own.get("base_url"):  # another server has its own grammars
             from model_compose.engines.huggingface.grammar import check_format
 
             with findings.at(*at, *place, "response_format"):

@@ -8,6 +8,7 @@ architectures do is listed here, each tried against llama.cpp's own converter; a
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -66,11 +67,16 @@ class Architecture:
 
         None for what llama.cpp has not got, or cannot adapt.
         """
+        found = self._names.get_type_and_name(path)
+        return (found[0].name, f"{found[1]}.weight") if found and found[0].name in ADAPTED else None
+
+    @cached_property
+    def _names(self) -> Any:
+        """gguf's map, which takes milliseconds to make."""
         import gguf
 
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
-        found = gguf.get_tensor_name_map(arch, self.layers).get_type_and_name(path)
-        return (found[0].name, f"{found[1]}.weight") if found and found[0].name in ADAPTED else None
+        return gguf.get_tensor_name_map(arch, self.layers)
 
     def shape(self, path: str, matrices: Mapping[str, tuple[int, ...]]) -> ModuleShape | None:
         """What a base of this architecture has at a module's path in transformers; None where it has nothing.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from model_compose.errors import AdapterError
-from model_compose.headers import HeaderError, Stored, read_safetensors
+from model_compose.headers import HeaderError, Stored, read_safetensors, refuse_pointer
 from model_compose.lora.adapter import WEIGHT_FILES, Factors, LoraAdapter, ModuleShape, read_config
 
 _FACTOR = re.compile(
@@ -31,9 +31,10 @@ def read_header(folder: Path, name: str) -> LoraAdapter | None:
     path = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
     if path is None:
         raise AdapterError(f"adapter '{name}': {folder} holds neither {' nor '.join(WEIGHT_FILES)}")
-    if path.suffix != ".safetensors":
-        return None
     try:
+        refuse_pointer(path)
+        if path.suffix != ".safetensors":
+            return None
         stored = read_safetensors(path)
     except HeaderError as error:
         raise AdapterError(f"adapter '{name}': {path} {error}") from None

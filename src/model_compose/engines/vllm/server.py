@@ -60,10 +60,7 @@ class Settings:
 
 async def find(python: str | None, base_dir: Path) -> Installed:
     """The vLLM of that interpreter, or of the environment that `model-compose setup` has made. Raises LoadError."""
-    path = absolute(python, base_dir) if python else python_of(environment_folder("vllm"))
-    if not path.is_file():
-        named = f"options.python: there is no {path}" if python else "vLLM is not installed for model-compose"
-        raise LoadError(f"{named}; `model-compose setup vllm` installs it, options.python names an interpreter with it")
+    path = interpreter(python, base_dir)
     process = await asyncio.create_subprocess_exec(
         path, "-I", "-c", _PROBE, *PACKAGES, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
     )
@@ -76,6 +73,15 @@ async def find(python: str | None, base_dir: Path) -> Installed:
     if package is None:
         raise LoadError(f"{path} has no vLLM; `model-compose setup vllm` makes an environment that has")
     return Installed(path, package, versions[package])
+
+
+def interpreter(python: str | None, base_dir: Path) -> Path:
+    """Where it should be. Raises LoadError where it is not."""
+    path = absolute(python, base_dir) if python else python_of(environment_folder("vllm"))
+    if not path.is_file():
+        named = f"options.python: there is no {path}" if python else "vLLM is not installed for model-compose"
+        raise LoadError(f"{named}; `model-compose setup vllm` installs it, options.python names an interpreter with it")
+    return path
 
 
 def command(installed: Installed, settings: Settings) -> list[str]:
