@@ -71,7 +71,7 @@ class ClientOptions(Options):
             return True
         for reason, neutral in cls.unsupported.items():
             if key in neutral and value is not None and value not in neutral[key]:
-                raise wrong(key, f"'{key}' is not supported: {reason}; leave it out")
+                raise wrong(key, f"{reason}; leave it out")
         return value is not None and key not in WITHOUT_EFFECT and not any(key in n for n in cls.unsupported.values())
 
 
