@@ -50,7 +50,10 @@ class LoraWeight(Options):
 
 class StreamOptions(ClientOptions):
     unsupported: ClassVar[Mapping[str, Neutral]] = {
-        "events come as they are": {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+        "events hold neither padding nor running usage": {
+            "include_obfuscation": (False,),
+            "continuous_usage_stats": (False,),
+        }
     }
     include_usage: bool | None = None
 
