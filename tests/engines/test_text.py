@@ -70,7 +70,9 @@ def byte_level() -> Vocabulary:
     inner = Tokenizer(models.BPE(vocab={name: id for id, name in enumerate([*SPECIAL, *stands_for])}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return _made(inner, stands_for)
+    added = ["<think>", "<｜user｜>"]
+    inner.add_tokens(added)
+    return _made(inner, stands_for | {name: name.encode() for name in added})
 
 
 def byte_fallback(*, strip: bool) -> Vocabulary:

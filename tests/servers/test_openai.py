@@ -223,6 +223,8 @@ def test_the_response_format_is_the_bodys_alone() -> None:
         ({"logit_bias": {"-1": 1}}, "logit_bias.-1", "greater than or equal to 0"),
         ({"logit_bias": {"5": 100.5}}, "logit_bias.5", "less than or equal to 100"),
         ({"logit_bias": {"5": None}}, "logit_bias.5", "number"),
+        ({"logit_bias": {"5": 1, "7": 1, "05": -1}}, "logit_bias", "the token 5 is named twice: '5' and '05'"),
+        ({"logit_bias": {"5": 1, " 5.0 ": -1}}, "logit_bias", "the token 5 is named twice"),
         ({"response_format": "json_object"}, "response_format", "dictionary"),
         ({"response_format": {"type": "xml"}}, "response_format", "'text', 'json_object', 'json_schema', 'regex'"),
         ({"response_format": {}}, "response_format", "'type'"),

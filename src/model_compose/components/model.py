@@ -8,7 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
@@ -50,8 +58,25 @@ def _short_stops(stops: str | tuple[str, ...] | None) -> str | tuple[str, ...] |
     return stops
 
 
+def _one_bias_a_token(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """In JSON a token may be spelt "5" and "05"."""
+    biases = read(value)
+    spelt = dict[int, str]()
+    for name, bias in value.items() if len(biases) < len(value) else ():
+        (token,) = read({name: bias})
+        if token in spelt:
+            names = f"'{spelt[token]}' and '{name}'"
+            raise PydanticCustomError(
+                "token", "the token {token} is named twice: {names}", {"token": token, "names": names}
+            )
+        spelt[token] = str(name)
+    return biases
+
+
 LogitBias = Annotated[
-    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]], at_most(MOST_BIASES, "tokens")
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]],
+    WrapValidator(_one_bias_a_token),
+    at_most(MOST_BIASES, "tokens"),
 ]
 Stops = Annotated[str | tuple[str, ...] | None, at_most(MOST_STOPS, "stop strings"), AfterValidator(_short_stops)]
 

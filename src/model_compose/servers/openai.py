@@ -52,7 +52,10 @@ class LoraWeight(Options):
 
 class StreamOptions(ClientOptions):
     unsupported: ClassVar[Mapping[str, Neutral]] = {
-        "events come as they are": {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
+        "events hold neither padding nor running usage": {
+            "include_obfuscation": (False,),
+            "continuous_usage_stats": (False,),
+        }
     }
     include_usage: bool | None = None
 
@@ -102,7 +105,7 @@ class Body(ClientOptions):
     @model_validator(mode="after")
     def _usage_at_the_end_needs_a_stream(self) -> Self:
         if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
-            raise wrong("stream_options", "stream_options.include_usage needs stream=true")
+            raise wrong("stream_options", "include_usage needs stream=true")
         return self
 
     def sampling(self, default: Sampling) -> Sampling:
@@ -144,7 +147,7 @@ class CompletionBody(Body):
     @model_validator(mode="after")
     def _every_text_is_answered(self) -> Self:
         if self.best_of not in (None, 1, self.n):
-            raise wrong("best_of", "'best_of' may only be as many as n: every text that is drawn is answered")
+            raise wrong("best_of", "it may only be as many as n, since every text that is drawn is answered")
         return self
 
     def sampling(self, default: Sampling) -> Sampling:
@@ -182,7 +185,7 @@ class ChatMessage(ClientOptions):
     @model_validator(mode="after")
     def _only_the_assistant_may_say_nothing(self) -> Self:
         if self.content is None and self.role != "assistant":
-            raise wrong("content", "the content must be text, or a list of text parts, not null")
+            raise wrong("content", "it must be text, or a list of text parts, not null")
         return self
 
     @property
@@ -205,7 +208,7 @@ class ChatBody(Body):
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise wrong("top_logprobs", "top_logprobs needs logprobs=true")
+            raise wrong("top_logprobs", "it needs logprobs=true")
         return self
 
     def sampling(self, default: Sampling) -> Sampling:

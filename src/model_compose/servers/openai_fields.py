@@ -21,8 +21,8 @@ UNSUPPORTED: Mapping[str, Neutral] = {
         "web_search_options": (),
     },
     "answers are text alone": {"modalities": (["text"],), "audio": ()},
-    "this server continues a text at its end alone": {"suffix": ("",)},
-    "answers hold the new text alone": {
+    "text is added only at the end of the prompt": {"suffix": ("",)},
+    "answers hold only the new text, without special tokens and stop strings": {
         "echo": (False,), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,), "return_token_ids": (False,), "return_tokens_as_token_ids": (False,),
     },
@@ -32,7 +32,7 @@ UNSUPPORTED: Mapping[str, Neutral] = {
         "chat_template": ("",), "chat_template_kwargs": ({},), "add_generation_prompt": (True,),
         "continue_final_message": (False,), "documents": ([],),
     },
-    "tokens are not drawn this way here": {
+    "this server does not draw tokens this way": {
         "use_beam_search": (False,), "num_beams": (1,), "length_penalty": (1,), "early_stopping": (False,),
         "ignore_eos": (False,), "ban_eos_token": (False,), "min_tokens": (0,), "stop_token_ids": ([],),
         "bad_words": ([],), "typical": (1,), "typical_p": (1,), "tfs": (1,), "tfs_z": (1,), "top_a": (0,),
@@ -61,18 +61,22 @@ class ClientOptions(Options):
     def _leave_out_what_changes_nothing(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {key: value for key, value in data.items() if cls._counts(key, value)}
+        return {key: value for key, value in data.items() if cls._has_effect(key, value)}
 
     @classmethod
-    def _counts(cls, key: Any, value: Any) -> bool:
-        field = cls.model_fields.get(key)
-        if field is not None:
-            _refuse_boolean(key, value, field)
+    def _has_effect(cls, key: str, value: Any) -> bool:
+        """Whether the field is one of this model's, or unknown. Raises PydanticCustomError for what cannot be done."""
+        if key in cls.model_fields:
+            _refuse_boolean(key, value, cls.model_fields[key])
             return True
+        if value is None or key in WITHOUT_EFFECT:
+            return False
         for reason, neutral in cls.unsupported.items():
-            if key in neutral and value is not None and value not in neutral[key]:
-                raise wrong(key, f"'{key}' is not supported: {reason}; leave it out")
-        return value is not None and key not in WITHOUT_EFFECT and not any(key in n for n in cls.unsupported.values())
+            if key in neutral:
+                if value in neutral[key]:
+                    return False
+                raise wrong(key, f"{reason}; leave it out")
+        return True
 
 
 def _refuse_boolean(key: str, value: Any, field: FieldInfo) -> None:

@@ -10,13 +10,13 @@ _OTHERS = (byte for byte in range(0x100) if byte not in _PRINTABLE)
 _ALPHABET = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + n): byte for n, byte in enumerate(_OTHERS)}
 """GPT-2's characters for the 256 bytes, in which byte-level vocabularies spell their tokens."""
 
-_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
-_utf8 = codecs.getincrementaldecoder("utf-8")
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Spelling:
-    """What the tokens of a vocabulary say, by its tokenizer's decoder: in UTF-8 (byte-level), or as pieces of text, some of
-    them single bytes (byte fallback)."""
+    """How a vocabulary spells what its tokens say. A byte-level one spells bytes of UTF-8. Any other one spells pieces of
+    text, some of which may stand for single bytes (byte fallback)."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
@@ -69,7 +69,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._spelling = Spelling(tokenizer)
-        self._utf8 = _utf8("replace")
+        self._utf8 = Utf8Decoder("replace")
         self._held: list[str] = []
         self._length = 0
         # The token before a text decides about a leading space.
@@ -82,7 +82,7 @@ class Detokenizer:
         """What the tokens that are held back say where the text ends with them."""
         if not self._held:
             return ""
-        run = _utf8("replace")
+        run = Utf8Decoder("replace")
         run.decode(b"".join(map(self._spelling.byte, self._held)))
         incomplete = len(run.getstate()[0])
         return self._spelling.text(self._held[: len(self._held) - incomplete], self._before)
