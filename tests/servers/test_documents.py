@@ -106,7 +106,8 @@ def test_a_run_is_described_with_its_bodies_its_stream_and_its_errors(document: 
     assert set(run["requestBody"]["content"]) == kinds
     assert set(run["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     assert "event: delta" in run["responses"]["200"]["content"]["text/event-stream"]["example"]
-    assert set(run["responses"]) == {"200", "400", "403", "404", "409", "413", "429", "500", "503"}
+    refusals = {"400", "403", "404", "408", "409", "413", "421", "429", "500", "503"}
+    assert set(run["responses"]) == {"200", *refusals}
     for status in ("400", "404", "500"):
         assert set(run["responses"][status]["content"]) == {"application/problem+json"}
     body = document["components"]["schemas"]["RunBody"]["properties"]

@@ -1,6 +1,7 @@
 """`serve`: ports, warnings, and an end that keeps nobody waiting."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -130,6 +131,16 @@ async def test_a_second_signal_waits_for_nobody(endless_file: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert (await call).status_code == 503
     await asyncio.wait_for(running, SECONDS)
+
+
+async def test_the_garbage_collector_passes_over_what_the_libraries_brought(project: Path) -> None:
+    """A full collection that visits them stops everything, health included, for a fifth of a second."""
+    running, _, _ = await _served(project, YAML)
+    assert gc.get_freeze_count() > 100_000
+    assert len(gc.get_objects()) < 10_000
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.wait_for(running, 5)
+    assert gc.get_freeze_count() == 0
 
 
 async def test_a_failing_load_ends_the_service_with_its_error(project: Path) -> None:

@@ -1,9 +1,9 @@
 """A line in the log for each request, and the id by which its other lines are found."""
 
 import logging
+import random
 import re
 import time
-import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -73,7 +73,7 @@ def peer_of(scope: Scope) -> str:
 
 def _request_id(scope: Scope) -> str:
     given = Headers(scope=scope).get(REQUEST_ID, "")
-    return given if re.fullmatch(r"[!-~]{1,128}", given) else uuid.uuid4().hex
+    return given if re.fullmatch(r"[!-~]{1,128}", given) else f"{random.getrandbits(128):032x}"
 
 
 def _generated(ongoing: Ongoing) -> str:

@@ -211,11 +211,13 @@ _MEANINGS = {
     401: "An API key is needed",
     403: "A web page of another site sent this, or the file does not allow it",
     404: "There is no such thing",
+    408: "The body came too slowly",
     409: "Not in this state, or cancelled",
     413: "The body is too large",
+    421: "The Host header names no host that this server is (allowed_hosts)",
     429: "Too many requests wait already; Retry-After says when to try again",
     500: "The run failed",
-    503: "Still loading, or shutting down",
+    503: "Still loading, shutting down, or out of connections",
 }
 
 RUN_STREAM = (
@@ -301,10 +303,15 @@ def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]], open_path: str, *
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            everywhere = [421, *([408] if "requestBody" in operation else [])]
+            if path != open_path:
+                everywhere.append(503)
             if with_keys and path != open_path:
                 operation["security"] = [{"key": []}]
-                errors = openai_errors if path.startswith("/v1/") else problems
-                operation["responses"]["401"] = errors(401)[401]
+                everywhere += [401, 429]
+            errors = openai_errors if path.startswith("/v1/") else problems
+            for status, described in errors(*everywhere).items():
+                operation["responses"].setdefault(str(status), described)
     return document
 
 
