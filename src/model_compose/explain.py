@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from yaml.nodes import Node, ScalarNode
 
 from model_compose.nodes import at, below, child, keys
-from model_compose.schema import nearest, shown
+from model_compose.schema import decimal_advice, nearest, shown
 
 SECRETS = frozenset(("token", "api_keys", "callback_secret"))
 """Keys whose values never appear in a message."""
@@ -89,7 +89,8 @@ def _got(item: Any, secret: bool) -> str:
         return ""
     value = item["input"]
     quotes = "; put it in quotes" if item["type"] == "string_type" and isinstance(value, int | float) else ""
-    return f", not {shown(value)}{quotes}"
+    advice = decimal_advice(value) if item["type"] in ("int_parsing", "float_parsing") else ""
+    return f", not {shown(value)}{quotes}{advice}"
 
 
 def _near(value: Any, allowed: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from model_compose.errors import ConfigError
 from model_compose.loading import Loaded, load
 from model_compose.native import compiling, kernels
 from model_compose.native.compiling import find_compiler, load_compiled
@@ -235,3 +236,70 @@ def test_a_compiler_that_hangs_is_ended_with_its_children(
     assert len(pids) == 2
     wait_until(lambda: not any(map(alive, pids)), "all ended")
     record("a compiler that hangs, its limit 1 s", 1, f"ended with its child after {time.monotonic() - started:.1f} s")
+
+
+# YAML that stands for more than it holds.
+
+
+def levels(count: int, wide: int) -> str:
+    lines = ["a0: &a0 x"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * wide)}]" for n in range(1, count)]
+    return "\n".join(lines)
+
+
+def in_each_other(depth: int) -> str:
+    return "\n".join(f"{'  ' * level}a:" for level in range(depth))
+
+
+def chained(count: int) -> str:
+    """Each alias adds a level of ninety to the one before it."""
+    pairs = [f"a{n}: &a{n} {'[' * 90}*a{n - 1}{']' * 90}" for n in range(1, count)]
+    return "\n".join(["a0: &a0 x", *pairs])
+
+
+def merged(count: int) -> str:
+    return "\n".join(["a0: &a0 {k0: 0}", *(f"a{n}: &a{n} {{<<: *a{n - 1}, k{n}: 0}}" for n in range(1, count))])
+
+
+BOMBS = {
+    "ten levels of ten aliases": (levels(11, 10), "holds 111,111 values once its aliases are spelt out"),
+    "forty levels of two": (levels(41, 2), "spelt out; a file may hold 100,000"),
+    "a thousand aliases of a thousand": (levels(3, 1000), "spelt out; a file may hold 100,000"),
+    "as keys of mappings": (levels(3, 1000).replace("[", "{k: [").replace("]", "]}"), "a file may hold 100,000"),
+    "10,000 merges, each of the one before": (merged(10_000), "brings in more than the 100,000 values"),
+    "many merges of one": (
+        "a: &a {" + ", ".join(f"k{n}: 0" for n in range(1000)) + "}\nb: {<<: [" + "*a, " * 50_000 + "]}",
+        "spelt out; a file may hold 100,000",
+    ),
+    "an anchor that holds itself": ("a: &a [x, *a]", "an anchor cannot hold itself"),
+    "an anchor that holds itself below": ("a: &a {b: {c: [*a]}}", "an anchor cannot hold itself"),
+    "an anchor that merges itself": ("a: &a {<<: *a}", "an anchor cannot hold itself"),
+    "nested 150 deep": (in_each_other(150), "nested deeper than 100"),
+    "nested 900 deep": (in_each_other(900), "nested deeper than 100"),
+    "nested 100,000 deep": ("a: " + "[" * 100_000, "exceeded maximum nesting depth"),
+    "nested by aliases": (chained(30), "its aliases nest mappings and lists deeper than 100"),
+    "two megabytes": ("a: " + "x" * (2 << 20), "is longer than 1 MiB"),
+    "a megabyte of values": ("a: [" + "1," * 500_000 + "]", "holds more than 100,000 values"),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_yaml_that_stands_for_too_much_is_refused_by_name(tmp_path: Path, case: str, record: Record) -> None:
+    text, words = BOMBS[case]
+    path = tmp_path / "bomb.yml"
+    path.write_text(text, encoding="utf-8")
+    started = time.monotonic()
+    with pytest.raises(ConfigError) as refused:
+        load([path], {})
+    (problem,) = str(refused.value).splitlines()
+    assert words in problem
+    assert problem.startswith(f"{path}:")
+    record(f"YAML: {case}", 1, f"{len(text):,} characters refused in {time.monotonic() - started:.2f} s")
+
+
+def test_what_is_large_and_plain_loads(tmp_path: Path, record: Record) -> None:
+    path = tmp_path / "model-compose.yml"
+    path.write_text(YAML.replace("text: ${input", f"text: {'x' * 900_000} ${{input"), encoding="utf-8")
+    started = time.monotonic()
+    component = load([path], {}).config.component
+    assert component is not None
+    record("YAML: a prompt of 900 kB", 1, f"loads in {time.monotonic() - started:.2f} s")
