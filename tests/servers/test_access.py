@@ -11,8 +11,8 @@ import pytest
 
 from model_compose.request_log import REQUEST_FORMAT, RequestFilter
 from tests.servers.conftest import Live
-from tests.servers.test_callbacks import until
 from tests.servers.test_http import post
+from tests.waiting import wait_until
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def lines(log: io.StringIO, id: str) -> list[str]:
 def test_a_requests_id_comes_back_and_stands_on_all_of_its_lines(server: str, log: io.StringIO) -> None:
     response = post(server, {"input": {"prompt": "Hello"}}, headers={"X-Request-ID": "mine-1"})
     assert response.headers["x-request-id"] == "mine-1"
-    until(lambda: any(" POST " in line for line in lines(log, "mine-1")))  # the answer may be here before
+    wait_until(lambda: any(" POST " in line for line in lines(log, "mine-1")))  # the answer may be here before
     told = lines(log, "mine-1")
     task = response.json()["task_id"]
     assert f"[task-{task}] completed" in told
@@ -66,7 +66,7 @@ def test_each_request_is_one_line(server: str, log: io.StringIO, method: str, pa
     """With its path as it was sent, so that it cannot begin a line of its own, and without its query."""
     response = httpx.request(method, server + path, headers={"X-Request-ID": "one"})
     assert response.headers["x-request-id"] == "one"
-    until(lambda: bool(lines(log, "one")))
+    wait_until(lambda: bool(lines(log, "one")))
     (line,) = lines(log, "one")
     shown = re.escape(path.partition("?")[0])
     assert re.fullmatch(rf"127\.0\.0\.1 {method} {shown} {status} \d+ ms", line)
@@ -75,7 +75,7 @@ def test_each_request_is_one_line(server: str, log: io.StringIO, method: str, pa
 def test_refusals_have_their_line_too(locked: str, log: io.StringIO) -> None:
     response = httpx.get(f"{locked}/api/workflows", headers={"X-Request-ID": "refused", "Authorization": "Bearer no"})
     assert response.headers["x-request-id"] == "refused"
-    until(lambda: len(lines(log, "refused")) > 1)
+    wait_until(lambda: len(lines(log, "refused")) > 1)
     warned, line = lines(log, "refused")
     assert warned == "a wrong API key from 127.0.0.1"
     assert "GET /api/workflows 401" in line
