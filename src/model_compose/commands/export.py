@@ -70,6 +70,8 @@ def parse_blend(given: str | None) -> Any:
         name, equals, weight = pair.rpartition("=")
         if not equals or not name.strip() or not weight.strip():
             raise InputError(f"--blend: '{pair}' is not NAME=WEIGHT; example: --blend alpaca=0.7,pirate=0.8")
+        if name.strip() in weights:
+            raise InputError(f"--blend: '{name.strip()}' stands there twice")
         weights[name.strip()] = weight.strip()
     return weights
 

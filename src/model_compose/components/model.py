@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
 from model_compose.components.response_format import AnyFormat
@@ -24,7 +25,17 @@ from model_compose.sources.confine import confine
 if TYPE_CHECKING:
     from model_compose.metrics import Meter
 
-LogitBias = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]]
+
+def _each_once(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    biases = handler(value)
+    if isinstance(value, Mapping) and len(biases) < len(value):
+        raise PydanticCustomError("token", "one token stands here under several keys")
+    return biases
+
+
+LogitBias = Annotated[
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]], WrapValidator(_each_once)
+]
 
 
 class Params(Options):

@@ -7,8 +7,9 @@ from typing import Any
 from model_compose.engines import AdapterOptions, ModelOptions
 from model_compose.errors import InputError, LoadError, Overloaded, SourceError
 from model_compose.generation import Request
-from model_compose.lora.adapter import LoraAdapter, read_adapter, read_config
+from model_compose.lora.adapter import LoraAdapter, read_adapter
 from model_compose.lora.blend import Blend
+from model_compose.lora.peft_config import read_config
 from model_compose.progress import Report
 from model_compose.sources import Fetched, HuggingfaceSource, ModelSource, fetch
 

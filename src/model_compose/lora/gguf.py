@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from model_compose.errors import AdapterError
+from model_compose.lora.adapter import is_copy, text_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +69,8 @@ class Architecture:
         import gguf
 
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
-        found = gguf.get_tensor_name_map(arch, self.layers).get_type_and_name(path)
+        names = gguf.get_tensor_name_map(arch, self.layers)
+        found = names.get_type_and_name(path) or names.get_type_and_name(f"model.{text_path(path)}")
         return (found[0].name, f"{found[1]}.weight") if found and found[0].name in ADAPTED else None
 
 
@@ -134,6 +136,27 @@ def permute(rows: "torch.Tensor", heads: int) -> "torch.Tensor":
     """Row i of a head's first half and row i of its second become neighbours. (heads · size, …), size even."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def is_stored(copy: "torch.Tensor", stored: Any) -> bool | None:
+    """Whether a base's matrix in GGUF (gguf.ReaderTensor) is `copy`: either becomes the other in the other's dtype.
+
+    None where gguf cannot quantise to the matrix's type.
+    """
+    import gguf
+    import torch
+
+    if tuple(map(int, stored.shape)) != tuple(copy.shape)[::-1]:
+        return False
+    try:
+        quantized = gguf.quantize(copy.float().numpy(), stored.tensor_type)
+    except NotImplementedError:
+        return None
+    if (quantized.reshape(stored.data.shape) == stored.data).all():
+        return True
+    plain = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16
+    weights = gguf.dequantize(stored.data, stored.tensor_type) if stored.tensor_type in plain else None
+    return weights is not None and is_copy(copy, torch.tensor(weights).reshape(copy.shape))
 
 
 def checked_name(architecture: str) -> str:

@@ -284,6 +284,8 @@ async def _read_form(request: Request, largest: int) -> dict[str, Any]:
                 node = node.setdefault(part, {})
                 if not isinstance(node, dict):
                     raise InputError(f"the form key '{key}' goes below a plain value", field=key)
+            if path[-1] in node:
+                raise InputError(f"the form gives '{'.'.join(path)}' a second time", field=key)
             node[path[-1]] = await _form_value(key, value)
     return result
 

@@ -40,7 +40,7 @@ def choose(
         if not chosen:
             raise SourceError(f"No file of {repository} matches `allow_patterns`; it has {_some(names)}.")
         return chosen
-    chosen = _default(names)
+    chosen = preferred(names)
     if not has_weights(chosen) and (ggufs := [name for name in names if name.endswith(".gguf")]):
         raise SourceError(f"{repository} has its weights as GGUF: say which file by `filename`, of {_some(ggufs)}.")
     return chosen
@@ -50,7 +50,8 @@ def has_weights(names: Iterable[str]) -> bool:
     return any(name.endswith((".safetensors", ".gguf", *_PICKLED)) for name in names)
 
 
-def _default(names: Sequence[str]) -> list[str]:
+def preferred(names: Iterable[str]) -> list[str]:
+    """Of a repository's files those that transformers and PEFT need, with safetensors preferred over pickles."""
     inside = [name for name in names if _inside(name)]
     safetensors = [name for name in inside if name.endswith(".safetensors")]
     weights = safetensors or [name for name in inside if name.endswith(_PICKLED) and not _OF_TRAINING.search(name)]

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from model_compose.errors import SourceError
 from model_compose.schema import Options
+from model_compose.sources.choice import preferred
 from model_compose.sources.fetched import Fetched
 
 _PATH = re.compile(r"\.{1,2}$|\.{1,2}[/\\]|~|/|[A-Za-z]:[/\\]")
@@ -35,6 +36,7 @@ def fetch(source: LocalSource, *, base_dir: Path) -> Fetched:
     """Look the path up. Raises SourceError, naming the absolute path, where it leads to nothing."""
     path = absolute(source.path, base_dir)
     if path.is_file():
+        _refuse_pointers([path])
         return Fetched(path.parent, path.name, f"local:{_digest(path.parent, [path])}", source.path)
     if not path.is_dir():
         raise SourceError(
@@ -43,6 +45,8 @@ def fetch(source: LocalSource, *, base_dir: Path) -> Fetched:
     files = sorted(_files(path))
     if not files:
         raise SourceError(f"The folder {path} holds no files: point '{source.path}' to the folder with the weights.")
+    used = set(preferred(file.name for file in files if file.parent == path))
+    _refuse_pointers(file for file in files if file.parent == path and file.name in used)
     return Fetched(path, None, f"local:{_digest(path, files)}", source.path)
 
 
@@ -59,6 +63,19 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _refuse_pointers(files: Iterable[Path]) -> None:
+    """git clone without git-lfs brings files that only say where the real ones are. Raises SourceError."""
+    for file in files:
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_POINTER):
+            raise SourceError(
+                f"{file} is a pointer of git-lfs and not the file itself: run `git lfs install` and `git lfs pull` in "
+                f"{file.parent}."
+            )
 
 
 def _digest(folder: Path, files: list[Path]) -> str:
