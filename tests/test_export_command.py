@@ -99,6 +99,13 @@ def test_half_a_weight_is_refused(given: str) -> None:
         parse_blend(given)
 
 
+def test_an_adapter_is_named_once() -> None:
+    with pytest.raises(InputError, match="--blend: 'a' stands there twice"):
+        parse_blend("a=0.7,b=1, a=0.5")
+    with pytest.raises(InputError, match="--blend is not valid JSON: the key 'a' stands in one object twice"):
+        parse_blend('{"a": 0.7, "a": 0.5}')
+
+
 # Whole or not at all.
 
 

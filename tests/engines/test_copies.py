@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from model_compose.engines import AdapterOptions
 from model_compose.engines.huggingface import HuggingfaceEngine
 from model_compose.engines.llamacpp.base import read_base
-from model_compose.errors import AdapterError
+from model_compose.errors import AdapterError, LoadError
 from model_compose.lora.adapter import LoraAdapter, check_copies, read_adapter
 from model_compose.lora.blend import Blend
 from model_compose.lora.gguf import is_stored
@@ -76,6 +76,15 @@ async def test_whatever_became_of_the_weights(tmp_path: Path, family: str, chang
     with pytest.raises(AdapterError, match=r"brings its own '.*', which differs from the base model's"):
         await load(engine, trained)
     await engine.close()
+
+
+def test_parts_of_two_bases_are_refused(tmp_path: Path) -> None:
+    base = tiny.save_base(tmp_path / "base", tiny.llama_config(**SIZES))
+    gguf_base.save_gguf(base, tmp_path / "parts.gguf", split=8)
+    parts = sorted(tmp_path.glob("parts-*.gguf"))
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(LoadError, match="hold a tensor twice, so they are not of one base"):
+        read_base(parts[0], "x")
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])

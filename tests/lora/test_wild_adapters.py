@@ -339,7 +339,7 @@ def test_any_value_under_any_key(tmp_path_factory: pytest.TempPathFactory, chang
     """Taken or refused, by every reader of a config: the adapter's, and the planner's, which asks PEFT."""
     from model_compose.engines.huggingface.sizes import adapter_size
 
-    path = folder(tmp_path_factory.getbasetemp() / "any", **changes)
+    path = folder(tmp_path_factory.getbasetemp() / "any", config=CONFIG | changes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny.llama_config())
     assert taken(lambda: read_adapter(path, "x").modules[MODULE].rank == 4)

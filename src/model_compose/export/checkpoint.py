@@ -139,6 +139,8 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
             f"{file} cannot be read ({reason(error)}); convert it to safetensors (transformers: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
         ) from None
+    if not isinstance(found, dict):
+        raise LoadError(f"{file} holds no mapping of names to tensors; fetch the model again")
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 

@@ -205,8 +205,10 @@ def check_copies(adapter: LoraAdapter, holds: "Callable[[str, torch.Tensor], boo
 
 
 def is_copy(copy: "torch.Tensor", weight: "torch.Tensor | None") -> bool:
-    """Whether `copy` is what a base's weight becomes in the copy's dtype. None: the base has no such weight."""
-    return weight is not None and same_values(copy, weight.to(copy.dtype))
+    """Whether `copy` is a base's weight, but for rounding to the dtype of either. None: the base has no such weight."""
+    if weight is None:
+        return False
+    return same_values(copy, weight.to(copy.dtype)) or same_values(copy.to(weight.dtype), weight)
 
 
 def write_adapter(adapter: LoraAdapter, folder: Path) -> None:

@@ -148,15 +148,15 @@ def is_stored(copy: "torch.Tensor", stored: Any) -> bool | None:
 
     if tuple(map(int, stored.shape)) != tuple(copy.shape)[::-1]:
         return False
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(stored.tensor_type.name)
+    if plain is not None:
+        weights = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
+        return is_copy(copy, weights.reshape(copy.shape).to(plain))
     try:
         quantized = gguf.quantize(copy.float().numpy(), stored.tensor_type)
     except NotImplementedError:
         return None
-    if (quantized.reshape(stored.data.shape) == stored.data).all():
-        return True
-    plain = gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16
-    weights = gguf.dequantize(stored.data, stored.tensor_type) if stored.tensor_type in plain else None
-    return weights is not None and is_copy(copy, torch.tensor(weights).reshape(copy.shape))
+    return bool((quantized.reshape(stored.data.shape) == stored.data).all())
 
 
 def checked_name(architecture: str) -> str:
