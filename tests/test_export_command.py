@@ -102,6 +102,8 @@ def test_half_a_weight_is_refused(given: str) -> None:
 def test_two_weights_of_one_adapter_are_refused() -> None:
     with pytest.raises(InputError, match=r"^--blend: 'a' has two weights; leave one out$"):
         parse_blend("a=1, a=2")
+    with pytest.raises(InputError, match="--blend is not valid JSON: the key 'a' stands in one object twice"):
+        parse_blend('{"a": 0.7, "a": 0.5}')
 
 
 # Whole or not at all.

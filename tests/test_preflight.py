@@ -144,7 +144,7 @@ def test_adapters_that_headers_do_not_name_are_compared_with_the_model_itself(ap
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "adapter_model.safetensors is cut off: "),
         (lambda path: path.write_bytes(b"\xff" * 200), "adapter_model.safetensors is cut off, or no safetensors file"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-         "adapter_model.safetensors is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder"),
+         "adapter_model.safetensors is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull`"),
         (lambda path: (path.parent / "adapter_config.json").unlink(), "has no adapter_config.json"),
         (lambda path: (path.parent / "adapter_config.json").write_text("{"), "adapter_config.json is not valid JSON"),
     ],

@@ -226,6 +226,22 @@ def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
     assert "no files" in complaint("./empty", tmp_path)
 
 
+def test_a_pointer_of_git_lfs_is_named_with_the_remedy(tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 13\n"
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("model.safetensors", "tokenizer.json", "config.json", "adapter_model.bin", "base.gguf"):
+        (base / "README.md").write_text("")
+        (base / name).write_text(pointer)
+        message = complaint("./base/base.gguf" if name == "base.gguf" else "./base", tmp_path)
+        assert f"{base / name} is a git-lfs pointer, not the file itself" in message
+        assert "`git lfs pull`" in message
+        (base / name).unlink()
+    (base / "model.safetensors").write_bytes(b"real")
+    (base / "pytorch_model.bin").write_text(pointer)  # git lfs pull --include model.safetensors
+    assert fetch(LocalSource(path="./base"), base_dir=tmp_path).folder == base
+
+
 # Which files.
 
 

@@ -9,14 +9,15 @@ import pytest
 
 from model_compose.compose import Compose
 from model_compose.errors import InputError
+from model_compose.expressions import Type
 from model_compose.loading import load
 from model_compose.lora.blend import Blend, Blends
 from model_compose.lora.methods.ties import Ties
 from model_compose.servers import webui_runs, webui_snippets
 from model_compose.servers.tasks import usage_and_blend
-from model_compose.servers.webui_form import Form, _draw_mixer, draw_form
+from model_compose.servers.webui_form import Field, Form, _draw_mixer, draw_form
 from model_compose.servers.webui_snippets import Call
-from model_compose.workflow.variables import as_messages
+from model_compose.workflow.variables import Variable, as_messages
 from tests import tiny
 
 CHAIN = """\
@@ -99,6 +100,11 @@ def test_untouched_sliders_leave_the_blend_to_the_file(form: Form) -> None:
     assert form.read_blend([*fields, 0, "custom", 1, "custom"]) == {"writer": {}, "editor": "pirate"}
     with pytest.raises(InputError, match="weight of alpaca is empty"):
         form.read_blend([*fields, None, "0", 2.0, "0"])
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, '{"a": 1, "a": 2}', "{"])
+def test_json_that_cannot_be_read_is_left_to_the_workflow(value: str) -> None:
+    assert Field(Variable(("x",), Type("json")), None).read(value) == value
 
 
 def test_weights_mean_their_sum_and_the_picker_alone_means_a_method() -> None:

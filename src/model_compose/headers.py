@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
-_LFS = b"version https://git-lfs"
 
 
 class HeaderError(ValueError):
@@ -25,13 +24,6 @@ class Stored:
 
     shape: tuple[int, ...]
     plain: bool = True
-
-
-def refuse_pointer(path: Path) -> None:
-    """Raises HeaderError for what git leaves in a file's place where git-lfs is missing."""
-    with path.open("rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise HeaderError("is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:

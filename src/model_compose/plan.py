@@ -167,7 +167,7 @@ def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory
 
 
 def _survey_adapters(options: ModelOptions, base_dir: Path, report: Report) -> dict[str, Survey]:
-    from model_compose.lora.adapter import CONFIG_FILE
+    from model_compose.lora.peft_config import CONFIG_FILE
 
     found = {}
     for name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True):
@@ -219,7 +219,8 @@ def _measure(
 
 def _adapter_size(name: str, found: Survey, model: Any) -> "AdapterSize | None":
     from model_compose.engines.huggingface.sizes import adapter_size
-    from model_compose.lora.adapter import WEIGHT_FILES, read_config
+    from model_compose.lora.adapter import WEIGHT_FILES
+    from model_compose.lora.peft_config import read_config
 
     if found.fetched is None:
         return None

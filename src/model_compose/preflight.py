@@ -17,9 +17,10 @@ from model_compose.engines.parts import check_device, check_quantization, check_
 from model_compose.errors import ComposeError, SourceError
 from model_compose.headers import Gguf, Stored
 from model_compose.loading import Loaded
-from model_compose.lora.adapter import LoraAdapter, ModuleShape, check, read_config
+from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
 from model_compose.lora.gguf import PERMUTED, PLAIN, Architecture
 from model_compose.lora.header import has_weights, read_header, shapes_in
+from model_compose.lora.peft_config import read_config
 from model_compose.nodes import Keys
 from model_compose.schema import has_expression
 from model_compose.sources import Fetched, ModelSource, at_hand, describe

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import random
 import shutil
 import subprocess
@@ -267,6 +268,39 @@ async def test_what_is_no_model_is_one_sentence(project: Path, tmp_path: Path) -
     with pytest.raises(LoadError, match=r"\./base cannot be loaded as a causal language model: ") as caught:
         await opened(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.getpid, ()
+
+
+@pytest.mark.parametrize("content", [{"x": Evil()}, [1, 2], None], ids=["call", "list", "damaged"])
+async def test_a_pickled_base_that_cannot_be_read_is_one_sentence(project: Path, tmp_path: Path, content: Any) -> None:
+    """torch advises to set weights_only=False, which would execute it."""
+    for name in ("alpaca", "pirate"):
+        (tmp_path / name).symlink_to(project.parent / name)
+    base = tiny.save_base(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    torch.save(content, base / "pytorch_model.bin")
+    if content is None:
+        (base / "pytorch_model.bin").write_bytes(b"garbage" * 99)
+    with pytest.raises(LoadError, match=r"\./base cannot be loaded as a causal language model: .") as caught:
+        await opened(tmp_path)
+    assert "weights_only" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert isinstance(content, list | None) or "it would call posix.getpid" in str(caught.value)
+
+
+async def test_a_byte_order_mark_in_an_adapters_and_the_bases_config(project: Path, tmp_path: Path) -> None:
+    for name in ("alpaca", "pirate"):
+        shutil.copytree(project.parent / name, tmp_path / name)
+        path = tmp_path / name / "adapter_config.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (tmp_path / "base").symlink_to(project.parent / "base")
+    engine = await opened(tmp_path)
+    assert await text(engine, "Hello", Blend({"alpaca": 1.0}))
+    await engine.close()
 
 
 def test_out_of_memory_at_load_says_what_to_do(tmp_path: Path) -> None:

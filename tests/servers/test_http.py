@@ -247,6 +247,24 @@ def test_form_keys_that_make_no_sense_are_a_400(server: str, fields: dict[str, s
     assert words in is_problem(response, 400)["detail"]
 
 
+def test_what_is_given_twice_is_a_400(server: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    body = b'{"input": {"prompt": "Hello"}, "blend": {"alpaca": 1, "alpaca": 0.5}}'
+    response = httpx.post(f"{server}/api/workflows/runs", content=body, headers=headers)
+    assert "the key 'alpaca' stands in one object twice" in is_problem(response, 400)["detail"]
+    for twice in (b"input.prompt=a&input[prompt]=b", b"input.prompt=a&blend.alpaca=1&blend.alpaca=2"):
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        response = httpx.post(f"{server}/api/workflows/runs", content=twice, headers=headers)
+        assert "a second time" in is_problem(response, 400)["detail"]
+
+
+def test_a_byte_order_mark_before_a_body_is_skipped(server: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    body = b'\xef\xbb\xbf{"input": {"prompt": "Hello"}}'
+    answer = httpx.post(f"{server}/api/workflows/runs", content=body, headers=headers, timeout=60).json()
+    assert answer["output"] == post(server, {"input": PROMPT}).json()["output"]
+
+
 def test_a_binary_file_is_a_400(server: str) -> None:
     response = httpx.post(f"{server}/api/workflows/runs", files={"input[prompt]": b"\xff\xfe"})
     assert "UTF-8" in is_problem(response, 400)["detail"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from model_compose.errors import LoadError
-from model_compose.headers import Gguf, HeaderError, Stored, read_gguf, read_safetensors, refuse_pointer
+from model_compose.headers import Gguf, HeaderError, Stored, read_gguf, read_safetensors
 from model_compose.sources import Fetched
 
 _PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf")
@@ -62,7 +62,6 @@ def gguf_parts(file: Path) -> list[Path]:
 def gguf_header(file: Path) -> Gguf:
     """Raises LoadError for what is no GGUF file, or not all of it."""
     with _reading(file):
-        refuse_pointer(file)
         return read_gguf(file)
 
 
@@ -103,20 +102,12 @@ def read_weights(base: Fetched) -> dict[str, Stored] | None:
 
 def check_tokenizer(base: Fetched) -> None:
     """Raises LoadError for a folder without any tokenizer."""
-    files = _tokenizer_files(base)
-    if not files:
+    if not has_tokenizer(base):
         raise LoadError(f"{base.folder} has no tokenizer ({_TOKENIZERS[0]}); copy it from the model's repository")
-    for file in files:
-        with _reading(file):
-            refuse_pointer(file)
 
 
 def has_tokenizer(base: Fetched) -> bool:
-    return bool(_tokenizer_files(base))
-
-
-def _tokenizer_files(base: Fetched) -> list[Path]:
-    return [path for pattern in _TOKENIZERS for path in base.folder.glob(pattern) if path.is_file()]
+    return any(path.is_file() for pattern in _TOKENIZERS for path in base.folder.glob(pattern))
 
 
 def check_chat_template(base: Fetched) -> None:
@@ -146,10 +137,9 @@ def template_beside(folder: Path) -> str | dict[str, str] | None:
 def _tensors(files: list[Path]) -> dict[str, Stored] | None:
     tensors: dict[str, Stored] = {}
     for file in files:
+        if file.suffix != ".safetensors":
+            return None
         with _reading(file):
-            refuse_pointer(file)
-            if file.suffix != ".safetensors":
-                return None
             tensors |= read_safetensors(file)
     return tensors
 
@@ -157,9 +147,8 @@ def _tensors(files: list[Path]) -> dict[str, Stored] | None:
 def _json(path: Path) -> Mapping[str, Any]:
     """Raises LoadError for what is no JSON object."""
     with _reading(path):
-        refuse_pointer(path)
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise HeaderError(f"is not valid JSON ({error}); download it again") from None
         if not isinstance(found, dict):

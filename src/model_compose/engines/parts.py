@@ -8,10 +8,11 @@ from typing import Any
 
 from model_compose.engines import AdapterOptions, ModelOptions
 from model_compose.engines.on_disk import check_chat_template, gguf_header, template_beside
-from model_compose.errors import InputError, LoadError, SourceError
+from model_compose.errors import AdapterError, InputError, LoadError, SourceError
 from model_compose.generation import Message, Request
-from model_compose.lora.adapter import LoraAdapter, read_adapter, read_config
+from model_compose.lora.adapter import WEIGHT_FILES, LoraAdapter, read_adapter
 from model_compose.lora.blend import Blend
+from model_compose.lora.peft_config import read_config
 from model_compose.progress import Report
 from model_compose.sources import Fetched, HuggingfaceSource, ModelSource, fetch
 
@@ -68,7 +69,23 @@ def fetch_adapters(options: ModelOptions, base_dir: Path, report: Report) -> lis
 
 def fetch_adapter(name: str, options: AdapterOptions, base_dir: Path, report: Report) -> LoraAdapter:
     """Fetches and reads one adapter. Blocking. Raises SourceError, AdapterError."""
-    return read_adapter(fetch_adapter_folder(name, options.model, base_dir, report), name)
+    folder = fetch_adapter_folder(name, options.model, base_dir, report)
+    _check_memory(name, folder)
+    return read_adapter(folder, name)
+
+
+def _check_memory(name: str, folder: Path) -> None:
+    """Raises AdapterError for weights that would not fit twice: as the file has them, and as tensors."""
+    from model_compose.engines.huggingface.free import main_memory
+    from model_compose.engines.huggingface.memory import size_text
+
+    free = main_memory()
+    needed = 2 * next((path.stat().st_size for file in WEIGHT_FILES if (path := folder / file).is_file()), 0)
+    if free is not None and needed > free:
+        raise AdapterError(
+            f"adapter '{name}': reading its weights takes {size_text(needed)} of main memory, of which {size_text(free)} "
+            "are free"
+        )
 
 
 def fetch_adapter_folder(name: str, source: ModelSource, base_dir: Path, report: Report) -> Path:

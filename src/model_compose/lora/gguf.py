@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from model_compose.errors import AdapterError
-from model_compose.lora.adapter import ModuleShape
+from model_compose.lora.adapter import ModuleShape, is_copy, text_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,7 @@ class Architecture:
 
         None for what llama.cpp has not got, or cannot adapt.
         """
-        found = self._names.get_type_and_name(path)
+        found = self._names.get_type_and_name(path) or self._names.get_type_and_name(f"model.{text_path(path)}")
         return (found[0].name, f"{found[1]}.weight") if found and found[0].name in ADAPTED else None
 
     @cached_property
@@ -161,6 +161,27 @@ def permute(rows: "torch.Tensor", heads: int) -> "torch.Tensor":
     """Row i of a head's first half and row i of its second become neighbours. (heads · size, …), size even."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def is_stored(copy: "torch.Tensor", stored: Any) -> bool | None:
+    """Whether a base's matrix in GGUF (gguf.ReaderTensor) is `copy`: either becomes the other in the other's dtype.
+
+    None where gguf cannot quantise to the matrix's type.
+    """
+    import gguf
+    import torch
+
+    if tuple(map(int, stored.shape)) != tuple(copy.shape)[::-1]:
+        return False
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(stored.tensor_type.name)
+    if plain is not None:
+        weights = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
+        return is_copy(copy, weights.reshape(copy.shape).to(plain))
+    try:
+        quantized = gguf.quantize(copy.float().numpy(), stored.tensor_type)
+    except NotImplementedError:
+        return None
+    return bool((quantized.reshape(stored.data.shape) == stored.data).all())
 
 
 def checked_name(architecture: str) -> str:

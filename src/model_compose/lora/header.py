@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from model_compose.errors import AdapterError
-from model_compose.headers import HeaderError, Stored, read_safetensors, refuse_pointer
-from model_compose.lora.adapter import WEIGHT_FILES, Factors, LoraAdapter, ModuleShape, read_config
+from model_compose.headers import HeaderError, Stored, read_safetensors
+from model_compose.lora.adapter import WEIGHT_FILES, Factors, LoraAdapter, ModuleShape, weight_file
+from model_compose.lora.peft_config import of_adapter, read_config, scaling
+from model_compose.lora.weights import Sides, by_module
 
-_FACTOR = re.compile(
-    r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.\w+)?(?:\.weight)?"
-)
 _AROUND = re.compile(r"(?:(?:model|language_model|transformer)\.)*")
 
 
@@ -25,34 +24,26 @@ def has_weights(folder: Path) -> bool:
 def read_header(folder: Path, name: str) -> LoraAdapter | None:
     """The adapter, whose factors know their shapes and nothing else; None for a pickle, which has no header.
 
-    Raises AdapterError for a config that cannot be used, and for weights that are missing or damaged.
+    Raises AdapterError for a config that cannot be used, and for weights that are missing, damaged, or no plain LoRA.
     """
     config = read_config(folder, name)
-    path = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
-    if path is None:
-        raise AdapterError(f"adapter '{name}': {folder} holds neither {' nor '.join(WEIGHT_FILES)}")
-    try:
-        refuse_pointer(path)
+    with of_adapter(name):
+        path = weight_file(folder)
         if path.suffix != ".safetensors":
             return None
-        stored = read_safetensors(path)
-    except HeaderError as error:
-        raise AdapterError(f"adapter '{name}': {path} {error}") from None
-    except OSError as error:
-        raise AdapterError(f"adapter '{name}': {path} cannot be read ({error.strerror})") from None
-    sides: dict[str, dict[str, Any]] = {}
-    embeddings = set()
-    for key, tensor in stored.items():
-        if match := _FACTOR.fullmatch(key):
-            sides.setdefault(match["path"], {})[match["side"]] = tensor
-            if match["embedding"]:
-                embeddings.add(match["path"])
-    modules = {
-        path: Factors(pair["A"], pair["B"], 1.0, path in embeddings)
-        for path, pair in sides.items()
-        if set(pair) == {"A", "B"} and all(len(side.shape) == 2 for side in pair.values())
-    }
+        try:
+            found, _ = by_module(read_safetensors(path), path)
+        except HeaderError as error:
+            raise AdapterError(f"{path} {error}") from None
+        modules = {module: _factors(config, module, sides) for module, sides in found.items()}
     return LoraAdapter(name, modules, "", config.get("base_model_name_or_path"))
+
+
+def _factors(config: Mapping[str, Any], path: str, sides: Sides[Stored]) -> Factors:
+    a: Any
+    b: Any
+    (_, a), (_, b) = sides.a, sides.b
+    return Factors(a, b, scaling(config, path, sides.rank), sides.embedding)
 
 
 def shapes_in(weights: Mapping[str, Stored], adapter: LoraAdapter) -> dict[str, ModuleShape]:

@@ -341,6 +341,8 @@ def _nested(fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise InputError(f"the form key '{key}' goes below a plain value", field=key)
+        if path[-1] in node:
+            raise InputError(f"the form gives '{'.'.join(path)}' a second time", field=key)
         node[path[-1]] = _form_value(value)
     return result
 

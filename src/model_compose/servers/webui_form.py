@@ -17,7 +17,7 @@ from model_compose.components import pick
 from model_compose.components.model import ModelComponent
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
-from model_compose.expressions import Type
+from model_compose.expressions import Type, strict_json
 from model_compose.lora.blend import Blend, Blends
 from model_compose.lora.methods import Method
 from model_compose.servers.webui_runs import mixed
@@ -45,7 +45,7 @@ class Field:
             return as_messages(value)
         if isinstance(value, str) and _is_json(self.variable):
             try:
-                parsed = json.loads(value)
+                parsed = strict_json(value)
             except ValueError:
                 return value  # the workflow's own check says what is wrong with it
             return value if isinstance(parsed, str) else parsed  # text is JSON text to the workflow

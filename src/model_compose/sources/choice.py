@@ -41,7 +41,7 @@ def choose(
         if not chosen:
             raise SourceError(f"No file of {repository} matches `allow_patterns`; it has {_some(names)}.")
         return chosen
-    chosen = _default(names)
+    chosen = preferred(names)
     if not has_weights(chosen) and (ggufs := [name for name in names if name.endswith(".gguf")]):
         raise SourceError(f"{repository} has its weights as GGUF: say which file by `filename`, of {_some(ggufs)}.")
     return chosen
@@ -78,7 +78,8 @@ def _weights(names: Sequence[str]) -> list[str]:
     return safetensors or [name for name in names if name.endswith(_PICKLED) and not _OF_TRAINING.search(name)]
 
 
-def _default(names: Sequence[str]) -> list[str]:
+def preferred(names: Iterable[str]) -> list[str]:
+    """Of a repository's files those that transformers and PEFT need, with safetensors preferred over pickles."""
     inside = [name for name in names if _inside(name)]
     weights = _weights(inside)
     if any(name.startswith("model") for name in weights):  # Mistral's repositories hold all weights twice

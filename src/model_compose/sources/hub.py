@@ -311,7 +311,7 @@ def _names_on_disk(folder: Path) -> set[str]:
     """The files of a snapshot that another tool fetched without a listing, and the shards that an index promises."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for index in folder.glob("*.index.json"):
-        names.update(json.loads(index.read_text("utf-8")).get("weight_map", {}).values())
+        names.update(json.loads(index.read_text("utf-8-sig")).get("weight_map", {}).values())
     return names
 
 

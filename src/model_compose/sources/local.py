@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from pydantic import Field
 
 from model_compose.errors import SourceError
 from model_compose.schema import Options
-from model_compose.sources.choice import no_such_file, only_gguf
+from model_compose.sources.choice import no_such_file, only_gguf, preferred
 from model_compose.sources.fetched import Fetched
 
 _PATH = re.compile(r"\.{1,2}$|\.{1,2}[/\\]|~|/|[A-Za-z]:[/\\]")
@@ -58,12 +58,15 @@ def fetch(source: LocalSource, *, base_dir: Path) -> Fetched:
         if os.path.normpath(source.filename) not in names:
             raise no_such_file(names, str(path), source.filename)
         return _file(path, os.path.normpath(source.filename), source)
-    if gguf := only_gguf([name for name in names if "/" not in name], folder=str(path)):
+    outer = [name for name in names if "/" not in name]
+    if gguf := only_gguf(outer, folder=str(path)):
         return _file(path, gguf, source)
+    _refuse_pointers(path / name for name in preferred(outer))
     return Fetched(path, None, f"local:{_digest(path, files)}", source.path)
 
 
 def _file(folder: Path, name: str, source: LocalSource) -> Fetched:
+    _refuse_pointers([folder / name])
     return Fetched(folder, name, f"local:{_digest(folder, [folder / name])}", str(source))
 
 
@@ -80,6 +83,19 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _refuse_pointers(files: Iterable[Path]) -> None:
+    """git clone without git-lfs brings files that only say where the real ones are. Raises SourceError."""
+    for file in files:
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_POINTER):
+            raise SourceError(
+                f"{file} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` in "
+                f"{file.parent}."
+            )
 
 
 def _digest(folder: Path, files: list[Path]) -> str:

@@ -23,8 +23,8 @@ from model_compose.engines.huggingface.free import free_memory
 from model_compose.engines.huggingface.quantized import multiplies_bfloat16, quantize_modules
 from model_compose.engines.on_disk import check_chat_template, check_kind
 from model_compose.engines.parts import CONFIG_FILES, check_device, check_quantization, fetch_adapters, load_tokenizer
-from model_compose.errors import AdapterError, LoadError
-from model_compose.lora.adapter import LoraAdapter, check
+from model_compose.errors import ComposeError, LoadError, reason
+from model_compose.lora.adapter import LoraAdapter, check, is_copy
 from model_compose.lora.layers import LoraModel, Placement, module_shapes
 from model_compose.progress import Progress, Report
 from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
@@ -97,8 +97,9 @@ def load(
             quantize_modules(model, by_kernel)
         native = native_for(model, device)
         lora = LoraModel(
-            model, adapters, placements, max_on_device=max_adapters, dtype=None if native is None else torch.float32
-        )
+            model, adapters, placements, max_on_device=max_adapters, dtype=None if native is None else torch.float32,
+            holds=functools.partial(_holds, base, model),
+        )  # fmt: skip
         report(Progress("attaching adapters", len(adapters), len(adapters), "adapters"))
         forward: Forward
         if takes(model):
@@ -183,9 +184,7 @@ def _check_on_meta(
     model = on_meta(config, trust_remote_code)
     _check_layers(config, describe(options.model))
     shapes = module_shapes(model)
-    for adapter in adapters:
-        check(adapter, shapes)
-    loaded = {adapter.name: sizes.loaded_size(adapter) for adapter in adapters}
+    loaded = {adapter.name: sizes.loaded_size(check(adapter, shapes)) for adapter in adapters}
     needed = memory.needs(
         options, model, loaded, checkpoint, name=describe(options.model), device=device,
         dtype=pick_dtype(options.precision, device), place=pick_device, free=free_memory,
@@ -228,7 +227,7 @@ def other_base(adapter: LoraAdapter, options: ModelOptions, base: Fetched) -> st
     is no evidence.
     """
     path = base.folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
     source = options.model
     names: list[str | None] = [config.get("_name_or_path")]
     if isinstance(source, HuggingfaceSource):
@@ -281,6 +280,16 @@ def _load_model(
     return model.eval().requires_grad_(False)
 
 
+def _holds(base: Fetched, model: Any, name: str, tensor: torch.Tensor) -> bool | None:
+    """Whether the base's parameter is `tensor`. Its files tell, as the model's own weights may be packed or folded."""
+    from model_compose.export.checkpoint import holds
+
+    try:
+        return holds(base, model, name, tensor)
+    except LoadError:  # stored quantised: embedding and head are plain there
+        return is_copy(tensor, dict(model.named_parameters(remove_duplicate=False)).get(name))
+
+
 def _bitsandbytes(options: ModelOptions) -> Any:
     from transformers import BitsAndBytesConfig
 
@@ -313,18 +322,18 @@ def load_errors(name: str, device: torch.device) -> Iterator[None]:
     """Turns what torch and transformers raise while loading into one sentence with a remedy."""
     try:
         yield
-    except (LoadError, AdapterError):
+    except ComposeError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(name, device) from error
-    except Exception as error:  # a config or a model's own code may fail in any way
+    except Exception as error:  # a config, a stranger's files or a model's own code may fail in any way
         text = str(error)
         if "allocate memory" in text or "Cannot allocate" in text or "bad alloc" in text:
             raise _out_of_memory(name, device) from error
-        first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+        told = reason(error)
         if isinstance(error, AttributeError | TypeError | LookupError | AssertionError):  # their text alone says little
-            first = f"{type(error).__name__}: {first}"
-        raise LoadError(f"{name} cannot be loaded as a causal language model: {first}") from error
+            told = f"{type(error).__name__}: {told}"
+        raise LoadError(f"{name} cannot be loaded as a causal language model: {told}") from error
 
 
 def _out_of_memory(name: str, device: torch.device) -> LoadError:

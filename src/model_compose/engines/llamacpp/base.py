@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_compose.engines.on_disk import gguf_parts
-from model_compose.errors import AdapterError, LoadError
-from model_compose.lora.adapter import LoraAdapter, check
-from model_compose.lora.gguf import Architecture, checked_name
+from model_compose.errors import LoadError
+from model_compose.lora.adapter import LoraAdapter, check, check_copies
+from model_compose.lora.gguf import Architecture, checked_name, is_stored
 
 if TYPE_CHECKING:
     import gguf
@@ -54,26 +54,13 @@ class Base:
         found = {path: self.architecture.shape(path, sizes) for path in adapter.modules}
         shapes = {path: shape for path, shape in found.items() if shape is not None}
         check(adapter, shapes)
-        for name, copy in adapter.copies.items():
-            if not self._holds(name, copy):
-                raise AdapterError(
-                    f"adapter '{adapter.name}': it brings its own '{name}', which differs from the base's, or cannot be "
-                    "compared as this base is quantised. Replaced weights cannot be weighted; such an adapter is refused."
-                )
+        check_copies(adapter, self._holds)
 
-    def _holds(self, parameter: str, copy: "torch.Tensor") -> bool:
-        """Whether the base's matrix is that tensor, stored as the base stores it."""
-        import gguf
-
+    def _holds(self, parameter: str, copy: "torch.Tensor") -> bool | None:
+        """Whether the base's matrix is that tensor; None where that cannot be said."""
         found = self.architecture.tensor(parameter.removesuffix(".weight"))
         matrix = self.matrices.get(found[1]) if found else None
-        if matrix is None or tuple(map(int, matrix.shape)) != tuple(copy.shape)[::-1]:
-            return False
-        try:
-            stored = gguf.quantize(copy.float().numpy(), matrix.tensor_type)
-        except NotImplementedError:
-            return False
-        return bool((stored.reshape(matrix.data.shape) == matrix.data).all())
+        return False if matrix is None else is_stored(copy, matrix)
 
 
 def read_base(file: Path, identity: str) -> Base:
@@ -88,7 +75,10 @@ def read_base(file: Path, identity: str) -> Base:
     except (ValueError, OSError, IndexError) as error:
         raise LoadError(f"{file} is no GGUF file that can be read ({error}); download it again") from error
     fields = readers[0].fields
-    matrices = {tensor.name: tensor for reader in readers for tensor in reader.tensors if len(tensor.shape) == 2}
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    matrices = {tensor.name: tensor for tensor in tensors if len(tensor.shape) == 2}
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise LoadError(f"the parts of {file} hold a tensor twice, so they are not of one base; download them again")
     name = _value(fields, "general.architecture", file)
     heads = _number(fields, f"{name}.attention.head_count", file)
     kv_heads = _number(fields, f"{name}.attention.head_count_kv", file, heads)

@@ -296,7 +296,7 @@ class VllmEngine:
         if not self._takes_adapters:
             raise Conflict("vLLM was started without room for adapters; set options.max_lora_rank")
         adapter = await in_daemon_thread(lambda: fetch_adapter(name, options, self._base_dir, report))
-        check_adapter(adapter, loaded.shapes)
+        adapter = check_adapter(adapter, loaded.shapes)
         adapters = {**self._adapters, name: adapter}
         check_rank(Blend({name: 1.0}, name), adapters, self._max_rank)
         await self._try(name, adapters)

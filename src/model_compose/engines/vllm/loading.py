@@ -54,8 +54,7 @@ def load(
     with load_errors(name, meta):
         config = base_config(base, trust_remote_code)
         shapes = module_shapes(on_meta(config, trust_remote_code))
-        for adapter in adapters.values():
-            check_adapter(adapter, shapes)
+        adapters = {name: check_adapter(adapter, shapes) for name, adapter in adapters.items()}
         tokenizer = load_tokenizer(base, trust_remote_code, chat=options.chats)
         eos = _eos(base, config, tokenizer)
     if weights and small is not None:
@@ -63,14 +62,15 @@ def load(
     return Loaded(base, config, tokenizer, eos, shapes), adapters
 
 
-def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> None:
-    """That it fits the base, and is nothing but factors. Raises AdapterError."""
-    check(adapter, shapes)
+def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
+    """The adapter with the base's own names, where it fits and is nothing but factors. Raises AdapterError."""
+    adapter = check(adapter, shapes)
     if adapter.copies:
         raise AdapterError(
             f"adapter '{adapter.name}': it brings its own '{next(iter(adapter.copies))}', which vllm would ignore; save it "
             "with save_embedding_layers=False if that is the base's, or use driver: huggingface, which compares them"
         )
+    return adapter
 
 
 def zero_adapter(adapters: Iterable[LoraAdapter], shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
