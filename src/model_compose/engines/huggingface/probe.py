@@ -5,6 +5,7 @@ attention, places them by the positions that we give, and wants the attention th
 does not hold would answer, and the answers would be wrong. So its code is asked here, and refused with the reason.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,10 @@ TOLERANCE_OF_16_BITS = 0.03
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query, key) -> whether that query may look at that key: how transformers describes a mask."""
+
+
+_registry = threading.Lock()
+"""transformers' registry of masks belongs to the process, and two models may be loaded at once."""
 
 
 class NotServed(Exception):
@@ -136,11 +141,12 @@ def check_alike(one: Probe, other: Probe, pairs: Mapping[int, int]) -> None:
 @contextmanager
 def mask_rules(attention: str) -> Iterator[None]:
     """Models that have this attention get masks that know their rule. Without it transformers makes them none."""
-    AttentionMaskInterface.register(attention, _with_rule)
-    try:
-        yield
-    finally:
-        del AttentionMaskInterface._global_mapping[attention]
+    with _registry:
+        AttentionMaskInterface.register(attention, _with_rule)
+        try:
+            yield
+        finally:
+            del AttentionMaskInterface._global_mapping[attention]
 
 
 def _with_rule(*, q_length: int, kv_length: int, mask_function: Rule, device: Any = None, **_: Any) -> Tensor:
