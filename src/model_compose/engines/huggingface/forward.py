@@ -83,15 +83,15 @@ class TransformersForward:
         middle = config.get_text_config().vocab_size // 2  # special tokens are at the ends
         tokens = torch.arange(middle, middle + 5, device=self._device)
         kept = torch.tensor([0, 4], device=self._device)
-        first = Probe(5, context=self._context)
+        first = Probe(tokens, self._context)
         with mask_rules(NAME), watching(self._model, first, len(kept)):
             logits = self._ask(first, tokens, None, kept)
         if len(logits) not in (len(kept), len(tokens)):
             raise NotServed(f"gives logits for {len(logits)} of {len(tokens)} tokens")
         # Tokens 4, 2 and 0 at their positions again, in another order and beside others.
-        again = Probe(5)
-        order, positions = [4, 3, 2, 1, 0], torch.tensor([4, 9, 2, 7, 0], device=self._device)
-        self._ask(again, tokens[order], positions, kept)
+        again = Probe(tokens)
+        others = tokens[[4, 3, 2, 1, 0]] + torch.tensor([0, 5, 0, 5, 0], device=self._device)
+        self._ask(again, others, torch.tensor([4, 9, 2, 7, 0], device=self._device), kept)
         check_alike(first, again, {0: 4, 2: 2, 4: 0})
         return first
 

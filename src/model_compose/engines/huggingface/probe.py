@@ -5,6 +5,7 @@ attention, places them by the positions that we give, and wants the attention th
 does not hold would answer, and the answers would be wrong. So its code is asked here, and refused with the reason.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,11 +21,17 @@ from model_compose.lora.layers import module_shapes
 HARMLESS = ("position_ids", "logits_to_keep")
 """Keywords that model code passes on to attention, which has no use for them."""
 
-TOLERANCE = 0.03
-"""Relative; what rounding in 16 bits may change."""
+TOLERANCE = {torch.float32: 0.005}
+"""How much rounding may change, relative to the largest number: in float32 with Linears that round to bfloat16."""
+
+TOLERANCE_OF_16_BITS = 0.03
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query, key) -> whether that query may look at that key: how transformers describes a mask."""
+
+
+_registry = threading.Lock()
+"""transformers' registry of masks belongs to the process, and two models may be loaded at once."""
 
 
 class NotServed(Exception):
@@ -37,9 +44,9 @@ class Probe:
     seen: the q, k and v (tokens, heads, dim) of each layer. unfit: modules that adapters cannot act on, with the reason.
     """
 
-    def __init__(self, tokens: int, context: int | None = None) -> None:
-        self.tokens, self._context = tokens, context
-        self.long = torch.zeros(tokens, dtype=torch.bool)
+    def __init__(self, tokens: Tensor, context: int | None = None) -> None:
+        self.tokens, self._context = len(tokens), context
+        self.long = torch.zeros_like(tokens, dtype=torch.bool)
         self.seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self.unfit: dict[str, str] = {}
 
@@ -122,8 +129,9 @@ def check_alike(one: Probe, other: Probe, pairs: Mapping[int, int]) -> None:
     # Two layers tell enough. Further down, a router may send a rounding difference to another expert.
     for layer in sorted(one.seen)[:2]:
         for mine, theirs in zip(one.seen[layer], other.seen[layer], strict=True):
+            tolerance = TOLERANCE.get(mine.dtype, TOLERANCE_OF_16_BITS)
             mine, theirs = mine[list(pairs)].float(), theirs[list(pairs.values())].float()
-            if (mine - theirs).abs().max() > TOLERANCE * mine.abs().max():
+            if (mine - theirs).abs().max() > tolerance * mine.abs().max():
                 raise NotServed(
                     "computes a token from more than its own position and attention: from the order of tokens, or from its "
                     "neighbours"
@@ -133,11 +141,12 @@ def check_alike(one: Probe, other: Probe, pairs: Mapping[int, int]) -> None:
 @contextmanager
 def mask_rules(attention: str) -> Iterator[None]:
     """Models that have this attention get masks that know their rule. Without it transformers makes them none."""
-    AttentionMaskInterface.register(attention, _with_rule)
-    try:
-        yield
-    finally:
-        del AttentionMaskInterface._global_mapping[attention]
+    with _registry:
+        AttentionMaskInterface.register(attention, _with_rule)
+        try:
+            yield
+        finally:
+            del AttentionMaskInterface._global_mapping[attention]
 
 
 def _with_rule(*, q_length: int, kv_length: int, mask_function: Rule, device: Any = None, **_: Any) -> Tensor:
