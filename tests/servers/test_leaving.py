@@ -47,7 +47,7 @@ async def test_a_client_that_leaves_before_the_first_text_stops_the_computation(
     live: Live, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one does that is tired of waiting: here every token is held back, as the start of a stop string would be."""
-    monkeypatch.setattr(StopStrings, "push", lambda _, text: ("", False))
+    monkeypatch.setattr(StopStrings, "push", lambda *_: ("", False))
     waiting = asyncio.create_task(live.client.post(live.url + path, json={**body, "stream": True}))
     await live.running()
     waiting.cancel()
