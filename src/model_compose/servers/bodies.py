@@ -91,7 +91,7 @@ class _Arriving:
 
 
 BODIES = 32
-"""The running requests of a face may have as many bodies of the largest size together, and those of one client half of it."""
+"""The running requests of a face may have so many bodies of the largest size together, those of one client half of it."""
 
 
 @dataclass
