@@ -141,15 +141,17 @@ async def test_a_connection_between_requests_is_closed_in_time(monkeypatch: pyte
         writer.close()
 
 
-@pytest.mark.parametrize("pieces", [0, 1000])
+@pytest.mark.parametrize(("ahead", "pieces"), [(0, 0), (0, 1000), (90_000, 0), (90_000, 1000)])
 async def test_a_body_that_does_not_come_is_answered_with_408(
-    pieces: int, monkeypatch: pytest.MonkeyPatch, record: Record
+    ahead: int, pieces: int, monkeypatch: pytest.MonkeyPatch, record: Record
 ) -> None:
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
     async with edge(reads_all) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         started = time.monotonic()
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n")
+        writer.write(
+            b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r\n\r\n" + b"x" * ahead
+        )
 
         async def drip() -> None:
             with suppress(ConnectionError):
@@ -163,12 +165,16 @@ async def test_a_body_that_does_not_come_is_answered_with_408(
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"connection: close" in answer.lower()
         assert b'"code":"request_timeout"' in answer
-        record(f"slow body of {pieces} pieces (0.5 s allowed)", 1, f"{time.monotonic() - started:.1f} s")
+        record(
+            f"slow body, {ahead} bytes at once, {pieces} pieces (0.5 s allowed)",
+            1,
+            f"{time.monotonic() - started:.1f} s",
+        )
         writer.close()
 
 
 async def test_a_body_that_keeps_coming_may_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
     monkeypatch.setattr(bodies, "BYTES_PER_SECOND", 1000)
     async with edge(reads_all) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from model_compose.engines.huggingface.sequence import Sequence
 from model_compose.request_log import REQUEST_FORMAT, RequestFilter
 from tests.servers.conftest import Live
 from tests.servers.test_http import post
@@ -70,6 +71,19 @@ def test_each_request_is_one_line(server: str, log: io.StringIO, method: str, pa
     (line,) = lines(log, "one")
     shown = re.escape(path.partition("?")[0])
     assert re.fullmatch(rf"127\.0\.0\.1 {method} {shown} {status} \d+ ms", line)
+
+
+async def test_the_engines_thread_logs_under_the_requests_id(
+    live: Live, log: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("torn")
+
+    monkeypatch.setattr(Sequence, "take", fails)
+    headers = {"X-Request-ID": "torn-1"}
+    body = {"model": "default", "prompt": "a"}
+    assert (await live.client.post(f"{live.url}/v1/completions", json=body, headers=headers)).status_code == 500
+    assert "a sequence failed" in lines(log, "torn-1")
 
 
 def test_refusals_have_their_line_too(locked: str, log: io.StringIO) -> None:

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 from pydantic import SecretStr
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
 from model_compose.compose import Compose
@@ -335,6 +336,36 @@ def test_large_bodies_are_413_also_without_a_length(small: str, path: str, kind:
     assert response.status_code == 413, response.text
     assert "1000 bytes" in response.text
     assert response.headers["content-type"] in ("application/problem+json", "application/json")
+
+
+async def test_the_bodies_of_running_requests_are_bounded_together() -> None:
+    go_on = asyncio.Event()
+    read: list[int] = []
+
+    async def waits(scope: Any, receive: Any, send: Any) -> None:
+        body = await Request(scope, receive).body()
+        read.append(len(body))
+        await go_on.wait()
+        await PlainTextResponse("done")(scope, receive, send)
+
+    transport = httpx.ASGITransport(guard.Guard(waits, guard.Hosts("127.0.0.1"), 1000), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+        calls = [asyncio.create_task(client.post("/", content=b"x" * 1000)) for _ in range(20)]
+        await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        refused = [call.result() for call in calls if call.done()]
+        assert all(answer.status_code == 429 for answer in refused)
+        assert "32 times max_body_size" in refused[0].text
+        assert (await client.post("/", content=b"x")).status_code == 429
+        others = httpx.ASGITransport(transport.app, client=("127.0.0.2", 1))
+        async with httpx.AsyncClient(transport=others, base_url="http://127.0.0.1") as other:
+            calls.append(asyncio.create_task(other.post("/", content=b"x" * 1000)))
+            while len(read) < 17:
+                await asyncio.sleep(0)
+            go_on.set()
+            answers = await asyncio.gather(*calls)
+        assert sorted(answer.status_code for answer in answers) == [200] * 17 + [429] * 4
+        assert read == [1000] * 17
+        assert (await client.post("/", content=b"x" * 1000)).status_code == 200
 
 
 def test_a_body_within_the_limit_is_fine(small: str) -> None:

@@ -447,7 +447,8 @@ def test_the_routes_are_described_where_adapters_are_on_and_off(folder: Path) ->
     assert server is not None
     document = create_app(compose, server).openapi()
     operation = document["paths"]["/v1/load_lora_adapter"]["post"]
-    assert set(operation["responses"]) == {"200", "400", "403", "404", "409", "413", "500", "503"}
+    refusals = {"400", "403", "404", "408", "409", "413", "421", "500", "503"}
+    assert set(operation["responses"]) == {"200", *refusals}
     assert set(operation["responses"]["200"]["content"]) == {"text/plain"}
     body = document["components"]["schemas"]["LoadBody"]
     assert set(body["required"]) == {"lora_name", "lora_path"}

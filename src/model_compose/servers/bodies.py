@@ -1,18 +1,22 @@
 """How requests' bodies arrive: not too slowly, not too large, and not at all once nobody reads them any more."""
 
 import asyncio
+from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from model_compose.errors import ComposeError, PayloadTooLarge, SlowBody
+from model_compose.errors import ComposeError, Overloaded, PayloadTooLarge, SlowBody
+from model_compose.servers.access import peer_of
+from model_compose.servers.connections import network_of
 from model_compose.servers.wire import error_response
 
 BODY_SECONDS = 20.0
 BYTES_PER_SECOND = 4096
-"""A body may take BODY_SECONDS, and a second more for each BYTES_PER_SECOND that have arrived."""
+"""A body has BODY_SECONDS. Each BYTES_PER_SECOND that arrive give it a second more, up to BODY_SECONDS from then on."""
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 4 << 20
 """What is still read of a body after its answer. A client that is sending would otherwise meet a reset connection in the
@@ -53,13 +57,14 @@ class _Arriving:
         except TimeoutError:
             self._late = True
             if not self._answered:
-                allowed = f"{BODY_SECONDS:.0f} s, and a second for each {BYTES_PER_SECOND} bytes"
-                await refuse(self._scope, self._send, SlowBody(f"the request body came too slowly; it has {allowed}"))
+                rate = f"less than {BYTES_PER_SECOND} bytes/s over {BODY_SECONDS:.0f} s"
+                await refuse(self._scope, self._send, SlowBody(f"the request body came too slowly: {rate}"))
             return DISCONNECT
 
     async def _next(self) -> Message:
         message = await self._receive()
-        self._deadline += len(message.get("body", b"")) / BYTES_PER_SECOND
+        earned = len(message.get("body", b"")) / BYTES_PER_SECOND
+        self._deadline = min(self._deadline + earned, asyncio.get_running_loop().time() + BODY_SECONDS)
         self._whole = not message.get("more_body", False)
         return message
 
@@ -85,31 +90,53 @@ class _Arriving:
                     left -= len((await self._next()).get("body", b""))
 
 
-class Bounded:
-    """One body that may have `most` bytes. A longer one is answered with 413, and the application is told that its client
-    left."""
+BODIES = 32
+"""The running requests of a face may have so many bodies of the largest size together, those of one client half of it."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, most: int) -> None:
-        self._scope, self._receive, self._send = scope, receive, send
-        self._left, self._most = most, most
+
+@dataclass
+class Room:
+    """What bodies may take, in bytes. of_body: one of them. taken: by those that are here now, for each client."""
+
+    of_body: int
+    taken: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def of_all(self) -> int:
+        return BODIES * self.of_body
+
+    def is_exceeded(self, client: str) -> bool:
+        return self.taken[client] > self.of_all // 2 or self.taken.total() > self.of_all
+
+
+class Bounded:
+    """One body within its room. Beyond that the answer is 413 or 429, and the application is told that its client left."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, room: Room) -> None:
+        self._scope, self._receive, self._send, self._room = scope, receive, send, room
+        self._client = network_of(peer_of(scope))
+        self._taken = 0
         self._answered = self._refused = False
 
     def check_length(self) -> None:
         """Raises PayloadTooLarge where the headers say it already."""
         length = Headers(scope=self._scope).get("content-length", "0")
-        if length.isdecimal() and int(length) > self._most:
+        if length.isdecimal() and int(length) > self._room.of_body:
             raise self._too_large()
 
     async def receive(self) -> Message:
         if self._refused:
             return DISCONNECT
         message = await self._receive()
-        self._left -= len(message.get("body", b""))
-        if self._left >= 0:
+        arrived = len(message.get("body", b""))
+        self._taken += arrived
+        self._room.taken[self._client] += arrived
+        error = self._refusal() if arrived else None
+        if error is None:
             return message
         self._refused = True
         if not self._answered:
-            await refuse(self._scope, self._send, self._too_large())
+            await refuse(self._scope, self._send, error)
         return DISCONNECT
 
     async def send(self, message: Message) -> None:
@@ -118,8 +145,24 @@ class Bounded:
         self._answered = True
         await self._send(message)
 
+    def leave(self) -> None:
+        """The request has ended: gives its room back."""
+        self._room.taken[self._client] -= self._taken
+        if not self._room.taken[self._client]:
+            del self._room.taken[self._client]
+
+    def _refusal(self) -> ComposeError | None:
+        if self._taken > self._room.of_body:
+            return self._too_large()
+        if self._room.is_exceeded(self._client):
+            return Overloaded(
+                f"the bodies of running requests have reached {self._room.of_all} bytes ({BODIES} times max_body_size), or "
+                "yours half of that; try again in a moment"
+            )
+        return None
+
     def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the request body is larger than {self._most} bytes (max_body_size)")
+        return PayloadTooLarge(f"the request body is larger than {self._room.of_body} bytes (max_body_size)")
 
 
 async def refuse(scope: Scope, send: Send, error: ComposeError) -> None:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_compose.errors import ComposeError, Crowded, Forbidden, Misdirected, Overloaded, Unauthorized
 from model_compose.servers.access import client_of, peer_of
-from model_compose.servers.bodies import Bounded
+from model_compose.servers.bodies import Bounded, Room
 from model_compose.servers.connections import network_of
 from model_compose.servers.wire import content_type, error_response
 
@@ -37,20 +37,23 @@ class Guard:
         self, app: ASGIApp, hosts: "Hosts", max_body: int,
         keys: "Keys | None" = None, open_paths: Iterable[str] = (), origins: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self._app, self._hosts, self._max_body = app, hosts, max_body
+        self._app, self._hosts, self._room = app, hosts, Room(max_body)
         self._keys, self._open, self._origins = keys, frozenset(open_paths), origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         request = Request(scope)
-        body = Bounded(scope, receive, send, self._max_body)
+        body = Bounded(scope, receive, send, self._room)
         try:
             await self._check(request)
             body.check_length()
         except ComposeError as refusal:
             return await error_response(request, refusal)(scope, receive, send)
-        return await self._app(scope, body.receive, body.send)
+        try:
+            return await self._app(scope, body.receive, body.send)
+        finally:
+            body.leave()
 
     async def _check(self, request: Request) -> None:
         """Raises the refusal."""

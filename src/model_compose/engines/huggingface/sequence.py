@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class Sequence:
         self._logprobs = prompt.sampling.logprobs
         room = prompt.limit - len(prompt.tokens)
         self._budget = min(prompt.sampling.max_output_length or room, room)
+        self._request = copy_context()  # the engine's thread logs what belongs to a request under that one's id
 
     @property
     def generated(self) -> int:
@@ -95,7 +97,7 @@ class Sequence:
         """Ends the sequence with an error. What is not one of ours goes to the log, and its name alone to the caller."""
         self.done = self.failed = True
         if not isinstance(error, ComposeError):
-            log.error("a sequence failed", exc_info=error)
+            self._request.run(log.error, "a sequence failed", exc_info=error)
         self._emit(_run_error(error))
 
     def _told(self, token: int, logits: Tensor, count: int) -> tuple[TokenLogprob]:
