@@ -24,10 +24,9 @@ from model_compose.terminal import Printer, bars
 from tests import tiny
 from tests.conftest import serving
 from tests.test_config import FIRST_EXAMPLE
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 INPUT = '{"prompt": "Once upon a time"}'
-SECONDS = 60
 SOURCE = Path(__file__).parent.parent / "src"
 
 
