@@ -28,11 +28,10 @@ from model_compose.terminal import Printer, bars
 from tests import tiny
 from tests.conftest import serving
 from tests.test_config import FIRST_EXAMPLE
-from tests.waiting import wait_until
+from tests.waiting import SECONDS, wait_until
 
 CUT = "⚠ the text was cut at max_output_length (12 tokens)\n"
 INPUT = '{"prompt": "Once upon a time"}'
-SECONDS = 60
 SOURCE = Path(__file__).parent.parent / "src"
 
 

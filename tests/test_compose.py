@@ -544,7 +544,7 @@ components:
 
 
 async def test_a_bare_blend_goes_to_the_models_that_know_its_names(project: Path) -> None:
-    path = project.parent / "two-models.yml"
+    path = project.parent / "two-models-at-once.yml"
     path.write_text(MODELS_APART)
     async with Compose.open(path) as compose:
         one = await compose.answer({"prompt": "Hi"}, workflow="one", blend="plain")

@@ -21,8 +21,7 @@ from model_compose.errors import InputError
 from model_compose.export.destination import check_free, whole
 from tests import tiny
 from tests.test_cli import SOURCE, cli, start, state  # noqa: F401 - state is a fixture for every test here
-
-SECONDS = 60
+from tests.waiting import SECONDS
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-SECONDS = 60.0
+SECONDS = 120.0
 """The longest wait. What never comes true takes so long to fail; what comes true is not slowed by it."""
 
 

@@ -19,7 +19,7 @@ from model_compose.servers.http import create_app
 from model_compose.servers.serve import address, bind, listening
 from tests import tiny
 from tests.conftest import serving
-from tests.waiting import until
+from tests.waiting import SECONDS, until
 
 WIDE = """\
 controller:
@@ -161,7 +161,7 @@ async def live(
 
     monkeypatch.setattr(Sequence, "take", counted)
     try:
-        async with listening(create_app(compose, options), listener), httpx.AsyncClient(timeout=30) as client:
+        async with listening(create_app(compose, options), listener), httpx.AsyncClient(timeout=SECONDS) as client:
             await compose.load()
             yield Live(compose, str(address(listener)), client, steps)
             await compose.close()

@@ -94,7 +94,7 @@ async def test_requests_at_once_get_the_text_that_they_get_alone(server: str) ->
     ]  # fmt: skip
     bodies = [{"input": {"prompt": f"Say {number}"}, "blend": blend} for number, blend in enumerate(blends)]
     alone = [post(server, body).json() for body in bodies]
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=SECONDS) as client:
         answers = await asyncio.gather(*(client.post(server + RUN[0], json=body) for body in bodies))
         streams = await asyncio.gather(*(client.post(server + RUN[0], json=body | {"stream": True}) for body in bodies))
     for expected, answer, stream in zip(alone, answers, streams, strict=True):

@@ -61,7 +61,7 @@ def test_a_signal_ends_the_service_at_once_and_tells_its_clients(process: subpro
     answers: dict[str, httpx.Response] = {}
 
     def call(name: str, path: str, body: object) -> None:
-        answers[name] = httpx.post(url + path, json=body, timeout=60)
+        answers[name] = httpx.post(url + path, json=body, timeout=SECONDS)
 
     calls = {
         "run": ("/api/workflows/runs", {"input": {"prompt": "a"}}),
@@ -104,7 +104,7 @@ async def _served(project: Path, yaml: str) -> tuple[asyncio.Task[None], Compose
 async def test_running_requests_may_end_where_the_file_allows_and_new_ones_are_refused(project: Path) -> None:
     yaml = YAML.replace("controller:\n", "controller:\n  shutdown_timeout: 60s\n")
     running, compose, url = await _served(project, yaml.replace("max_output_length: 12", "max_output_length: 200"))
-    async with httpx.AsyncClient(timeout=30) as client:
+    async with httpx.AsyncClient(timeout=SECONDS) as client:
         body = {"input": {"prompt": "Hello"}}
         with held(compose.models["__component__"].engine):
             call = asyncio.create_task(client.post(f"{url}/api/workflows/runs", json=body))
@@ -121,7 +121,7 @@ async def test_running_requests_may_end_where_the_file_allows_and_new_ones_are_r
 async def test_a_second_signal_waits_for_nobody(endless_file: Path) -> None:
     yaml = "controller: {adapter: {type: http-server, port: 0}, shutdown_timeout: 1h}\n"
     running, compose, url = await _served(endless_file, yaml + ENDLESS)
-    async with httpx.AsyncClient(timeout=30) as client:
+    async with httpx.AsyncClient(timeout=SECONDS) as client:
         call = asyncio.create_task(client.post(f"{url}/api/workflows/runs", json={"input": {"prompt": "Hello"}}))
         await until(lambda: compose.busy)
         os.kill(os.getpid(), signal.SIGTERM)
