@@ -1,6 +1,7 @@
 """Blends as files: each is exactly the blend, and is there whole or not at all."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -216,11 +217,19 @@ def test_a_tensor_in_two_shards_is_refused_with_both(tmp_path: Path) -> None:
         exported(path)
 
 
-@pytest.mark.parametrize("content", [b"garbage" * 99, b"", pickle.dumps([]), b"PK\3\4" * 99])
-def test_a_damaged_pickle_is_one_sentence_without_torchs_advice(tmp_path: Path, content: bytes) -> None:
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.getpid, ()
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 99, b"", pickle.dumps([]), b"PK\3\4" * 99, Evil()])
+def test_a_damaged_pickle_is_one_sentence_without_torchs_advice(tmp_path: Path, content: Any) -> None:
     path = project(tmp_path)
     (tmp_path / "base" / "model.safetensors").unlink()
-    (tmp_path / "base" / "pytorch_model.bin").write_bytes(content)
+    if isinstance(content, bytes):
+        (tmp_path / "base" / "pytorch_model.bin").write_bytes(content)
+    else:
+        torch.save({"x": content}, tmp_path / "base" / "pytorch_model.bin")
     with pytest.raises(LoadError, match=r"pytorch_model\.bin .*(cannot be read|no mapping)") as caught:
         exported(path)
     assert "weights_only" not in str(caught.value)
