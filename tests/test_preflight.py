@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config
+from transformers import GPT2Config, MixtralConfig
 
 from model_compose.compose import Compose
 from model_compose.errors import AdapterError, ComposeError, InputError, LoadError, SourceError
@@ -135,6 +135,28 @@ def test_adapters_that_headers_do_not_name_are_compared_with_the_model_itself(ap
     tiny.save_adapter(app / "pirate", tied)
     (problem,) = problems(app, error=AdapterError)
     assert "adapter 'pirate': the base model has no module 'model.layers.0.self_attn." in problem
+
+
+def test_adapters_of_experts_are_compared_with_the_model_itself(app: Path) -> None:
+    """A checkpoint has each expert's matrices; transformers fuses them, and has no module of such a name."""
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=2, num_experts_per_tok=1, vocab_size=tiny.VOCABULARY,
+    )  # fmt: skip
+    base = tiny.save_base(app / "mixtral", config)
+    stored = load_file(base / "model.safetensors")
+    name = next(name for name in stored if ".experts.0.w1" in name)
+    module = name.removesuffix(".weight")
+    rows, columns = stored[name].shape
+    factors = {"lora_A": torch.ones(4, columns), "lora_B": torch.ones(rows, 4)}
+    save_file(
+        {f"base_model.model.{module}.{side}.weight": factor for side, factor in factors.items()},
+        app / "alpaca/adapter_model.safetensors", metadata={"format": "pt"},
+    )  # fmt: skip
+    edit(app, "./base", "./mixtral")
+    edit(app, "    - {type: lora, name: pirate, model: ./pirate, weight: 0.8}\n", "")
+    (problem,) = problems(app, error=AdapterError)
+    assert f"the base model has no module '{module}'" in problem
 
 
 @pytest.mark.parametrize(

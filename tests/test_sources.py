@@ -221,6 +221,11 @@ def test_a_gguf_beside_other_weights_is_not_taken_for_them(tmp_path: Path) -> No
     assert fetch(folder_of(tmp_path, "model.safetensors", "a.gguf", "b.gguf"), base_dir=tmp_path).file is None
 
 
+def test_a_path_that_no_disk_can_hold(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"cannot be read \(File name too long\)"):
+        fetch(LocalSource(path=f"./{'x' * 300}"), base_dir=tmp_path)
+
+
 def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no files" in complaint("./empty", tmp_path)

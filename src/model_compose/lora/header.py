@@ -58,6 +58,8 @@ def shapes_in(weights: Mapping[str, Stored], adapter: LoraAdapter) -> dict[str, 
         inner.setdefault(_inner(name), []).append(name)
     shapes = {}
     for path, factors in adapter.modules.items():
+        if ".experts." in path:  # transformers fuses the experts of a layer
+            continue
         named = inner.get(_inner(f"{path}.weight"), [])
         stored = weights.get(f"{path}.weight") or (weights[named[0]] if len(named) == 1 else None)
         if stored is not None and stored.plain and len(stored.shape) == 2:

@@ -37,9 +37,18 @@ class LocalSource(Options):
 def fetch(source: LocalSource, *, base_dir: Path) -> Fetched:
     """Look the path up. A folder whose only weights are one GGUF file is that file.
 
-    Raises SourceError, naming the absolute path, where it leads to nothing, or to several GGUF files.
+    Raises SourceError, naming the absolute path, where it leads to nothing, to several GGUF files, or cannot be read.
     """
     path = absolute(source.path, base_dir)
+    try:
+        return _look_up(source, path, base_dir)
+    except OSError as error:  # no rights, a name that is too long, links in a circle
+        raise SourceError(
+            f"{path} cannot be read ({error.strerror}): correct '{source.path}' or its rights."
+        ) from error
+
+
+def _look_up(source: LocalSource, path: Path, base_dir: Path) -> Fetched:
     if path.is_file():
         if source.filename is not None:
             raise SourceError(
