@@ -78,7 +78,7 @@ UNKNOWN_KEYS = [
     (
         "model: ./base",
         "model: {repositry: a/b, path: c}",
-        "11: component.model: unknown key 'repositry'; valid: path, pro",
+        "11: component.model: unknown key 'repositry'; valid: filename, path, provider",
     ),
     # A key that is right elsewhere in the component: the line is that of the wrong one.
     (

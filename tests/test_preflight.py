@@ -173,9 +173,21 @@ def test_adapters_of_experts_are_compared_with_the_model_itself(app: Path) -> No
 )  # fmt: skip
 def test_adapter_files_that_are_missing_or_damaged(app: Path, damage: Callable[[Path], object], expected: str) -> None:
     damage(app / "alpaca/adapter_model.safetensors")
-    (problem,) = problems(app, error=AdapterError)
+    (problem,) = problems(app)
     assert problem.startswith("model-compose.yml:14: component.peft_adapters.0.model: adapter 'alpaca': ")
     assert expected in problem
+
+
+def test_names_and_ranks_are_told_by_the_header(app: Path) -> None:
+    weights = app / "alpaca/adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    save_file({**tensors, name.removeprefix("base_model.model."): tensors[name] + 1}, weights, metadata={"format": "pt"})
+    rank = json.loads((app / "pirate/adapter_config.json").read_text())["r"]
+    put(app / "pirate/adapter_config.json", r=rank + 1)
+    twice, other_rank = problems(app, error=AdapterError)
+    assert "are both the lora_A of" in twice
+    assert f"has rank {rank} in its weights, and adapter_config.json says {rank + 1}" in other_rank
 
 
 def test_a_pickled_adapter_is_left_to_whoever_reads_it(app: Path) -> None:
@@ -219,7 +231,7 @@ def shard(base: Path) -> Path:
 )  # fmt: skip
 def test_base_files_that_are_missing_or_damaged(app: Path, damage: Callable[[Path], object], expected: str) -> None:
     damage(app / "base")
-    (problem,) = problems(app, error=LoadError)
+    (problem,) = problems(app)
     assert problem.startswith("model-compose.yml:11: component.model: ")
     assert expected in problem
 

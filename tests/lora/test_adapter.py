@@ -210,6 +210,6 @@ def test_digest_follows_content_not_name(base: Path, tmp_path: Path) -> None:
 
 def test_scaling() -> None:
     assert scaling({"lora_alpha": 16}, "m.q_proj", 8) == 2.0
-    assert scaling({"lora_alpha": 16, "use_rslora": True}, "m.q_proj", 16) == 4.0
+    assert scaling({"r": 16, "lora_alpha": 16, "use_rslora": True}, "m.q_proj", 16) == 4.0
     assert scaling({"lora_alpha": 16, "alpha_pattern": {"q_proj": 4}}, "m.q_proj", 8) == 0.5
     assert scaling({"lora_alpha": 16, "alpha_pattern": {"q_proj": 4}}, "m.xq_proj", 8) == 2.0
