@@ -131,9 +131,11 @@ class Live:
         await self.until(lambda: len(self.steps) > before + 3, "making tokens")
 
     async def stopped(self) -> None:
-        """Soon nothing is busy, no token is made any more, and no asyncio task of ours is left."""
+        """Soon nothing is busy, no place is taken, no token is made any more, and no asyncio task of ours is left."""
         before = len(self.steps)
         await self.until(lambda: self.compose.busy == 0, "idle", seconds=2.0)
+        rooms = [model.engine.room for model in self.compose.models.values()]
+        await self.until(lambda: not any(room.texts or room.promised for room in rooms), "free of places", seconds=2.0)
         at = len(self.steps)
         assert at - before < 100, "the engine went on for too long"
         await asyncio.sleep(0.1)
