@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from model_compose.components import ActionOptions, ComponentOptions, pick
 from model_compose.errors import FieldError, InputError, RunError
-from model_compose.expressions import Path, Reference, Template, Type, convert, parse
+from model_compose.expressions import SHORT, Path, Reference, Template, Type, convert, parse
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
 
@@ -85,7 +85,7 @@ def check(variables: Sequence[Variable], value: Any) -> None:
             continue
         if variable.options and converted not in variable.options:
             allowed = ", ".join(variable.options)
-            problems.append(FieldError(field, f"{field} is {given!r}; allowed: {allowed}"))
+            problems.append(FieldError(field, f"{field} is {SHORT.repr(given)}; allowed: {allowed}"))
     if problems:
         raise InputError("; ".join(problem.message for problem in problems), problems)
 
