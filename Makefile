@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 QUICKSTART := examples/quickstart/model-compose.yml
 
-.PHONY: quickstart up test test-vllm test-llamacpp test-llama-server lint train measure clean
+.PHONY: quickstart up test test-shuffled test-vllm test-llamacpp test-llama-server lint train measure clean
 
 quickstart: .venv/installed  ## Install, fetch the weights, print a blended answer
 	$(BIN)/model-compose run -f $(QUICKSTART) --input '{"prompt": "Why do people read books?"}'
@@ -14,6 +14,9 @@ up: .venv/installed  ## Serve the quickstart: API on 8080, page on 8081
 
 test: .venv/dev lint  ## Everything: install, ruff, mypy, every test
 	$(BIN)/python -m pytest -q
+
+test-shuffled: .venv/dev  ## Every test, in an order of its own each time: none may lean on another
+	$(BIN)/python -m pytest -q -p randomly
 
 test-vllm: .venv/dev  ## Installs vLLM beside this, and runs what every engine must pass with it
 	MODEL_COMPOSE_VLLM_PYTHON=$$($(BIN)/model-compose setup vllm --folder .venv-vllm) \

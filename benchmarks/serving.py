@@ -4,6 +4,7 @@
     python -m benchmarks.serving --systems ours vllm llamacpp peft transformers static \\
         --vllm-python ~/vllm/bin/python --llamacpp-python ~/llamacpp/bin/python --baseline vllm:own
     python -m benchmarks.serving --systems ours ours+int8 ours+live --blends one     # variants of ours
+    python -m benchmarks.serving --systems before ours --before ../old --blends own --pairs 3    # did a change cost speed?
     python -m benchmarks.serving --ttft-under-load                                   # a short prompt among 15 others
     python -m benchmarks.serving --adapters-loaded 1 8 32                            # traffic uses two of them
 
@@ -70,6 +71,7 @@ def parse() -> argparse.Namespace:
     add("--vllm-python", metavar="PATH")
     add("--vllm-arguments", default="", metavar="'--OPTION …'", help="more options of vLLM's server")
     add("--llamacpp-python", metavar="PATH")
+    add("--before", type=Path, metavar="FOLDER", help="another checkout of this repository, for the system `before`")
     add("--weights", type=Path, default=WEIGHTS, help="folder of base and adapters; written where they are missing")
     add("--start-timeout", type=float, default=300, metavar="SECONDS")
     add("--json", type=Path, metavar="FILE", help="write every sample")
@@ -83,6 +85,7 @@ def make_systems(arguments: argparse.Namespace, weights: Weights, eos: int, fold
         weights, eos, arguments.max_batch_size or at_once, precision=arguments.precision,
         quantization=arguments.quantization, fold=arguments.fold, vllm_python=arguments.vllm_python,
         vllm_arguments=arguments.vllm_arguments, llamacpp_python=arguments.llamacpp_python,
+        before=arguments.before and arguments.before.resolve(),
     )  # fmt: skip
     specs = arguments.systems
     if arguments.adapters_loaded:

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from model_compose.compose import Compose
 from model_compose.loading import load
 from model_compose.servers.http import create_app
-from model_compose.servers.serve import address, bind, listening
+from model_compose.servers.serve import address, bind, connections_of, listening
 from tests import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that forgets its stand-in must fail at once, not look for the Hub
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 torch.set_num_threads(1)  # two that wait for each other on a busy machine make tiny steps 15 times slower
 
 
@@ -51,7 +54,7 @@ def serving(path: Path, *, load_models: bool = True, env: dict[str, str] | None 
         assert options is not None
         listener = bind(options.host, 0)
         try:
-            async with listening(create_app(compose, options), listener):
+            async with listening(create_app(compose, options), listener, connections_of(options)):
                 if load_models:
                     await compose.load()
                 result["url"] = str(address(listener))

@@ -112,11 +112,13 @@ def test_what_is_suspicious_is_a_warning_and_what_is_refused_an_error(app: Path)
     weights = app / "alpaca/adapter_model.safetensors"
     tensors = load_file(weights)
     save_file({key: torch.zeros_like(t) if "lora_B" in key else t for key, t in tensors.items()}, weights)
+    config = app / "base/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": "meta/llama-2"}))
     edit(app / "alpaca", base_model_name_or_path="meta/llama", target_modules=["q_proj", "v_proj", "k_proj"])
     code, out, err = cli("adapters", "list", cwd=app)
     said = " ".join(out.split())
     assert (code, err) == (0, "")
-    assert "⚠ alpaca was trained on meta/llama, but the base model is ./base" in said
+    assert "⚠ alpaca was trained on meta/llama, but the base model is meta/llama-2" in said
     assert "alpaca is zero in every module, so it changes nothing" in said
     assert "alpaca lists k_proj as target, but has no weights for it" in said
     edit(app / "pirate", use_dora=True)

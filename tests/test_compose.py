@@ -1,6 +1,7 @@
 """Workflow runs through the Python API: graphs of jobs, deltas, blends, inputs, and ends."""
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from pathlib import Path
@@ -23,10 +24,11 @@ from model_compose.errors import (
 )
 from model_compose.generation import Completion, Request, collect
 from model_compose.loading import load
-from model_compose.workflow import runner
+from model_compose.workflow import runner, variables
 from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.runner import Done
 from tests import tiny
+from tests.waiting import held, until
 
 PROMPT = {"prompt": "Once upon a time"}
 TOKENS = 40
@@ -176,9 +178,15 @@ async def test_independent_jobs_run_at_the_same_time(both: Compose) -> None:
     assert done.output["left"] == done.output["right"]
 
 
-@pytest.mark.parametrize("workflow", ["chain", "both", "mapped", "renamed", "in_text", "fixed", "several"])
-async def test_deltas_collected_are_the_output_at_their_paths(both: Compose, workflow: str) -> None:
-    input = {**PROMPT, "question": "Why?", "prompts": ["a", "b", "c"], "n": 2, "mix": None}
+@pytest.mark.parametrize(
+    ("workflow", "input"),
+    [
+        ("chain", PROMPT), ("both", PROMPT), ("mapped", PROMPT), ("renamed", {"question": "Why?"}),
+        ("in_text", {"question": "Why?", "mix": None}), ("fixed", PROMPT),
+        ("several", {"prompts": ["a", "b", "c"], "n": 2}),
+    ],
+)  # fmt: skip
+async def test_deltas_collected_are_the_output_at_their_paths(both: Compose, workflow: str, input: Any) -> None:
     deltas, done = await streamed(both, input, workflow=workflow, context={"who": "me"})
     texts = collected(deltas)
     assert texts
@@ -299,11 +307,89 @@ async def test_inputs_are_read_off_the_expressions(both: Compose) -> None:
 
 
 @pytest.mark.parametrize(("workflow", "field"), [("both", "prompt"), ("renamed", "question"), ("several", "prompts")])
-@pytest.mark.parametrize("input", [None, {}, {"other": 1}, "text", [1]])
+@pytest.mark.parametrize("input", [None, {}])
 async def test_missing_input_names_the_field(both: Compose, workflow: str, field: str, input: Any) -> None:
     with pytest.raises(InputError, match=rf"^input\.{field} is required \((text|string)\)$") as caught:
         await both.answer(input, workflow=workflow)
     assert [problem.field for problem in caught.value.fields] == [f"input.{field}"]
+
+
+@pytest.mark.parametrize(
+    ("workflow", "input", "problems"),
+    [
+        ("both", {"promt": "x"}, {
+            "input.prompt": "input.prompt is required (text)",
+            "input.promt": "input.promt is not an input of this workflow; did you mean 'prompt'?",
+        }),
+        ("several", {"prompts": "x", "m": 2}, {
+            "input.m": "input.m is not an input of this workflow; valid: prompts, n",
+        }),
+        ("renamed", {"question": "x", "blend": {"alpaca": 1}}, {
+            "input.blend": "input.blend is not an input of this workflow; a run's blend stands beside its input",
+        }),
+        ("twice", {"prompt": "x"}, {
+            "input.prompt": "input.prompt is not an input of this workflow; there are none",
+        }),
+        ("both", "x", {
+            "input.prompt": "input.prompt is required (text)",
+            "input": "input must be an object with prompt, blend, not 'x'",
+        }),
+        ("both", [1], {
+            "input.prompt": "input.prompt is required (text)",
+            "input": "input must be an object with prompt, blend, not a list",
+        }),
+    ],
+)  # fmt: skip
+async def test_input_that_nothing_reads_is_named(
+    both: Compose, workflow: str, input: Any, problems: dict[str, str]
+) -> None:
+    """It would be ignored otherwise, and a misspelt name would silently be its default."""
+    with pytest.raises(InputError) as caught:
+        await both.answer(input, workflow=workflow)
+    assert {problem.field: problem.message for problem in caught.value.fields} == problems
+    assert str(caught.value) == "; ".join(problems.values())
+
+
+READING = """\
+workflows:
+  - {id: nested, job: {output: {text: "${output}", hints: "${input.how.hints}", turn: "${input.turns[0].text}"}}}
+  - {id: open, job: {output: {text: "${output}", asked: "${input}"}}}
+  - {id: below, job: {output: {text: "${output}", all: "${input.how}", one: "${input.how.hints}"}}}
+  - {id: in_output, job: {id: only}, output: {text: "${jobs.only.output}", number: "${input.number}"}}
+  - {id: instead, job: {input: {prompt: "${input.question | ${input.other}}"}}}
+component:
+  type: model
+  task: text-generation
+  model: ./base
+  action: {prompt: "${input.prompt | ${input.spare}}", max_output_length: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("workflow", "input", "stray"),
+    [
+        ("nested", {"prompt": "x", "spare": "y", "how": {"hints": 1}, "turns": [{"text": 1, "more": 2}]}, None),
+        ("nested", {"prompt": "x", "how": {"hint": 1}}, "input.how.hint"),
+        ("nested", {"prompt": "x", "how": 5}, "input.how"),
+        ("open", {"prompt": "x", "anything": 1}, None),
+        ("below", {"prompt": "x", "how": {"anything": 1}}, None),
+        ("in_output", {"prompt": "x", "number": 7}, None),
+        ("instead", {"other": "x"}, None),
+        ("instead", {"prompt": "x"}, "input.prompt"),
+    ],
+)
+def test_whatever_an_expression_reads_is_an_input(project: Path, workflow: str, input: Any, stray: str | None) -> None:
+    path = project.with_name("reading.yml")
+    path.write_text(READING, encoding="utf-8")
+    compose = Compose(load([path]))
+    if stray is None:
+        compose.check_input(input, workflow, None)
+    else:
+        with pytest.raises(InputError) as caught:
+            compose.check_input(input, workflow, None)
+        assert stray in [problem.field for problem in caught.value.fields]
+    for variable in compose.inputs(workflow):
+        json.dumps(variables.describe(variable))  # as the API's schema gives it
 
 
 async def test_input_that_cannot_be_converted_names_field_and_value(both: Compose) -> None:
@@ -331,12 +417,6 @@ async def test_unknown_workflow_lists_the_known_ones(compose: Compose) -> None:
 
 
 # Ends.
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_closing_the_iterator_stops_the_computation(both: Compose) -> None:
@@ -372,11 +452,14 @@ async def test_error_of_one_job_ends_the_others_at_once(both: Compose) -> None:
 async def test_max_concurrent_count_of_a_component_lets_one_run_at_a_time(opening: Open) -> None:
     async with opening(tiny.YAML.replace("  action:", "  max_concurrent_count: 1\n  action:")) as compose:
         engine: Any = compose.models["__component__"].engine
-        most = 0
-        runs = [asyncio.create_task(compose.answer(PROMPT)) for _ in range(3)]
-        while not all(run.done() for run in runs):
-            most = max(most, len(engine._loop.running))
-            await asyncio.sleep(0)
+        with held(engine) as thread:
+            runs = [asyncio.create_task(compose.answer(PROMPT)) for _ in range(3)]
+            await until(lambda: engine._loop.load)
+            most = 0
+            while not all(run.done() for run in runs):
+                most = max(most, engine._loop.load)
+                thread.step()
+                await asyncio.sleep(0.001)
         assert most == 1
         assert len({run.result().output["generated"] for run in runs}) == 1
 

@@ -1,6 +1,7 @@
 """Blends as files: each is exactly the blend, and is there whole or not at all."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,31 @@ def test_adapter_on_a_weight_that_is_not_stored_is_refused_by_name(tmp_path: Pat
     with pytest.raises(AdapterError, match=r"model\.layers\.1\.self_attn\.o_proj"):
         exported(path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_in_two_shards_is_refused_with_both(tmp_path: Path) -> None:
+    path = project(tmp_path)
+    base, tensors = tmp_path / "base", tensors_of(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    half = len(tensors) // 2
+    names = list(tensors)
+    files = {"model-1.safetensors": names[: half + 1], "model-2.safetensors": names[half:]}
+    for file, held in files.items():
+        save_file({name: tensors[name] for name in held}, base / file, metadata={"format": "pt"})
+    index = {"weight_map": {name: file for file, held in files.items() for name in held}}
+    (base / "model.safetensors.index.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(index).encode())
+    with pytest.raises(LoadError, match=rf"model-1\.safetensors and .*model-2\.safetensors both hold '{names[half]}'"):
+        exported(path)
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 99, b"", pickle.dumps([]), b"PK\3\4" * 99])
+def test_a_damaged_pickle_is_one_sentence_without_torchs_advice(tmp_path: Path, content: bytes) -> None:
+    path = project(tmp_path)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    (tmp_path / "base" / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(LoadError, match=r"pytorch_model\.bin .*(cannot be read|no mapping)") as caught:
+        exported(path)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_quantised_base_is_refused(tmp_path: Path) -> None:

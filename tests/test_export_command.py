@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model_compose.cli import app
-from model_compose.commands.export import parse_blend
+from model_compose.commands.options import parse_blend
 from model_compose.errors import InputError
 from model_compose.export.destination import check_free, whole
 from tests import tiny
@@ -97,6 +97,13 @@ def test_spellings_of_a_blend(given: str | None, meant: Any) -> None:
 def test_half_a_weight_is_refused(given: str) -> None:
     with pytest.raises(InputError, match="NAME=WEIGHT"):
         parse_blend(given)
+
+
+def test_two_weights_of_one_adapter_are_refused() -> None:
+    with pytest.raises(InputError, match=r"^--blend: 'a' has two weights; leave one out$"):
+        parse_blend("a=1, a=2")
+    with pytest.raises(InputError, match="--blend is not valid JSON: the key 'a' stands in one object twice"):
+        parse_blend('{"a": 0.7, "a": 0.5}')
 
 
 # Whole or not at all.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from model_compose.errors import RunError
-from model_compose.expressions import SyntaxProblem, parse
+from model_compose.expressions import SyntaxProblem, parse, strict_json
 
 # Checked against the original renderer; the structural operators (..., *, ?, +, |) come later and are refused.
 VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "variable_vectors.json").read_text())
@@ -67,6 +67,13 @@ def test_malformed_expressions_are_refused(text: str) -> None:
 def test_conversion_error_names_expression_and_value() -> None:
     with pytest.raises(RunError, match=r"\$\{n as integer\}: 'abc' is not an integer"):
         parse("${n as integer}").evaluate({"n": "abc"})
+
+
+def test_json_gives_a_key_once_and_may_start_with_a_byte_order_mark() -> None:
+    assert strict_json(b'\xef\xbb\xbf{"a": [{"b": 1}, {"b": 2}]}') == strict_json('\ufeff{"a": [{"b": 1}, {"b": 2}]}')
+    for text in ('{"a": 1, "b": 2, "a": 1}', b'[{"x": {"\\u0061": 1, "a": 2}}]'):
+        with pytest.raises(ValueError, match="the key 'a' stands in one object twice"):
+            strict_json(text)
 
 
 def test_places_finds_where_a_value_stands_verbatim() -> None:

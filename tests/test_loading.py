@@ -635,3 +635,97 @@ def test_merging_into_an_anchored_mapping_leaves_its_other_places_alone(write: W
     assert config.workflow is not None
     assert config.workflow.job is not None
     assert (config.workflow.job.input, config.workflow.job.output) == ({"prompt": "two"}, {"prompt": "one"})
+
+
+# YAML 1.1 types more than JSON does, and changes what was written.
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("012", "10"), ("-012", "-10"), ("1:30", "90"), ("1_000", "1000"), ("0x1F", "31"), ("0b11", "3"), ("1_0.5", "10.5"),
+        ("'012'", "10"), ("190:20:30.15", "685230.15"),
+    ],
+)  # fmt: skip
+def test_a_weight_that_yaml_1_1_would_rewrite_is_refused_with_its_decimal(
+    message: Message, written: str, meant: str
+) -> None:
+    plain = written.strip("'")
+    assert message("weight: 0.7", f"weight: {written}") == (
+        f"model-compose.yml:14: component.peft_adapters.0.weight: a weight must be a finite number, not '{plain}'; "
+        f"YAML 1.1 reads it as {meant}: write {meant} if you mean that"
+    )
+
+
+@pytest.mark.parametrize(
+    ("written", "weight"),
+    [
+        ("1e3", 1000.0),
+        ("1.5e3", 1500.0),
+        ("1E-2", 0.01),
+        (".5", 0.5),
+        ("+.5", 0.5),
+        ("5.", 5.0),
+        ("1.10", 1.1),
+        ("-0", 0),
+    ],
+)
+def test_decimals_are_weights_however_they_are_written(
+    read: Callable[..., Loaded], written: str, weight: float
+) -> None:
+    component: Any = read(YAML.replace("weight: 0.7", f"weight: {written}")).config.component
+    assert component.peft_adapters[0].weight == weight
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "advice"),
+    [
+        ("weight: 0.7", "weight: 0,7", ":14: a comma ends a value here; write 0.7"),
+        ("weight: 0.7", "weight: -0,75", ":14: a comma ends a value here; write -0.75"),
+        ("weight: 0.7", "weight: '0,7'", "must be a finite number, not '0,7'; write 0.7"),
+        ("do_sample: false", "temperature: 0,7", "a comma ends a value here; write 0.7"),
+        (
+            "    params: {do_sample: false}",
+            "    params:\n      temperature: 0,7",
+            "expected a number, not '0,7'; write 0.7",
+        ),
+        ("strong: {alpaca: 2.0}", "strong:\n      alpaca: 2,5", "must be a finite number, not '2,5'; write 2.5"),
+    ],
+)
+def test_a_decimal_comma_is_told(message: Message, old: str, new: str, advice: str) -> None:
+    assert message(old, new).endswith(advice)
+
+
+def test_a_comma_between_two_keys_is_none_of_a_decimal(message: Message) -> None:
+    assert "names the unknown adapter '7'" in message("plain: {}", "plain: {alpaca: 0,'7': 1}")
+
+
+@pytest.mark.parametrize(
+    "written", ["no", "on", "y", "012", "1:30", "1_000", "0x1F", "2024-01-01", "1e3", "0123456", "=", "<<"]
+)
+def test_text_stays_as_it_is_written(read: Callable[..., Loaded], written: str) -> None:
+    text = YAML.replace("text: ${input.prompt as text}", f"text: {written}").replace("title: Tiny", f"title: {written}")
+    config: Any = read(text).config
+    assert (config.component.action.text, config.workflow.title) == (written, written)
+    filled: Any = read(text.replace(f": {written}\n", ": ${env.X}\n"), X=written).config
+    assert filled.workflow.title == written
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("yes", True), ("on", True), ("no", False), ("OFF", False), ("True", True)]
+)
+def test_what_is_true_or_false_takes_yamls_words(read: Callable[..., Loaded], written: str, meant: bool) -> None:
+    component: Any = read(YAML.replace("do_sample: false", f"do_sample: {written}")).config.component
+    assert component.action.params.do_sample is meant
+    read(YAML.replace("controller:\n", "controller:\n  threaded: No\n"))
+
+
+@pytest.mark.parametrize(("written", "port"), [("08080", 8080), ("8080", 8080), ("8_080", 8080)])
+def test_other_numbers_are_what_a_person_reads(read: Callable[..., Loaded], written: str, port: int) -> None:
+    server: Any = read(YAML.replace("port: 0", f"port: {written}")).config.serving.server
+    assert server.port == port
+
+
+@pytest.mark.parametrize("tagged", ["!!int 012", "!!int 1:30", "!!bool yes", "!!float 1_000"])
+def test_a_tag_does_not_bring_yaml_1_1_back(message: Message, tagged: str) -> None:
+    assert "does not fit the tag" in message("weight: 0.7", f"weight: {tagged}")

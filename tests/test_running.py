@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from model_compose import running as running_module
 from model_compose.errors import ConfigError, Conflict
 from model_compose.loading import Loaded, load
 from model_compose.oneshot import _lines
-from model_compose.running import Record, find, fingerprint, hold, log_file, state_dir
+from model_compose.running import Record, find, find_all, fingerprint, hold, log_file, state_dir
 from tests.tiny import YAML
+from tests.waiting import SECONDS
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +40,9 @@ def test_a_held_record_is_found_and_a_released_one_is_gone(loaded: Loaded) -> No
         assert first is not None
         assert (first.ready, first.config) == (False, fingerprint(loaded.config))
         running.update(api="http://127.0.0.1:1", ready=True)
-        assert find(loaded.files) == Record(first.pid, first.config, "http://127.0.0.1:1", None, "", True)
+        assert find(loaded.files) == Record(
+            first.pid, first.config, "http://127.0.0.1:1", None, "", True, tuple(map(str, loaded.files))
+        )  # fmt: skip
     assert find(loaded.files) is None
 
 
@@ -57,8 +61,11 @@ def test_a_second_service_of_the_same_files_is_refused(loaded: Loaded) -> None:
 
 def test_services_of_different_files_do_not_meet(tmp_path: Path) -> None:
     one, two = load_in(tmp_path / "app.one"), load_in(tmp_path / "app.two")
+    assert find_all() == []
     with hold(one.files, one.config), hold(two.files, two.config):
         assert find(one.files) is not None
+        assert [record.files for record in find_all()] == [tuple(map(str, each.files)) for each in (one, two)]
+    assert find_all() == []
     assert log_file(one.files) != log_file(two.files)
     assert find((*one.files, *two.files)) is None
 
@@ -68,7 +75,7 @@ def test_a_killed_service_is_not_up(loaded: Loaded, state: Path) -> None:
         "import sys, time; from pathlib import Path; from model_compose.loading import load\n"
         "from model_compose.running import hold\n"
         "loaded = load([Path(sys.argv[1])], {})\n"
-        "with hold(loaded.files, loaded.config): print('held', flush=True); time.sleep(60)"
+        "with hold(loaded.files, loaded.config): print('held', flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(loaded.files[0])], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -92,7 +99,9 @@ def test_a_record_that_cannot_be_understood_is_no_service(loaded: Loaded, state:
             assert find(loaded.files) is None
 
 
-def test_looking_for_a_service_never_keeps_one_from_starting(loaded: Loaded, state: Path) -> None:
+def test_looking_for_a_service_never_keeps_one_from_starting(
+    loaded: Loaded, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`find` takes the lock for an instant; a service that starts in that instant waits for it."""
     from threading import Timer
 
@@ -100,6 +109,7 @@ def test_looking_for_a_service_never_keeps_one_from_starting(loaded: Loaded, sta
 
     with hold(loaded.files, loaded.config):
         (path,) = state.glob("*.lock")
+    monkeypatch.setattr(running_module, "PATIENCE_SECONDS", SECONDS)
     lock = FileLock(path, thread_local=False)
     lock.acquire()
     Timer(0.2, lock.release).start()

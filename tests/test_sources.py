@@ -171,9 +171,75 @@ def test_a_missing_path_is_named_in_full(tmp_path: Path) -> None:
     assert "'./pirat'" in message
 
 
+def folder_of(tmp_path: Path, *names: str) -> LocalSource:
+    for name in names:
+        path = tmp_path / "models" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    return LocalSource(path="./models")
+
+
+def test_a_file_of_a_local_folder_may_be_named(tmp_path: Path) -> None:
+    folder_of(tmp_path, "a.gguf", "b.gguf", "deep/c.gguf", "tokenizer.json")
+    for name in ("a.gguf", "deep/c.gguf"):
+        source = LocalSource(path="./models", filename=name)
+        found = fetch(source, base_dir=tmp_path)
+        assert (found.folder, found.file) == (tmp_path / "models", name)
+        assert str(found) == describe(source) == f"./models/{name}"
+        assert found.identity != fetch(LocalSource(path="./models", filename="b.gguf"), base_dir=tmp_path).identity
+    with pytest.raises(
+        SourceError, match=r"models has no file 'd\.gguf': set `filename` to one of a\.gguf, b\.gguf, deep/c"
+    ):
+        fetch(LocalSource(path="./models", filename="d.gguf"), base_dir=tmp_path)
+    with pytest.raises(SourceError, match=r"a\.gguf is a file, so `filename` has no meaning"):
+        fetch(LocalSource(path="./models/a.gguf", filename="b.gguf"), base_dir=tmp_path)
+
+
+def test_a_folder_whose_only_weights_are_one_gguf_is_that_file(tmp_path: Path) -> None:
+    source = folder_of(tmp_path, "base.Q4_1.gguf", "tokenizer.json", "config.json", "optimizer.pt")
+    found = fetch(source, base_dir=tmp_path)
+    assert (found.folder, found.file) == (tmp_path / "models", "base.Q4_1.gguf")
+    assert found.identity == fetch(LocalSource(path="./models/base.Q4_1.gguf"), base_dir=tmp_path).identity
+
+
+def test_the_parts_of_a_split_gguf_are_one_file(tmp_path: Path) -> None:
+    source = folder_of(tmp_path, "base-00001-of-00002.gguf", "base-00002-of-00002.gguf")
+    assert fetch(source, base_dir=tmp_path).file == "base-00001-of-00002.gguf"
+
+
+def test_a_folder_of_several_ggufs_asks_which(tmp_path: Path) -> None:
+    source = folder_of(tmp_path, "a.Q4_K_M.gguf", "a.Q8_0.gguf")
+    with pytest.raises(SourceError) as caught:
+        fetch(source, base_dir=tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}/models holds several GGUF files: say which by `filename` ({{path: …, filename: a.Q4_K_M.gguf}}), of "
+        "a.Q4_K_M.gguf, a.Q8_0.gguf."
+    )
+
+
+def test_a_gguf_beside_other_weights_is_not_taken_for_them(tmp_path: Path) -> None:
+    assert fetch(folder_of(tmp_path, "model.safetensors", "a.gguf", "b.gguf"), base_dir=tmp_path).file is None
+
+
 def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no files" in complaint("./empty", tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_named_with_the_remedy(tmp_path: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 13\n"
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("model.safetensors", "tokenizer.json", "config.json", "adapter_model.bin", "base.gguf"):
+        (base / "README.md").write_text("")
+        (base / name).write_text(pointer)
+        message = complaint("./base/base.gguf" if name == "base.gguf" else "./base", tmp_path)
+        assert f"{base / name} is a git-lfs pointer, not the file itself" in message
+        assert "`git lfs pull`" in message
+        (base / name).unlink()
+    (base / "model.safetensors").write_bytes(b"real")
+    (base / "pytorch_model.bin").write_text(pointer)  # git lfs pull --include model.safetensors
+    assert fetch(LocalSource(path="./base"), base_dir=tmp_path).folder == base
 
 
 # Which files.

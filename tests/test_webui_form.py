@@ -2,19 +2,22 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import pytest
 
 from model_compose.compose import Compose
 from model_compose.errors import InputError
+from model_compose.expressions import Type
 from model_compose.loading import load
 from model_compose.lora.blend import Blend, Blends
 from model_compose.lora.methods.ties import Ties
 from model_compose.servers import webui_runs, webui_snippets
 from model_compose.servers.tasks import usage_and_blend
-from model_compose.servers.webui_form import Form, _draw_mixer, draw_form
+from model_compose.servers.webui_form import Field, Form, _draw_mixer, draw_form
 from model_compose.servers.webui_snippets import Call
+from model_compose.workflow.variables import Variable, as_messages
 from tests import tiny
 
 CHAIN = """\
@@ -99,6 +102,11 @@ def test_untouched_sliders_leave_the_blend_to_the_file(form: Form) -> None:
         form.read_blend([*fields, None, "0", 2.0, "0"])
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000, '{"a": 1, "a": 2}', "{"])
+def test_json_that_cannot_be_read_is_left_to_the_workflow(value: str) -> None:
+    assert Field(Variable(("x",), Type("json")), None).read(value) == value
+
+
 def test_weights_mean_their_sum_and_the_picker_alone_means_a_method() -> None:
     ties = Ties(density=0.3)
     named = {"merged": Blend({"a": 1.0, "b": 0.5}, "merged", ties), "mix": Blend({"a": 2.0}, "mix")}
@@ -162,3 +170,59 @@ def test_text_is_never_markup() -> None:
     run = webui_runs.Run("<i>asked</i>", {"": "<script>alert(1)</script>"}, "failed", 1.0, (), "<b>bad</b>")
     for shown in (webui_runs.current(run), webui_runs.earlier([run]), webui_runs.snippet("<i>", "<b>")):
         assert not re.search(r"<(script|b|i)>", shown)
+
+
+CHAT = tiny.YAML.replace("task: text-generation", "task: chat-completion").replace(
+    "text: ${input.prompt as text}", "messages: ${input.messages}\n    response_format: ${input.format}"
+)
+
+
+@pytest.mark.parametrize(
+    ("typed", "sent"),
+    [
+        ("What is a haiku?", [{"role": "user", "content": "What is a haiku?"}]),
+        ("[Act 1] Go on.", [{"role": "user", "content": "[Act 1] Go on."}]),
+        ("42", [{"role": "user", "content": "42"}]),
+        ('[{"role": "system", "content": "Be brief."}]', [{"role": "system", "content": "Be brief."}]),
+        ('{"role": "user", "content": "Hi"}', {"role": "user", "content": "Hi"}),
+        (' \n', None),
+    ],
+)  # fmt: skip
+def test_a_message_is_typed_as_it_is_and_a_conversation_as_json(project: Path, typed: str, sent: Any) -> None:
+    path = project.with_name("chat.yml")
+    path.write_text(CHAT, encoding="utf-8")
+    compose = Compose(load([path]))
+    with gr.Blocks(analytics_enabled=False):
+        form = draw_form(compose, compose.config.all_workflows[0])
+    messages, format = form.fields
+    assert (messages.variable.name, messages.variable.role, messages.widget.lines) == ("messages", "messages", 7)
+    assert format.widget.placeholder == "JSON"  # no plain text would do there either
+    given = form.read_input([typed, '{"type": "json_object"}'])
+    assert given == {"format": {"type": "json_object"}} | ({} if sent is None else {"messages": sent})
+    if sent is not None:
+        compose.check_input(given, None, None)
+
+
+def test_a_conversation_with_a_mistake_in_it_is_not_sent_as_a_message(project: Path) -> None:
+    path = project.with_name("chat.yml")
+    path.write_text(CHAT, encoding="utf-8")
+    compose = Compose(load([path]))
+    with pytest.raises(InputError, match=r"^input\.messages: expected a list of messages, such as \[\{"):
+        compose.check_input({"messages": as_messages('[{"role": "user", "content": "Hi"}')}, None, None)
+
+
+def test_an_empty_text_is_told_once() -> None:
+    """By the note, which says why; where there are several texts, each empty one is marked too."""
+    note = "the text is empty: the model ended at once"
+    alone = webui_runs.current(webui_runs.Run("", {"": ""}, "done", notes=[note]))
+    assert "empty text" not in alone
+    assert '<div class="mc-notice">The text is empty: the model ended at once.</div>' in alone
+    assert "empty text" in webui_runs.current(webui_runs.Run("", {"": ""}, "done"))
+    several = webui_runs.current(webui_runs.Run("", {"a": "", "b": "x"}, "done", notes=[note]))
+    assert several.count("empty text") == 1
+
+
+def test_one_message_is_shown_as_it_was_asked() -> None:
+    turn = {"role": "user", "content": "Hi"}
+    assert webui_runs.asked({"messages": [turn]}) == "Hi"
+    assert webui_runs.asked({"messages": [turn, turn]}).startswith('[{"role": "user"')

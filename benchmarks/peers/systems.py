@@ -50,6 +50,7 @@ class Setting:
     vllm_python: str | None = None
     vllm_arguments: str = ""
     llamacpp_python: str | None = None
+    before: Path | None = None
 
     def varied(self, options: Sequence[str]) -> "Setting":
         """This setting with the options of a spec such as ours+int8+live. Raises SystemFailed."""
@@ -198,6 +199,15 @@ class Ours(System):
         }
 
 
+class Before(Ours):
+    """The same of another checkout, such as the commit before a change. It runs in our environment."""
+
+    def environment(self) -> Mapping[str, str]:
+        if self.setting.before is None:
+            raise SystemFailed("before needs --before, the folder of another checkout of this repository")
+        return {**super().environment(), "PYTHONPATH": str(self.setting.before / "src")}
+
+
 class Vllm(System):
     """vLLM's server. It has no blends at run time: "one" is the blend made beforehand, as one adapter of twice the rank."""
 
@@ -317,6 +327,7 @@ class Transformers(System):
 
 SYSTEMS: Mapping[str, type[System]] = {
     "ours": Ours,
+    "before": Before,
     "vllm": Vllm,
     "llamacpp": LlamaCpp,
     "peft": Peft,

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from model_compose import __version__
 from model_compose.commands import adapters
 from model_compose.commands.export import export
 from model_compose.commands.options import (
+    BLEND_FORMS,
     EnvFiles,
     EnvPairs,
     Files,
@@ -27,11 +29,12 @@ from model_compose.commands.options import (
     global_files,
     load_files,
     log_to_stderr,
-    parse_json,
+    parse_blend,
 )
 from model_compose.commands.setup import setup
 from model_compose.errors import ComposeError, ConfigError, Conflict, InputError, LoadError
 from model_compose.progress import Progress, silent
+from model_compose.request_log import REQUEST_FORMAT
 
 if TYPE_CHECKING:
     from model_compose.loading import Loaded
@@ -104,8 +107,11 @@ def up(
     env_files: EnvFiles = None,
     env: EnvPairs = None,
     verbose: Verbose = False,
+    log: Annotated[Path | None, typer.Option(hidden=True, help="Where --detach sends the output")] = None,
 ) -> None:
     """Load the models and serve until stopped."""
+    from model_compose.preflight import check_files
+
     loaded = load_files(files, env_files, env)
     controller = loaded.config.serving
     if controller.server is None and controller.webui is None:
@@ -113,26 +119,30 @@ def up(
             f"{loaded.files[0].name}: the controller has neither adapter nor webui, so nothing would be served; add "
             "adapter: {type: http-server}"
         )
+    check_files(loaded)  # before it says where it listens, or starts a process
     if detach:
         options = [("--file", loaded.files), ("--env-file", env_files or ())]
         arguments = [str(part) for name, values in options for value in values for part in (name, value)]
         pairs = dict(pair.split("=", 1) for pair in env or ())
         _detach(loaded, [*arguments, *(["--verbose"] if verbose else [])], pairs)
     else:
-        log_to_stderr(verbose)
+        log_to_stderr(verbose, logging.INFO, REQUEST_FORMAT, kept_in=log)
         _serve(loaded)
 
 
 @app.command()
 def down(files: Files = None) -> None:
-    """Stop the service of this file."""
+    """Stop the service of this file. Where there is no file, say what is up."""
     from model_compose.loading import find_files
     from model_compose.running import find
 
-    found = find_files(all_files(files))
+    try:
+        found = find_files(all_files(files))
+    except ConfigError as error:
+        raise ConfigError(str(error), *(_what_is_up() or ["nothing is up"])) from None
     record = find(found)
     if record is None:
-        print(f"{found[0].name} is not up", file=sys.stderr)
+        print("\n".join([f"{found[0].name} is not up", *_what_is_up()]), file=sys.stderr)
         return
     with suppress(ProcessLookupError):  # ended just now
         os.kill(record.pid, signal.SIGTERM)
@@ -152,9 +162,9 @@ def run(
     workflow: Annotated[
         str | None, typer.Argument(metavar="[WORKFLOW]", help="Its id; the default workflow if left out")
     ] = None,
-    input: Annotated[str, typer.Option("--input", "-i", metavar="JSON|@FILE|-", help="The input")] = "{}",
+    input: Annotated[str, typer.Option("--input", "-i", metavar="JSON|TEXT|@FILE|-", help="The input")] = "{}",
     blend: Annotated[
-        str | None, typer.Option("--blend", "-b", metavar="NAME|JSON", help="A blend's name, or weights")
+        str | None, typer.Option("--blend", "-b", metavar=BLEND_FORMS, help="A blend's name, or weights")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", "-s", help="Print the text as it is made")] = False,
     output: Annotated[
@@ -166,11 +176,13 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Run a workflow once, here or on the running service."""
+    from model_compose.commands.inputs import example, read_input, read_text
     from model_compose.oneshot import run_here, run_there
     from model_compose.terminal import Printer, bars, render, write
 
-    value, mix = parse_json(_input_text(input), "--input"), _blend(blend)
+    text, mix = read_text(input), parse_blend(blend)
     loaded = load_files(files, env_files, env)
+    value = read_input(text, loaded, workflow)
     if output is not None and (output.is_dir() or not output.parent.is_dir()):
         raise InputError(
             f"--output: {output} is a folder" if output.is_dir() else f"--output: no folder {output.parent}"
@@ -179,26 +191,32 @@ def run(
     printer = Printer() if stream and output is None else None
     try:
         if record := _service(loaded):
-            result = run_there(record, loaded, value, workflow, mix, printer)
+            result, notes = run_there(record, loaded, value, workflow, mix, printer)
         else:
-            result = asyncio.run(run_here(loaded, value, workflow, mix, printer, bars()))
+            result, notes = asyncio.run(run_here(loaded, value, workflow, mix, printer, bars()))
     except BaseException as error:
         if printer is not None:
             printer.end_line()
-        if isinstance(error, InputError) and value == {} and (names := _missing(error)):
-            example = json.dumps(dict.fromkeys(names, "…"), ensure_ascii=False)
-            raise InputError(f"{error}; for example --input '{example}'") from None
+        missing = [each for each in getattr(error, "fields", ()) if each.field.startswith("input")]
+        if value == {} and missing:
+            raise InputError(f"{error}; for example {example(loaded, workflow)}") from None
         raise
     if printer is not None:
         printer.finish(result)
     else:
         write(render(result), output)
+    for note in notes:
+        print(f"⚠ {note}", file=sys.stderr)
 
 
 @app.command()
 def validate(files: Files = None, env_files: EnvFiles = None, env: EnvPairs = None) -> None:
-    """Check the file without loading any model."""
-    config = load_files(files, env_files, env).config
+    """Check the file, and the models and adapters on this machine that it names, without loading them."""
+    from model_compose.preflight import check_files
+
+    loaded = load_files(files, env_files, env)
+    check_files(loaded)
+    config = loaded.config
     server = config.serving.server
     counts = f"{len(config.all_components)} component(s), {len(config.all_workflows)} workflow(s)"
     print(f"✅ Configuration is valid (controller: {server.type if server else 'none'}, {counts})")
@@ -271,6 +289,20 @@ def _service(loaded: "Loaded") -> "Record | None":
     return record
 
 
+def _what_is_up() -> list[str]:
+    """What ends each service of this user, after a line that says so; empty where nothing is up."""
+    from model_compose.running import find_all
+
+    lines = []
+    for record in find_all():
+        ends = ["kill", str(record.pid)]  # where the files are gone, or another version wrote the record
+        if record.files and all(Path(file).is_file() for file in record.files):
+            ends = ["model-compose", "down", *(part for file in record.files for part in ("-f", file))]
+        where = record.api + record.base_path if record.api else record.page or "still starting"
+        lines.append(f"  {shlex.join(ends)}  # {where}")
+    return ["these are up; each line ends one:", *lines] if lines else []
+
+
 def _serve(loaded: "Loaded") -> None:
     from model_compose.compose import Compose
     from model_compose.running import hold
@@ -302,22 +334,24 @@ def _detach(loaded: "Loaded", arguments: list[str], pairs: dict[str, str]) -> No
 
     pairs: what -e gave; it goes into the child's environment, since everybody may read a process's arguments.
     """
-    from model_compose.running import already_up, find, log_file
+    from model_compose.running import already_up, find, log_file, private
     from model_compose.terminal import bars
 
     if (record := find(loaded.files)) is not None:
         raise already_up(loaded.files, record)
     log = log_file(loaded.files)
-    with log.open("wb") as sink:
+    with open(log, "ab", opener=private) as sink:
+        before = sink.tell()
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "model_compose", "up", *arguments],  # -P: a torch.py here is not torch
+            # -P: a torch.py here is not torch
+            [sys.executable, "-P", "-m", "model_compose", "up", "--log", str(log), *arguments],
             stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True, env={**os.environ, **pairs},
         )  # fmt: skip
     try:
         with bars() as report:
             while (record := find(loaded.files)) is None or record.pid != child.pid or not record.ready:
                 if child.poll() is not None:
-                    raise LoadError(_why_it_ended(log))
+                    raise LoadError(_why_it_ended(log, before))
                 if report is not silent and record is not None and record.api is not None:
                     _report_health(f"{record.api}{record.base_path}/health", report)
                 time.sleep(POLL_SECONDS)
@@ -329,9 +363,10 @@ def _detach(loaded: "Loaded", arguments: list[str], pairs: dict[str, str]) -> No
         print(url)
 
 
-def _why_it_ended(log: Path) -> str:
-    """The child's own complaint, else the end of its log."""
-    text = log.read_text(errors="replace").strip()
+def _why_it_ended(log: Path, before: int) -> str:
+    """The child's own complaint, else the end of its log. before: bytes of earlier starts, unless they were put aside."""
+    content = log.read_bytes()
+    text = content[before if before <= len(content) else 0 :].decode(errors="replace").strip()
     _, mark, complaint = text.rpartition("❌ ")
     reason = complaint if mark else "\n".join(text.splitlines()[-5:])
     return f"{reason}\n(the service did not start; its log: {log})"
@@ -345,30 +380,6 @@ def _report_health(url: str, report: "Report") -> None:
         progress = httpx.get(url, trust_env=False).json().get("progress")
         if progress:
             report(Progress(**progress))
-
-
-def _missing(error: InputError) -> list[str]:
-    """The names of the fields of the input that an error speaks of."""
-    return [field.field.removeprefix("input.") for field in error.fields if field.field.startswith("input.")]
-
-
-def _input_text(given: str) -> str:
-    """@file and - (standard input) besides the text itself."""
-    if given == "-":
-        return sys.stdin.read()
-    if given.startswith("@"):
-        try:
-            return Path(given[1:]).read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise InputError(f"--input: {given[1:]} cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise InputError(f"--input: {given[1:]} is not UTF-8 text") from None
-    return given
-
-
-def _blend(given: str | None) -> Any:
-    """A name as it is; anything that starts like JSON as JSON."""
-    return parse_json(given, "--blend") if given and given.lstrip()[:1] in "{[" else given
 
 
 def _complain(error: Exception) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 from model_compose.components import COMPONENTS, Component, Delta, Result, pick
 from model_compose.components.model import ModelComponent
 from model_compose.config import Config
+from model_compose.daemon import in_daemon_thread
 from model_compose.errors import InputError, NotFound, NotReady
 from model_compose.generation import Chunk, Request
 from model_compose.loading import Loaded, find_files, load
 from model_compose.lora.blend import Blend, names_method
+from model_compose.preflight import check_files
 from model_compose.progress import Progress, Report, silent
 from model_compose.room import Admission
 from model_compose.workflow import runner, variables
@@ -39,6 +41,7 @@ class Compose:
     def __init__(self, loaded: Loaded) -> None:
         from model_compose.metrics import Metrics  # its library takes a while to import, and `validate` needs none
 
+        self._loaded = loaded
         self.config: Config = loaded.config
         self.files = loaded.files
         self.progress: Progress | None = Progress("starting")
@@ -77,7 +80,8 @@ class Compose:
             await compose.close()
 
     async def load(self, report: Report = silent) -> None:
-        """Opens every component, one after the other."""
+        """Opens every component, one after the other, once the files on this machine say that all of them can be."""
+        await in_daemon_thread(lambda: check_files(self._loaded))
 
         def keep(progress: Progress) -> None:
             self.progress = progress
@@ -100,7 +104,7 @@ class Compose:
         """The workflow and the blends that a run would take. Needs no model. Raises NotFound, InputError."""
         chosen = self.config.find_workflow(workflow)
         blends = self._resolve_blends(blend, chosen)
-        variables.check(self._inputs[chosen.id], input)
+        variables.check(self._inputs[chosen.id], input, hands_out_all=variables.hands_out_all(chosen))
         return chosen, blends
 
     def streams(self, job: JobOptions) -> bool:

@@ -26,7 +26,7 @@ class _Serving(Options):
     runtime: Literal["native", "embedded"] = "native"
     webui: WebuiOptions | None = None
     max_concurrent_count: int = Field(default=0, ge=0, description="Runs at once; 0 is unlimited")
-    shutdown_timeout: Seconds = Field(default=0.0, ge=0, description="How long running requests may go on at shutdown")
+    shutdown_timeout: Seconds = Field(default=10.0, ge=0, description="How long running requests may go on at shutdown")
 
 
 class Controller(_Serving):

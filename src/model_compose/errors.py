@@ -4,6 +4,7 @@ Each class knows the HTTP status it becomes, so servers hold no tables of their 
 person: it names the place, the value and the remedy. It never holds a secret or a traceback.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,19 @@ class ComposeError(Exception):
     def code(self) -> str:
         """The machine-readable name: the title in snake case."""
         return self.title.lower().replace(" ", "_")
+
+
+def reason(error: BaseException) -> str:
+    """What a library says of a file that it cannot read, in one line.
+
+    torch advises to execute a pickle that it refuses (weights_only=False). That is passed on to nobody.
+    """
+    text = str(error)
+    if found := re.search(r"(?i:unsupported) (?:global: )?GLOBAL ([\w.]+)", text):
+        return f"it would call {found[1]} when it is read, which no tensors need; it may be an attack"
+    if "weights_only" in text:
+        return "it is damaged, or no file of torch.save"
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 # Before anything runs: the file, the sources, the adapters.
@@ -105,9 +119,23 @@ class Conflict(ComposeError):
     title = "Conflict"
 
 
+class SlowBody(ComposeError):
+    """The request's body does not arrive, or only by and by."""
+
+    status = 408
+    title = "Request timeout"
+
+
 class PayloadTooLarge(ComposeError):
     status = 413
     title = "Payload too large"
+
+
+class Misdirected(ComposeError):
+    """The request asks for a host that this server is not."""
+
+    status = 421
+    title = "Misdirected request"
 
 
 class Overloaded(ComposeError):
@@ -115,6 +143,13 @@ class Overloaded(ComposeError):
 
     status = 429
     title = "Too many requests"
+
+
+class Crowded(ComposeError):
+    """There are too many connections: try again later."""
+
+    status = 503
+    title = "Too many connections"
 
 
 class NotReady(ComposeError):

@@ -5,14 +5,14 @@ A value is repeated in a message only where it cannot be a secret.
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 from yaml.nodes import Node, ScalarNode
 
 from model_compose.nodes import at, below, child, keys
-from model_compose.schema import nearest, shown
+from model_compose.schema import decimal_advice, nearest, shown
 
 SECRETS = frozenset(("token", "api_keys", "callback_secret"))
 """Keys whose values never appear in a message."""
@@ -89,7 +89,8 @@ def _got(item: Any, secret: bool) -> str:
         return ""
     value = item["input"]
     quotes = "; put it in quotes" if item["type"] == "string_type" and isinstance(value, int | float) else ""
-    return f", not {shown(value)}{quotes}"
+    advice = decimal_advice(value) if item["type"] in ("int_parsing", "float_parsing") else ""
+    return f", not {shown(value)}{quotes}{advice}"
 
 
 def _near(value: Any, allowed: Sequence[str]) -> str:
@@ -111,13 +112,24 @@ def _locate(root: Node, item: Any) -> tuple[Node, list[str]]:
 
     Parts of pydantic's location that are no keys of the file (a union's tags, a missing key) are skipped.
     """
-    node, path = root, []
-    for part in item["loc"]:
+    node, path = _walk(root, item["loc"])
+    return _culprit(node, item) or node, path
+
+
+def place(root: Node, path: Iterable[Any]) -> str:
+    """ "file:line: keys" of what stands at a path of keys."""
+    node, keys_to_it = _walk(root, path)
+    return f"{at(node)}: {'.'.join(keys_to_it)}"
+
+
+def _walk(root: Node, path: Iterable[Any]) -> tuple[Node, list[str]]:
+    node, keys_to_it = root, []
+    for part in path:
         found = child(node, part)
         if found is not None:
             node = found
-            path.append(str(part))
-    return _culprit(node, item) or node, path
+            keys_to_it.append(str(part))
+    return node, keys_to_it
 
 
 def _culprit(node: Node, item: Any) -> Node | None:

@@ -7,6 +7,7 @@ a longer string is spliced in as text. Substituted values are never scanned agai
 """
 
 import base64
+import codecs
 import json
 import math
 import re
@@ -273,14 +274,26 @@ def _check_values(text: bytes) -> None:
 
 
 def strict_json(text: str | bytes) -> Any:
-    """JSON that can be written again: neither NaN and infinity nor half a surrogate pair.
+    """JSON that can be written again: neither NaN and infinity nor half a surrogate pair. A byte order mark is skipped.
 
-    At most 200 levels and MOST_VALUES values. Raises ValueError.
+    At most 200 levels and MOST_VALUES values, and no key twice in an object. Raises ValueError.
     """
     _check_values(text.encode() if isinstance(text, str) else text)
+    text = text.removeprefix("\ufeff") if isinstance(text, str) else text.removeprefix(codecs.BOM_UTF8)
     value = from_json(text, allow_inf_nan=False)
     json.dumps(value, allow_nan=False)  # 1e999 is read as infinity
+    if isinstance(value, dict | list):
+        json.loads(text, object_pairs_hook=_once)
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Other parsers take the last of two values for one key, or the first: neither is what was meant."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise ValueError(f"the key '{key}' stands in one object twice")
+        seen.add(key)
 
 
 def _boolean(value: Any, _: Type) -> bool:

@@ -13,10 +13,11 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation, as the base's chat template takes it."""
+    """One turn of a conversation, as the base's chat template takes it. name: of who speaks, for templates that show it."""
 
     role: str
     content: str
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,14 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's text and its natural-log probability under the model, before temperature and filters."""
+    """A token's bytes, which may be a part of a character, and its natural-log probability under the model, before
+    temperature and filters. top: the likeliest tokens with theirs. position: where it starts in the sequence's text, in
+    characters."""
 
-    text: str
+    token: bytes
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    top: tuple[tuple[bytes, float], ...] = ()
+    position: int = 0
 
 
 @dataclass(frozen=True)

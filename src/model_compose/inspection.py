@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from model_compose.engines import ModelOptions
 from model_compose.engines.huggingface import HuggingfaceOptions
 from model_compose.errors import AdapterError, LoadError, SourceError
-from model_compose.lora.adapter import LoraAdapter, check, read_adapter, read_config
+from model_compose.lora.adapter import LoraAdapter, check, read_adapter
 from model_compose.lora.blend import Blend, Blends
+from model_compose.lora.peft_config import read_config
 from model_compose.progress import Progress, Report
 from model_compose.sources import LocalSource, ModelSource, describe
 
@@ -158,7 +159,7 @@ def _read(name: str, source: ModelSource, base_dir: Path, base: Base | None, rep
     folder = fetch_adapter_folder(name, source, base_dir, report)
     adapter, config = read_adapter(folder, name), read_config(folder, name)
     if base is not None:
-        check(adapter, base.shapes)
+        adapter = check(adapter, base.shapes)
     modules = adapter.modules.values()
     power = 0.5 if config.get("use_rslora") else 1.0
     # s = alpha / r, or alpha / √r; rounded, as what the config says is seldom more than a whole number
@@ -172,10 +173,9 @@ def _warnings(adapter: LoraAdapter, config: Mapping[str, Any], base: Base | None
     from model_compose.engines.huggingface.model import other_base
 
     found = []
-    if base is not None and other_base(adapter, base.options, base.fetched):
+    if base is not None and (other := other_base(adapter, base.options, base.fetched)):
         found.append(
-            f"was trained on {adapter.base}, but the base model is {describe(base.options.model)}; the shapes fit, the "
-            "text may still suffer"
+            f"was trained on {adapter.base}, but the base model is {other}; the shapes fit, the text may still suffer"
         )
     zeros = [path for path, factors in adapter.modules.items() if not (factors.a.any() and factors.b.any())]
     if len(zeros) == len(adapter.modules):

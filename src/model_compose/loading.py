@@ -5,7 +5,7 @@ ${env.…} is filled in scalar by scalar: never in comments, never changing the 
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from model_compose.config import Config
 from model_compose.errors import ConfigError, RunError
-from model_compose.explain import SECRETS, explain
+from model_compose.explain import SECRETS, explain, place
 from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, convert, parse_reference, split
-from model_compose.nodes import at, below, child, compose, merge, typed
+from model_compose.nodes import Keys, at, below, child, compose, merge, typed
 from model_compose.schema import nearest
+from model_compose.workflow import scopes
 
 FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
 
@@ -30,11 +31,16 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """A config with the files it came from; relative paths in it are relative to base_dir."""
+    """A config with the files it came from, and their merged YAML. Relative paths in it are relative to base_dir."""
 
     config: Config
     files: tuple[Path, ...]
     base_dir: Path
+    root: Node = field(repr=False)
+
+    def place(self, keys: Keys) -> str:
+        """ "file:line: keys" of what stands there."""
+        return place(self.root, keys)
 
 
 def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
@@ -67,7 +73,9 @@ def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> Loaded:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(*explain(error, root)) from None
-    return Loaded(config, tuple(files), base_dir)
+    if nowhere := [f"{place(root, problem.keys)}: {problem.message}" for problem in scopes.problems(config)]:
+        raise ConfigError(*nowhere)
+    return Loaded(config, tuple(files), base_dir, root)
 
 
 def environment(env_files: Sequence[Path] = (), pairs: Sequence[str] = ()) -> dict[str, str]:

@@ -17,6 +17,7 @@ from model_compose.engines import Engine, Stats
 from model_compose.errors import Cancelled, ComposeError
 from model_compose.generation import Chunk, Finish, Request, Usage
 from model_compose.lora.blend import Blend, Blends
+from model_compose.request_log import tell
 
 PREFIX = "model_compose:"
 REQUEST = ("component", "blend")
@@ -157,6 +158,7 @@ class Meter:
         start: float, first: float,
     ) -> None:  # fmt: skip
         metrics, end = self.metrics, time.perf_counter()
+        tell(usage.prompt_tokens, usage.completion_tokens, blend=labels[1])
         metrics.prompt_tokens.labels(*labels).inc(usage.prompt_tokens)
         metrics.generation_tokens.labels(*labels).inc(usage.completion_tokens)
         metrics.successes.labels(*labels, "length" if "length" in finishes else "stop").inc()

@@ -4,22 +4,57 @@ Plain data has forgotten where it came from; nodes have not, so files are read a
 say where its cause stands.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from model_compose.errors import ConfigError
 
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+Keys = tuple[str | int, ...]
+"""Where something stands in a file: keys of mappings, indices of lists."""
 
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
-_PLAIN_TAGS = {f"{_TAG}{name}" for name in ("map", "seq", "str", "null", "bool", "int", "float")}
-# YAML types these too, but to the dialect they are text.
-_TEXT_TAGS = {f"{_TAG}{name}" for name in ("timestamp", "value", "merge")}
+_PLAIN_TAGS = {f"{_TAG}{name}" for name in ("map", "seq", "str", "null", "bool", "int", "float", "merge")}
+
+MAX_BYTES = 1 << 20
+MAX_VALUES = 100_000
+"""Of a file, once its aliases are spelt out: ten lines of them can stand for more than any memory holds."""
+MAX_DEPTH = 100
+"""Of mappings and lists in each other. Python's own stack ends at about 1,000 calls."""
+
+
+class _Types(yaml.resolver.Resolver):
+    """Plain text is typed as JSON has it: null, true and false, decimal numbers.
+
+    YAML 1.1 types more, and changes what was written: `no` is false there, 012 is 10, 1:30 is 90. As in YAML 1.2 these stay
+    text here, which fields of another type may still take: `streaming: yes` is true.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]  # none of YAML 1.1's
+
+
+for _name, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Types.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)
+
+
+# By libyaml where it is there.
+Loader: Any = type("Loader", (_Types, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), {})
 
 
 def compose(path: Path, name: str) -> MappingNode:
@@ -30,6 +65,8 @@ def compose(path: Path, name: str) -> MappingNode:
     text = _read(path, name)
     loader = Loader(text)
     try:
+        if next(islice(yaml.parse(text, Loader), MAX_VALUES, None), None):  # nodes would take twenty times as long
+            raise ConfigError(f"{name}: holds more than {MAX_VALUES:,} values")
         node: Node | None = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -46,10 +83,10 @@ def compose(path: Path, name: str) -> MappingNode:
         raise ConfigError(f"{name}: the file is empty; it needs at least a component, see `model-compose schema`")
     if not isinstance(node, MappingNode):
         raise ConfigError(f"{name}:{node.start_mark.line + 1}: expected a mapping with component, workflow, controller")
-    problems: list[str] = []
-    _prepare(node, name, set(), set(), problems)
-    if problems:
-        raise ConfigError(*problems)
+    preparing = _Preparing(name)
+    preparing.visit(node, ())
+    if preparing.problems:
+        raise ConfigError(*preparing.problems)
     return node
 
 
@@ -59,7 +96,11 @@ def _code(character: Any) -> str:
 
 def _read(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{name}: is longer than {MAX_BYTES >> 20} MiB; a file of this program is a few lines")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except OSError as error:
@@ -80,49 +121,99 @@ def _yaml_problem(error: yaml.MarkedYAMLError, text: str, line: int) -> str:
     return problem
 
 
-def _prepare(node: Node, name: str, above: set[int], done: set[int], problems: list[str]) -> None:
-    """Marks the node and those below with their file, spreads `<<`, and collects what is wrong with keys and tags."""
-    node.file = name  # type: ignore[attr-defined]  # the marks of libyaml's loader do not carry it
-    if id(node) in above:
-        raise ConfigError(f"{at(node)}: an anchor cannot hold itself")
-    if id(node) in done:
-        return
-    done.add(id(node))
-    if node.tag not in _PLAIN_TAGS | _TEXT_TAGS:
-        problems.append(
-            f"{at(node)}: the tag {node.tag.replace(_TAG, '!!')} is not supported; write the value without it"
-        )
-    children = [part for pair in node.value for part in pair] if isinstance(node, MappingNode) else node.value
-    for child in children if isinstance(node, MappingNode | SequenceNode) else ():
-        _prepare(child, name, above | {id(node)}, done, problems)
-    if isinstance(node, MappingNode):
-        node.value = _spread(node, problems)
+class _Preparing:
+    """Marks nodes with their file, spreads `<<`, and collects what is wrong with keys and tags.
 
+    Counts what the aliases stand for before anything follows them. Raises ConfigError where that is too much.
+    """
 
-def _spread(node: MappingNode, problems: list[str]) -> list[tuple[Node, Node]]:
-    """The mapping's entries: its own, and those that `<<` brings in and it has not itself."""
-    own: list[tuple[Node, Node]] = []
-    brought: list[tuple[Node, Node]] = []
-    names: set[str] = set()
-    for key, value in node.value:
-        if not isinstance(key, ScalarNode):
-            problems.append(f"{at(key)}: a key must be text")
-        elif key.tag == _MERGE:
-            sources = value.value if isinstance(value, SequenceNode) else [value]
-            if all(isinstance(source, MappingNode) for source in sources):
-                brought += [entry for source in sources for entry in source.value]
+    def __init__(self, name: str) -> None:
+        self.problems: list[str] = []
+        self._name = name
+        self._extent: dict[int, tuple[int, int]] = {}
+        """Of each node that has been visited: its values, and how deep they are nested, aliases spelt out."""
+        self._brought = 0
+
+    def visit(self, node: Node, above: tuple[int, ...]) -> None:
+        """above: the nodes that hold this one."""
+        node.file = self._name  # type: ignore[attr-defined]  # the marks of libyaml's loader do not carry it
+        if id(node) in above:
+            raise ConfigError(f"{at(node)}: an anchor cannot hold itself")
+        if id(node) in self._extent:
+            return
+        if len(above) > MAX_DEPTH:
+            raise ConfigError(f"{at(node)}: mappings and lists are nested deeper than {MAX_DEPTH}")
+        if node.tag not in _PLAIN_TAGS:
+            tag = node.tag.replace(_TAG, "!!")
+            self.problems.append(f"{at(node)}: the tag {tag} is not supported; write the value without it")
+        for child in _children(node):
+            self.visit(child, (*above, id(node)))
+        if isinstance(node, MappingNode):
+            node.value = self._spread(node)
+        self._measure(node)
+
+    def _measure(self, node: Node) -> None:
+        extents = [self._extent[id(child)] for child in _children(node)]
+        values, depth = 1 + sum(count for count, _ in extents), 1 + max((depth for _, depth in extents), default=0)
+        if values > MAX_VALUES:
+            raise ConfigError(
+                f"{at(node)}: holds {values:,} values once its aliases are spelt out; a file may hold {MAX_VALUES:,}"
+            )
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{at(node)}: its aliases nest mappings and lists deeper than {MAX_DEPTH}")
+        self._extent[id(node)] = values, depth
+
+    def _spread(self, node: MappingNode) -> list[tuple[Node, Node]]:
+        """The mapping's entries: its own, and those that `<<` brings in and it has not itself."""
+        own: list[tuple[Node, Node]] = []
+        brought: list[tuple[Node, Node]] = []
+        names: set[str] = set()
+        before: Node | None = None
+        for key, value in node.value:
+            if not isinstance(key, ScalarNode):
+                self.problems.append(f"{at(key)}: a key must be text")
+            elif key.tag == _MERGE:
+                brought += self._brings(key, value)
+            elif decimal := _split_at_comma(before, key, value):
+                self.problems.append(f"{at(key)}: a comma ends a value here; write {decimal}")
+            elif key.value in names:
+                self.problems.append(f"{at(key)}: the key '{key.value}' stands here a second time")
             else:
-                problems.append(f"{at(key)}: '<<' takes a mapping or a list of mappings")
-        elif key.value in names:
-            problems.append(f"{at(key)}: the key '{key.value}' stands here a second time")
-        else:
-            names.add(key.value)
-            own.append((key, value))
-    for key, value in brought:
-        if key.value not in names:
-            names.add(key.value)
-            own.append((key, value))
-    return own
+                names.add(key.value)
+                own.append((key, value))
+            before = value
+        for key, value in brought:
+            if key.value not in names:
+                names.add(key.value)
+                own.append((key, value))
+        return own
+
+    def _brings(self, key: Node, value: Node) -> list[tuple[Node, Node]]:
+        sources = value.value if isinstance(value, SequenceNode) else [value]
+        if not all(isinstance(source, MappingNode) for source in sources):
+            self.problems.append(f"{at(key)}: '<<' takes a mapping or a list of mappings")
+            return []
+        entries = []
+        for source in sources:
+            self._brought += len(source.value)
+            if self._brought > MAX_VALUES:
+                raise ConfigError(f"{at(key)}: '<<' brings in more than the {MAX_VALUES:,} values that a file may hold")
+            entries += source.value
+        return entries
+
+
+def _children(node: Node) -> Sequence[Node]:
+    if isinstance(node, MappingNode):
+        return [part for pair in node.value for part in pair]
+    return node.value if isinstance(node, SequenceNode) else ()
+
+
+def _split_at_comma(before: Node | None, key: ScalarNode, value: Node) -> str | None:
+    """The decimal that {weight: 0,7} means: to YAML this is 0, and a key 7 without a value."""
+    if not isinstance(before, ScalarNode) or value.value or before.end_mark.index + 1 != key.start_mark.index:
+        return None
+    decimal = f"{before.value}.{key.value}"
+    return decimal if re.fullmatch(r"[-+]?[0-9]*\.[0-9]+", decimal) else None
 
 
 def merge(base: Node, over: Node) -> Node:
@@ -139,16 +230,17 @@ def merge(base: Node, over: Node) -> Node:
 
 
 def typed(node: ScalarNode, text: str) -> Any:
-    """The value of a scalar that holds `text` by now. Plain text is typed as YAML types it; quoted text stays text.
+    """The value of a scalar that holds `text` by now. Plain text is typed, quoted text stays text.
 
     Raises ValueError where an explicit tag does not fit.
     """
-    if text == node.value:
-        tag = node.tag
-    else:
-        tag = yaml.resolver.Resolver().resolve(ScalarNode, text, (not node.style, bool(node.style)))
-    if tag in _TEXT_TAGS:
+    types: Any = _Types()
+    found = types.resolve(ScalarNode, text, (True, False))
+    tag = node.tag if text == node.value else types.resolve(ScalarNode, text, (not node.style, bool(node.style)))
+    if tag in (f"{_TAG}str", _MERGE):
         return text
+    if tag != found and not (tag.endswith("float") and found.endswith("int")):
+        raise ValueError(text)
     return yaml.SafeLoader("").construct_object(ScalarNode(tag, text, node.start_mark, node.end_mark))
 
 

@@ -1,9 +1,9 @@
 """`run`: one workflow once, in this process or on the service that is already up. The answer is the same."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
-from typing import Any
+from typing import Any, NamedTuple
 
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, FieldError, InputError, RunError
@@ -16,6 +16,13 @@ Show = Callable[[str, str], None]
 """Told a path of the output and the next piece of the text there."""
 
 
+class Ran(NamedTuple):
+    """A finished run. notes: what a person should know about its texts."""
+
+    output: Any
+    notes: Sequence[str]
+
+
 async def run_here(
     loaded: Loaded,
     value: Any,
@@ -23,8 +30,8 @@ async def run_here(
     blend: Any,
     show: Show | None,
     loading: AbstractContextManager[Report],
-) -> Any:
-    """Loads the models, runs, closes. Text goes to `show` as it is made; returns the output.
+) -> Ran:
+    """Loads the models, runs, closes. Text goes to `show` as it is made.
 
     loading: open while the models load, and closed before any text is shown: bars and text do not mix.
     """
@@ -36,7 +43,7 @@ async def run_here(
         async with aclosing(compose.run(value, workflow=workflow, blend=blend)) as events:
             async for event in events:
                 if isinstance(event, Done):
-                    return event.output
+                    return Ran(event.output, event.notes)
                 if show:
                     show(".".join(map(str, event.path)), event.text)
     finally:
@@ -44,7 +51,7 @@ async def run_here(
     raise AssertionError("a run ends with Done")
 
 
-def run_there(record: Record, loaded: Loaded, value: Any, workflow: str | None, blend: Any, show: Show | None) -> Any:
+def run_there(record: Record, loaded: Loaded, value: Any, workflow: str | None, blend: Any, show: Show | None) -> Ran:
     """Asks the running service. Raises RunError or InputError with the service's own words."""
     import httpx
 
@@ -65,7 +72,7 @@ def run_there(record: Record, loaded: Loaded, value: Any, workflow: str | None, 
         raise RunError(f"the service at {record.api} stopped answering ({error})") from error
     if response.status_code != 200:
         raise _error(answer)
-    return answer.get("output")
+    return _ran(answer)
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
@@ -76,7 +83,7 @@ def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
         yield from (line.decode() for line in lines)
 
 
-def _follow(lines: Iterator[str], show: Show | None) -> Any:
+def _follow(lines: Iterator[str], show: Show | None) -> Ran:
     """Reads the event stream: delta, then done or error."""
     name = ""
     for line in lines:
@@ -85,12 +92,16 @@ def _follow(lines: Iterator[str], show: Show | None) -> Any:
         elif line.startswith("data: "):
             data = json.loads(line.removeprefix("data: "))
             if name == "done":
-                return data.get("output")
+                return _ran(data)
             if name == "error":
                 raise _error(data)
             if show:
                 show(data["path"], data["text"])
     raise RunError("the service closed the connection before the end")
+
+
+def _ran(answer: Mapping[str, Any]) -> Ran:
+    return Ran(answer.get("output"), answer.get("notes", []))
 
 
 def _error(problem: Mapping[str, Any]) -> ComposeError:

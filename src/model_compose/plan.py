@@ -16,6 +16,7 @@ from model_compose.engines import ModelOptions
 from model_compose.engines.huggingface import HuggingfaceOptions
 from model_compose.errors import InputError, LoadError, SourceError
 from model_compose.loading import Loaded
+from model_compose.preflight import check_files
 from model_compose.progress import Report, silent
 from model_compose.sources import describe
 from model_compose.sources.survey import Survey, survey
@@ -110,6 +111,7 @@ def plan(loaded: Loaded, pretended: Mapping[str, int], report: Report = silent) 
 
     Fetches configs. Raises SourceError, AdapterError, LoadError for what `up` would refuse for another reason than memory.
     """
+    check_files(loaded, weights=False)
     memory = Memory(pretended)
     return Plan(tuple(_plan_model(*model, loaded.base_dir, memory, report) for model in models(loaded.config)))
 
@@ -137,15 +139,10 @@ def models(config: Config) -> list[tuple[str, ModelOptions]]:
 
 def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory, report: Report) -> ModelPlan:
     from model_compose.engines.huggingface.memory import check_fits, size_text
-    from model_compose.engines.huggingface.sizes import KINDS
-    from model_compose.engines.parts import CONFIG_FILES
+    from model_compose.engines.parts import CONFIG_FILES, check_quantization
 
     device = memory.device(options.device)  # looked at before anything is fetched, as `up` does
-    if options.quantization not in (None, *KINDS.get(device.type, ())):
-        raise LoadError(
-            f"quantization: {options.quantization} is not available on {device.type}; it has "
-            f"{', '.join(KINDS.get(device.type, ())) or 'none'}"
-        )
+    check_quantization(options.quantization, str(device))
     base = survey(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report)
     adapters = _survey_adapters(options, base_dir, report)
     named = {describe(options.model): base, **{f"adapter {name}": survey for name, survey in adapters.items()}}
@@ -170,7 +167,7 @@ def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory
 
 
 def _survey_adapters(options: ModelOptions, base_dir: Path, report: Report) -> dict[str, Survey]:
-    from model_compose.lora.adapter import CONFIG_FILE
+    from model_compose.lora.peft_config import CONFIG_FILE
 
     found = {}
     for name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True):
@@ -222,7 +219,8 @@ def _measure(
 
 def _adapter_size(name: str, found: Survey, model: Any) -> "AdapterSize | None":
     from model_compose.engines.huggingface.sizes import adapter_size
-    from model_compose.lora.adapter import WEIGHT_FILES, read_config
+    from model_compose.lora.adapter import WEIGHT_FILES
+    from model_compose.lora.peft_config import read_config
 
     if found.fetched is None:
         return None

@@ -44,13 +44,19 @@ class Options(BaseModel):
             return data
         valid = {field.alias or name for name, field in cls.model_fields.items()}
         for key, value in data.items():
-            if key in cls.later and value is not None and value != cls.later[key]:
+            if key in cls.later and value is not None and _boolean(value) != cls.later[key]:
                 raise PydanticCustomError(
                     "unsupported_key", "'{key}' is not supported in this version; leave it out", {"key": key}
                 )
             if key not in valid and key not in cls.later:
                 raise unknown_key(str(key), sorted(valid))
         return {key: value for key, value in data.items() if key not in cls.later}
+
+
+def _boolean(value: Any) -> Any:
+    """The value, where it is one of YAML 1.1's words for true and false as fields of that type take it."""
+    words = {"yes": True, "on": True, "no": False, "off": False}
+    return words.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def unknown_key(key: str, valid: list[str]) -> PydanticCustomError:
@@ -109,10 +115,18 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+_DECIMAL = re.compile(r"\s*[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?\s*", re.ASCII | re.IGNORECASE)
+
+
 def finite_number(value: Any) -> float:
-    """A finite number, or a numeric string as forms send it. true, NaN and infinity are errors."""
-    problem = PydanticCustomError("weight", "a weight must be a finite number, not {value}", {"value": shown(value)})
+    """A finite number, or a decimal string as forms send it. true, NaN and infinity are errors."""
+    problem = PydanticCustomError(
+        "weight", "a weight must be a finite number, not {value}{advice}",
+        {"value": shown(value), "advice": decimal_advice(value)},
+    )  # fmt: skip
     if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise problem
+    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
         raise problem
     try:
         number = float(value)
@@ -121,6 +135,24 @@ def finite_number(value: Any) -> float:
     if not math.isfinite(number):
         raise problem
     return number
+
+
+def decimal_advice(value: Any) -> str:
+    """How to write the number that a text means: 0,7, or one in a form that YAML 1.1 knows (012, 0x1F, 1:30, 1_000)."""
+    if not isinstance(value, str) or len(value) > 40:
+        return ""
+    if re.fullmatch(r"[-+]?[0-9]*,[0-9]+", value):
+        return f"; write {value.replace(',', '.')}"
+    import yaml
+
+    node = yaml.ScalarNode(yaml.SafeLoader("").resolve(yaml.ScalarNode, value, (True, False)), value)
+    if not node.tag.endswith((":int", ":float")):
+        return ""
+    try:
+        number = yaml.SafeLoader("").construct_object(node)
+    except (ValueError, OverflowError):
+        return ""
+    return f"; YAML 1.1 reads it as {number}: write {number} if you mean that" if math.isfinite(number) else ""
 
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)?")

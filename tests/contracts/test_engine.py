@@ -1,6 +1,7 @@
 """What every engine promises. A new driver adds one line to DRIVERS and must pass all of it."""
 
 import asyncio
+import codecs
 import importlib.util
 import os
 from collections.abc import AsyncIterator
@@ -171,6 +172,11 @@ async def test_usage_comes_with_the_last_chunk_alone(engine: Engine) -> None:
     assert len(chunks) > 2
 
 
+def characters(text: bytes) -> int:
+    """How many are complete; each byte that can be no part of one counts as one."""
+    return len(codecs.getincrementaldecoder("utf-8")("replace").decode(text))
+
+
 async def test_logprobs_describe_the_drawn_tokens(engine: Engine) -> None:
     sampling = Sampling(max_output_length=5, min_output_length=5, do_sample=False, logprobs=3)
     completion = await collect(engine.generate(Request("Hello", BLENDS[0], sampling)))
@@ -179,7 +185,13 @@ async def test_logprobs_describe_the_drawn_tokens(engine: Engine) -> None:
     for token in tokens:
         assert len(token.top) == 3
         assert token.logprob <= token.top[0][1] <= 0
-    assert tokens[0].text == tokens[0].top[0][0]  # greedy draws the likeliest
+    assert tokens[0].token == tokens[0].top[0][0]  # greedy draws the likeliest
+    said = [token.token for token in tokens]
+    assert b"".join(said).decode(errors="replace").removesuffix("\ufffd") == completion.texts[0].text.removesuffix(
+        "\ufffd"
+    )
+    before = [b"".join(said[:count]) for count in range(len(said))]
+    assert [token.position for token in tokens] == [characters(text) for text in before]
 
 
 async def test_chat_goes_through_the_template(engine: Engine) -> None:

@@ -28,6 +28,7 @@ from model_compose.progress import silent
 from tests import tiny
 from tests.contracts.test_engine import GREEDY, make, text
 from tests.engines.test_huggingface import opened
+from tests.waiting import held, until
 
 BLENDS = [Blend(), Blend({"alpaca": 0.7}), Blend({"pirate": 1.2}), Blend({"alpaca": 0.4, "pirate": -0.8})]
 TEXTS = ["Hi", "The quick brown fox jumps over the lazy dog, and then", "x" * 90, "The quick brown fox sleeps. " * 5]
@@ -261,10 +262,11 @@ def test_rows_move_without_loss_and_blocks_are_given_back() -> None:
 
 async def test_a_full_queue_is_a_429_that_harms_nobody(project: Path) -> None:
     engine = await opened(project.parent, options={"max_batch_size": 1, "max_queue": 1})
-    running = [asyncio.create_task(text(engine, "Hello", BLENDS[1])) for _ in range(2)]
-    await asyncio.sleep(0.01)
-    with pytest.raises(Overloaded, match="2 texts run or wait already") as caught:
-        await text(engine, "Hello")
+    with held(engine):
+        running = [asyncio.create_task(text(engine, "Hello", BLENDS[1])) for _ in range(2)]
+        await until(lambda: engine._loop is not None and engine._loop.load == 2)
+        with pytest.raises(Overloaded, match="2 texts run or wait already") as caught:
+            await text(engine, "Hello")
     assert caught.value.status == 429
     assert len(set(await asyncio.gather(*running))) == 1
     assert await text(engine, "Hello")
@@ -283,15 +285,14 @@ async def test_a_burst_fills_the_queue_no_further(project: Path) -> None:
 async def test_a_client_that_leaves_gives_its_row_back_at_once(project: Path) -> None:
     engine = await opened(project.parent)
     endless = Sampling(max_output_length=200, min_output_length=200, do_sample=False)
-    async with aclosing(engine.generate(Request("Hello", Blend(), endless))) as chunks:
-        await anext(chunks)
-        assert engine._cache is not None
-        assert engine._cache.blocks
-    for _ in range(100):
-        await asyncio.sleep(0.01)
-        if not engine._cache.blocks:
-            break
-    assert not engine._cache.blocks
+    assert engine._cache is not None
+    with held(engine) as thread:
+        async with aclosing(engine.generate(Request("Hello", Blend(), endless))) as chunks:
+            first = asyncio.ensure_future(anext(chunks))
+            await thread.until(first.done)
+            assert engine._cache.blocks
+        thread.step()
+        assert not engine._cache.blocks
     await engine.close()
 
 
@@ -324,11 +325,13 @@ async def test_adapters_are_loaded_and_unloaded_while_requests_run(project: Path
     blend = Blend({"alpaca": 1.0})
     before = await text(engine, "Hello", blend)
     long = Sampling(max_output_length=100, min_output_length=100, do_sample=False)
-    slow = asyncio.create_task(text(engine, "Hello", blend, long))
-    await asyncio.sleep(0.02)
     identity = engine.identity(blend)
     options = AdapterOptions.model_validate({"type": "lora", "name": "alpaca", "model": str(other)})
-    await engine.load_adapter(options, silent)
+    with held(engine) as thread:
+        slow = asyncio.create_task(text(engine, "Hello", blend, long))
+        await thread.until(lambda: sum(thread.generated) >= 3)
+        await thread.during(engine.load_adapter(options, silent))
+        assert all(3 <= count < 100 for count in thread.generated)
     assert engine.identity(blend) != identity
     assert await text(engine, "Hello", blend) != before
     assert (await slow).startswith(before[:-1]), "a running request finishes on the old content"

@@ -6,29 +6,30 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model_compose.engines import child as module
-from model_compose.engines.child import Child
+from model_compose.engines.child import Child, inherited
 from model_compose.errors import LoadError
+from tests.waiting import until
 
 # Its own process waits too, as vLLM's engine does beside its server.
 SERVER = """
 import os, pathlib, signal, subprocess, sys, time
 folder = pathlib.Path(sys.argv[1])
 {before}
-inner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+inner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("(Server pid=1) INFO 11-24 13:27:12 [a.py:1] hello", flush=True)
 print("(Server pid=1) ERROR 11-24 13:27:12 [a.py:1] oh", flush=True)
 print("and a bar", end="\\r", flush=True)
 (folder / "pids").write_text(f"{{os.getpid()}} {{inner.pid}}")
 (folder / "ready").touch()
-time.sleep(60)
+time.sleep(600)
 """
 # model-compose, as far as a child sees it.
 PARENT = """
@@ -39,7 +40,7 @@ async def main():
     child = Child("x", [sys.executable, "-c", sys.argv[2], sys.argv[1]], dict(os.environ), ready, lambda: None, patience=20)
     await child.start()
     print("up", flush=True)
-    await asyncio.sleep(60)
+    await asyncio.sleep(600)
 asyncio.run(main())
 """
 
@@ -70,16 +71,38 @@ def parent_of(pid: int) -> int:
     return int(stat(pid)[1])
 
 
+def environment_of(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().rstrip("\0").split("\0")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 def stat(pid: int) -> list[str]:
     """State, parent and so on (proc(5))."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
-async def until(true: Callable[[], bool], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+def start_when_told(engine: Any, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """From now on the engine's server is started again only once the event is set."""
+    told, start = asyncio.Event(), engine._child._start
+
+    async def wait_and_start() -> None:
+        await told.wait()
+        await start()
+
+    monkeypatch.setattr(engine._child, "_start", wait_and_start)
+    return told
+
+
+def test_a_server_inherits_what_it_needs_and_no_secret() -> None:
+    needed = {
+        "PATH": "/bin", "HOME": "/h", "LC_ALL": "C", "CUDA_VISIBLE_DEVICES": "1", "OMP_NUM_THREADS": "2", "HF_HOME": "/hf",
+        "TOKENIZERS_PARALLELISM": "false", "LD_LIBRARY_PATH": "/l", "VLLM_CACHE_ROOT": "/c", "GGML_CUDA_FORCE_MMQ": "1",
+    }  # fmt: skip
+    others = (
+        "HF_TOKEN", "VLLM_API_KEY", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "DATABASE_URL", "PYTHONPATH", "PYTHONHOME",
+        "VIRTUAL_ENV", "LLAMA_ARG_CACHE_RAM", "LLAMA_API_KEY", "SSH_AUTH_SOCK", "PATHS", "https_proxy",
+    )  # fmt: skip
+    assert inherited(needed | dict.fromkeys(others, "hidden")) == needed
 
 
 async def test_its_lines_are_logged_under_its_name_and_close_ends_all_of_it(
@@ -112,7 +135,13 @@ async def test_one_that_ends_at_once_says_why(tmp_path: Path) -> None:
 
 
 async def test_one_that_is_not_ready_in_time_is_ended(tmp_path: Path) -> None:
-    child = make(tmp_path, before='(folder / "pids").write_text(str(os.getpid())); time.sleep(60)', patience=1)
+    child = make(tmp_path, before='(folder / "pids").write_text(str(os.getpid())); time.sleep(600)', patience=1)
+
+    async def never() -> bool:
+        await until((tmp_path / "pids").exists)
+        return False
+
+    child._is_ready = never
     with pytest.raises(LoadError, match="was not ready after 1 s"):
         await child.start()
     assert not any(alive(pid) for pid in pids(tmp_path))

@@ -12,6 +12,7 @@ from model_compose.engines.compiled import Compiled
 from model_compose.errors import AdapterError
 from model_compose.lora.adapter import Factors, LoraAdapter, read_adapter
 from model_compose.lora.blend import Blend
+from tests.waiting import until
 
 FIRST, SECOND = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 
@@ -96,8 +97,7 @@ async def test_the_least_recently_used_leaves_and_takes_its_files_along(
 async def test_one_load_for_uses_at_once(compiled: Compiled, loader: Loader) -> None:
     loader.gate.clear()
     uses = [asyncio.create_task(use(compiled, "x")) for _ in range(3)]
-    while not loader.calls:
-        await asyncio.sleep(0.01)
+    await until(lambda: loader.calls)
     uses[0].cancel()  # the one that began the load
     loader.gate.set()
     assert len(set(await asyncio.gather(*uses[1:]))) == 1
@@ -109,7 +109,7 @@ async def test_those_in_use_stay_and_a_further_one_waits(compiled: Compiled, loa
         for identity in ("x", "y", "x"):
             await stack.enter_async_context(compiled.use(identity, Blend({"a": 1.0}), ADAPTERS))
         leaving, waiting = asyncio.create_task(use(compiled, "u")), asyncio.create_task(use(compiled, "z"))
-        await asyncio.sleep(0.1)
+        await until(lambda: len(compiled._in_use._waiters or ()) == 2)
         assert loader.calls == ["+x", "+y"]
         await use(compiled, "y")  # what is in use already waits for nobody
         leaving.cancel()

@@ -1,5 +1,6 @@
 """Base and adapters from the (stand-in) Hub: the whole first example's way, and the preflight before the large download."""
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model_compose.compose import Compose
-from model_compose.errors import AdapterError, SourceError
+from model_compose.errors import AdapterError, LoadError, SourceError
 from model_compose.progress import Progress
 from tests import tiny
 from tests.hub import Hub, running_hub
@@ -98,3 +99,50 @@ async def test_a_gated_base_says_what_to_do_and_opens_with_the_token(hub: Hub, t
     async with Compose.open(path, env={"HUGGINGFACE_TOKEN": "hf_right"}) as compose:
         assert await compose.answer({"prompt": "Hello"})
     assert not any(r.authorization for r in hub.requests if "someone/" in r.path)  # the base's token is the base's
+
+
+async def test_a_wrong_shape_is_not_said_to_fit(hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = publish(hub, tmp_path, other_shape=True)
+    name_base(hub, "meta/llama-wide")
+    with caplog.at_level(logging.WARNING), pytest.raises(AdapterError, match="belongs to another base model"):
+        async with Compose.open(path, env={}):
+            pass
+    assert "the shapes fit" not in caplog.text
+
+
+async def test_an_adapter_of_another_base_is_a_warning(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = publish(hub, tmp_path)
+    for named, warned in (("other/llama-chat", True), ("other/LLaMA", False), ("/home/me/llama-chat", False)):
+        name_base(hub, named)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            async with Compose.open(path, env={}):
+                pass
+        said = "adapter 'alpaca' was trained on other/llama-chat, but the base model is meta/llama; the shapes fit"
+        assert (said in caplog.text) == warned
+
+
+def name_base(hub: Hub, name: str) -> None:
+    """Says in the config of the adapter alpaca which base it was trained on."""
+    published = hub.repositories["someone/alpaca"].files
+    config = json.loads(published["adapter_config.json"]) | {"base_model_name_or_path": name}
+    hub.add("someone/alpaca", {**published, "adapter_config.json": json.dumps(config).encode()})
+
+
+async def test_a_base_without_a_chat_template_is_told_before_its_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    base = tiny.save_base(tmp_path / "base")
+    hub.add("meta/llama", files(base))  # without its chat_template.jinja
+    path = tmp_path / "model-compose.yml"
+    path.write_text(
+        "component:\n  type: model\n  task: chat-completion\n  model: meta/llama\n  precision: float32\n"
+        '  action: {messages: [{role: user, content: "${input.prompt}"}], max_output_length: 4}\n'
+    )
+    with pytest.raises(LoadError, match="meta/llama has no chat template"):
+        async with Compose.open(path, env={}):
+            pass
+    assert not fetched_weights(hub, "meta/llama")
+    hub.add("meta/llama", files(base) | {"chat_template.jinja": tiny.CHAT_TEMPLATE.encode()})
+    async with Compose.open(path, env={}) as compose:
+        assert await compose.answer({"prompt": "Hello"})

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import random
 import shutil
 import subprocess
@@ -166,23 +167,38 @@ async def test_a_failing_request_harms_no_other(project: Path, caplog: pytest.Lo
     await engine.close()
 
 
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 async def test_another_base_is_a_warning_that_names_both(
     project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("base", "alpaca", "pirate"):
-        (tmp_path / name).symlink_to(project.parent / name)
-    (tmp_path / "alpaca").unlink()
-    config = (project.parent / "alpaca" / "adapter_config.json").read_text()
-    (tmp_path / "alpaca").mkdir()
-    weights = (project.parent / "alpaca" / "adapter_model.safetensors").read_bytes()
-    (tmp_path / "alpaca" / "adapter_model.safetensors").write_bytes(weights)
-    other = config.replace(str(project.parent / "base"), "decapoda-research/llama-7b-hf")
-    (tmp_path / "alpaca" / "adapter_config.json").write_text(other)
+    shutil.copytree(project.parent, tmp_path, dirs_exist_ok=True)
+    edit(tmp_path / "base/config.json", _name_or_path="meta-llama/Llama-2-7b-hf")
+    edit(tmp_path / "alpaca/adapter_config.json", base_model_name_or_path="decapoda-research/llama-7b-hf")
     with caplog.at_level(logging.WARNING):
-        engine = await opened(tmp_path)
-    await engine.close()
+        await (await opened(tmp_path)).close()
     (warning,) = [record.getMessage() for record in caplog.records if "was trained on" in record.getMessage()]
-    assert "adapter 'alpaca' was trained on decapoda-research/llama-7b-hf, but the base model is ./base" in warning
+    assert warning == (
+        "adapter 'alpaca' was trained on decapoda-research/llama-7b-hf, but the base model is meta-llama/Llama-2-7b-hf; "
+        "the shapes fit, the text may still suffer"
+    )
+
+
+async def test_shapes_are_checked_before_names(project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An adapter that does not fit is told so, and nothing about shapes that fit."""
+    shutil.copytree(project.parent, tmp_path, dirs_exist_ok=True)
+    edit(tmp_path / "base/config.json", _name_or_path="meta-llama/Llama-2-7b-hf")
+    shutil.rmtree(tmp_path / "alpaca")
+    tiny.save_adapter(tmp_path / "alpaca", tiny.save_base(tmp_path / "other", tiny.llama_config(hidden_size=64)))
+    edit(tmp_path / "alpaca/adapter_config.json", base_model_name_or_path="decapoda-research/llama-7b-hf")
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(AdapterError, match=r"The adapter belongs to another base model"),
+    ):
+        await opened(tmp_path)
+    assert "the shapes fit" not in caplog.text
 
 
 async def test_an_adapter_of_another_shape_is_refused_with_both_shapes(project: Path, tmp_path: Path) -> None:
@@ -252,6 +268,39 @@ async def test_what_is_no_model_is_one_sentence(project: Path, tmp_path: Path) -
     with pytest.raises(LoadError, match=r"\./base cannot be loaded as a causal language model: ") as caught:
         await opened(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.getpid, ()
+
+
+@pytest.mark.parametrize("content", [{"x": Evil()}, [1, 2], None], ids=["call", "list", "damaged"])
+async def test_a_pickled_base_that_cannot_be_read_is_one_sentence(project: Path, tmp_path: Path, content: Any) -> None:
+    """torch advises to set weights_only=False, which would execute it."""
+    for name in ("alpaca", "pirate"):
+        (tmp_path / name).symlink_to(project.parent / name)
+    base = tiny.save_base(tmp_path / "base")
+    (base / "model.safetensors").unlink()
+    torch.save(content, base / "pytorch_model.bin")
+    if content is None:
+        (base / "pytorch_model.bin").write_bytes(b"garbage" * 99)
+    with pytest.raises(LoadError, match=r"\./base cannot be loaded as a causal language model: .") as caught:
+        await opened(tmp_path)
+    assert "weights_only" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert isinstance(content, list | None) or "it would call posix.getpid" in str(caught.value)
+
+
+async def test_a_byte_order_mark_in_an_adapters_and_the_bases_config(project: Path, tmp_path: Path) -> None:
+    for name in ("alpaca", "pirate"):
+        shutil.copytree(project.parent / name, tmp_path / name)
+        path = tmp_path / name / "adapter_config.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (tmp_path / "base").symlink_to(project.parent / "base")
+    engine = await opened(tmp_path)
+    assert await text(engine, "Hello", Blend({"alpaca": 1.0}))
+    await engine.close()
 
 
 def test_out_of_memory_at_load_says_what_to_do(tmp_path: Path) -> None:
@@ -357,17 +406,26 @@ def test_a_prompt_that_ends_in_half_a_character_is_not_repeated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained_on", "warned"),
-    [("org/base", False), ("/home/me/base", False), ("org/base-instruct", True), ("./model", True), (None, False)],
+    ("trained_on", "known_as", "warned"),
+    [
+        ("org/base", "org/base", False),
+        ("other/Base", "org/base", False),  # a re-upload
+        ("org/base-instruct", "org/base", True),
+        ("/home/me/base-instruct", "org/base", False),
+        ("./model", "org/base", False),
+        (None, "org/base", False),
+        ("org/base-instruct", None, False),
+        ("org/base-instruct", "/data/models/base", False),
+    ],
 )
-async def test_only_the_very_name_of_the_base_counts(
-    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, trained_on: str | None, warned: bool
-) -> None:
-    for name in ("base", "pirate"):
-        (tmp_path / name).symlink_to(project.parent / name)
-    shutil.copytree(project.parent / "alpaca", tmp_path / "alpaca")
-    path = tmp_path / "alpaca" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": trained_on}))
+async def test_only_names_on_the_hub_are_compared(
+    project: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, trained_on: str | None, known_as: str | None,
+    warned: bool,
+) -> None:  # fmt: skip
+    """A folder's name is no evidence: where nothing is known of the base, nothing is said."""
+    shutil.copytree(project.parent, tmp_path, dirs_exist_ok=True)
+    edit(tmp_path / "base/config.json", _name_or_path=known_as)
+    edit(tmp_path / "alpaca/adapter_config.json", base_model_name_or_path=trained_on)
     with caplog.at_level(logging.WARNING):
         await (await opened(tmp_path)).close()
     assert ("adapter 'alpaca' was trained on" in caplog.text) == warned

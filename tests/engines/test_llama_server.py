@@ -7,7 +7,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 
 from model_compose.engines import Engine, child
 from model_compose.engines.llamacpp.llama import Settings
-from model_compose.engines.llamacpp.server import ServerEngine, command, environment
+from model_compose.engines.llamacpp.server import ServerEngine, command
 from model_compose.engines.llamacpp.slots import Slots
 from model_compose.errors import InputError, LoadError, NotReady, Overloaded, RunError
 from model_compose.generation import Request, ResponseFormat, Sampling
@@ -31,8 +30,9 @@ from model_compose.lora.methods.svd import Svd
 from model_compose.progress import silent
 from tests import gguf_base
 from tests.contracts.test_engine import BLENDS, KNOWN, make, text
-from tests.engines.test_child import alive, until
+from tests.engines.test_child import alive, start_when_told
 from tests.engines.test_llamacpp import ENDLESS, PROMPTS, answer, check_split, distance, logprobs, save_wide
+from tests.waiting import SECONDS, until
 
 needs_server = pytest.mark.skipif(
     bool(KNOWN["llama-server"].missing), reason=KNOWN["llama-server"].missing or "there is one"
@@ -202,17 +202,17 @@ async def test_closing_a_stream_frees_the_servers_slot(engine: ServerEngine) -> 
     async with aclosing(engine.generate(Request("Hello", BLENDS[1], ENDLESS))) as chunks:
         await anext(chunks)
     assert engine._connection is not None
-    deadline = time.monotonic() + 5
-    while any(slot["is_processing"] for slot in (await engine._connection.client.get("/slots")).json()):
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+    async with asyncio.timeout(SECONDS):
+        while any(slot["is_processing"] for slot in (await engine._connection.client.get("/slots")).json()):
+            await asyncio.sleep(0.02)
 
 
 @needs_server
 async def test_a_crash_fails_what_runs_and_the_server_comes_back(
     engine: ServerEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child, "SHORTEST_PAUSE", 0.5)
+    monkeypatch.setattr(child, "SHORTEST_PAUSE", 0.0)
+    again = start_when_told(engine, monkeypatch)
     before = await answer(engine, LONG, BLENDS[1])
     running = engine.generate(Request("Hello", BLENDS[1], ENDLESS))
     await anext(running)
@@ -223,6 +223,7 @@ async def test_a_crash_fails_what_runs_and_the_server_comes_back(
     await until(lambda: not engine.up)
     with pytest.raises(NotReady, match="is being started again; try again in a moment"):
         await text(engine, "Hello")
+    again.set()
     await until(lambda: engine.up)
     after = await answer(engine, LONG, BLENDS[1])
     assert (after.texts, after.usage.cached_tokens) == (before.texts, 0)
@@ -278,6 +279,7 @@ async def test_what_it_cannot_do_exactly_is_the_requests_fault(engine: ServerEng
     ("changes", "said"),
     [
         ({"options": {"start_timeout": 3}}, "'start_timeout' is for a llama-server"),
+        ({"options": {"env": {"A": "1"}}}, "'env' is for a llama-server"),
         (
             {"options": {"server": "x"}, "allow_runtime_adapters": True},
             "'allow_runtime_adapters': llama-server loads adapters when it starts",
@@ -299,7 +301,7 @@ async def test_a_binary_that_is_not_there_or_does_not_serve_is_one_sentence(proj
         await opened(project.parent, "llamacpp", options={"server": sys.executable})
 
 
-def test_the_command_line_and_its_variables(tmp_path: Path) -> None:
+def test_the_command_line(tmp_path: Path) -> None:
     settings = Settings(256, 3, 64, 2, 0, kv_float32=True, flash_attention=False)
     loaded: Any = SimpleNamespace(settings=settings, base=Path("/m.gguf"), files=(Path("/0.gguf"), Path("/1.gguf")))
     line = " ".join(command(Path("/s"), loaded, Path("/llama.sock")))
@@ -308,7 +310,6 @@ def test_the_command_line_and_its_variables(tmp_path: Path) -> None:
         "--cache-ram 0", "--no-kv-unified", "--no-context-shift", "--lora /0.gguf,/1.gguf", "--device none",
     ):  # fmt: skip
         assert f"{part} " in f"{line} "
-    assert environment({"LLAMA_ARG_CACHE_RAM": "8", "LLAMA_API_KEY": "x", "PATH": "/bin"}) == {"PATH": "/bin"}
 
 
 # Slots and turns.
@@ -322,7 +323,7 @@ async def order_of_turns(identities: Sequence[str], turns: int, slots: Slots) ->
         for _ in range(turns):
             async with slots.turn(identity):
                 order.append(identity)
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0)
 
     await asyncio.gather(*(run(identity) for identity in identities))
     return order
@@ -355,7 +356,7 @@ async def test_one_that_leaves_while_it_waits_holds_up_nobody() -> None:
         await asyncio.sleep(0)
         waiting[0].cancel()
         assert await waiting[1] == ["a"]
-    assert await asyncio.wait_for(waiting[2], 1) == ["c"]
+    assert await asyncio.wait_for(waiting[2], SECONDS) == ["c"]
 
 
 async def test_a_text_gets_the_slot_that_starts_as_it_does_under_its_own_blend() -> None:

@@ -54,7 +54,7 @@ async def logprobs(engine: Engine, prompt: str, blend: Blend) -> dict[str, float
     """Of the token after the prompt, by its text; half characters, which share one text, are left out."""
     sampling = Sampling(1, do_sample=False, logprobs=gguf_base.VOCABULARY)
     (token,) = (await answer(engine, prompt, blend, sampling)).texts[0].logprobs
-    return {text: value for text, value in token.top if "\ufffd" not in text}
+    return {text.decode(): value for text, value in token.top if text.isascii()}
 
 
 async def distance(one: Engine, other: Engine, blend: Blend) -> float:
@@ -321,7 +321,10 @@ async def test_what_is_no_gguf_file_or_too_small_a_cache_is_one_sentence(project
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model": "./base"}, r"'model': it needs a GGUF file, and ./base is none; name one by 'path'"),
+        (
+            {"model": {"path": "./base", "filename": "model.safetensors"}},
+            r"'model': it needs a GGUF file, and ./base/model.safetensors is none; name one by 'filename'",
+        ),
         ({"model": "org/base"}, r"'model': it needs a GGUF file, and org/base is none; name one by 'filename'"),
         ({"precision": "bfloat16"}, "'precision': .*float16 or float32"),
         ({"quantization": "int8"}, "'quantization': .*take a file of another quantisation"),

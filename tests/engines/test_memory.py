@@ -22,8 +22,9 @@ from model_compose.engines.huggingface.sizes import (
     parameters,
 )
 from model_compose.errors import AdapterError, LoadError
-from model_compose.lora.adapter import read_adapter, read_config
+from model_compose.lora.adapter import read_adapter
 from model_compose.lora.layers import module_shapes
+from model_compose.lora.peft_config import read_config
 from model_compose.native import kernels
 from tests import tiny
 

@@ -29,6 +29,7 @@ from tests import tiny
 from tests.contracts.test_engine import GREEDY, make, text
 from tests.engines.test_batch import TOKEN_BYTES, Run
 from tests.engines.test_huggingface import detokenized, opened
+from tests.waiting import held
 
 WEIGHTS = {"alpaca": 1.5, "pirate": 0.7}
 FILE = {
@@ -194,10 +195,12 @@ async def test_an_adapter_that_is_loaded_again_changes_the_blends_that_use_it(pr
     engine = await opened(project.parent, blends=FILE)
     before = {blend.name: (await text(engine, "Hello", blend), engine.identity(blend)) for blend in (MERGED, SMALL)}
     long = Sampling(max_output_length=100, min_output_length=100, do_sample=False)
-    slow = asyncio.create_task(text(engine, "Hello", MERGED, long))
-    await asyncio.sleep(0.02)
     options = AdapterOptions.model_validate({"type": "lora", "name": "alpaca", "model": str(other)})
-    await engine.load_adapter(options, silent)
+    with held(engine) as thread:
+        slow = asyncio.create_task(text(engine, "Hello", MERGED, long))
+        await thread.until(lambda: sum(thread.generated) >= 3)
+        await thread.during(engine.load_adapter(options, silent))
+        assert all(3 <= count < 100 for count in thread.generated)
     after = {blend.name: (await text(engine, "Hello", blend), engine.identity(blend)) for blend in (MERGED, SMALL)}
     assert all(old != new for name in after for old, new in zip(before[name], after[name], strict=True))
     assert (await slow).startswith(before["merged"][0][:-1]), "a running request finishes on the old content"

@@ -9,7 +9,7 @@ import socket
 import sys
 import venv
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import silent
 from tests import tiny
 from tests.engines import vllm_stand_in
-from tests.engines.test_child import until
+from tests.engines.test_child import environment_of, start_when_told
+from tests.waiting import until
 
 ALPACA = Blend({"alpaca": 1.0})
 SHORT = Sampling(4, do_sample=False)
@@ -97,7 +98,8 @@ async def test_an_answer_is_what_the_server_says(engine: VllmEngine) -> None:
 async def test_a_crash_fails_what_runs_and_the_server_comes_back(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(child, "SHORTEST_PAUSE", 0.3)
+    monkeypatch.setattr(child, "SHORTEST_PAUSE", 0.0)
+    again = start_when_told(engine, monkeypatch)
     caplog.set_level(logging.INFO, "model_compose")
     other = engine.generate(Request("Hello", ALPACA, Sampling(200)))
     await anext(other)
@@ -109,6 +111,7 @@ async def test_a_crash_fails_what_runs_and_the_server_comes_back(
     await until(lambda: "ended with code 7" in caplog.text)
     with pytest.raises(NotReady, match="is being started again"):
         await answer(engine, "Hello")
+    again.set()
     await until(lambda: engine.up)
     assert (await answer(engine, "Hello")).texts[0].text == SAID * 4  # the blend is loaded again
     assert (await answer(engine, "Hello", Blend())).texts[0].text == SAID * 4
@@ -153,13 +156,22 @@ async def test_too_many_texts_are_turned_away(python: str, project: Path) -> Non
         await answer(engine, "Hello")
 
 
-async def test_an_adapter_that_vllm_does_not_take_is_named_while_loading(
-    python: str, project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NO_MLP", "1")
+async def test_an_adapter_that_vllm_does_not_take_is_named_while_loading(python: str, project: Path) -> None:
     with pytest.raises(AdapterError, match=r"adapter 'pirate': vLLM does not take it: .*received \['mlp'\]"):
-        async with opened(project.parent, python=python):
+        async with opened(project.parent, python=python, env={"NO_MLP": "1"}):
             pass
+
+
+async def test_the_server_inherits_no_secret(python: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "of somebody else")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    async with opened(project.parent, python=python, env={"MINE": "yes"}) as engine:
+        assert engine._child is not None
+        assert engine._child._process is not None
+        given = environment_of(engine._child._process.pid)
+    assert (given["PATH"], given["CUDA_VISIBLE_DEVICES"], given["MINE"]) == (os.environ["PATH"], "0", "yes")
+    assert not given.keys() & {"OPENAI_API_KEY", "HF_TOKEN", "PYTHONPATH"}
 
 
 async def test_what_does_not_fit_the_base_is_found_before_the_server_starts(project: Path, python: str) -> None:
@@ -171,9 +183,11 @@ async def test_what_does_not_fit_the_base_is_found_before_the_server_starts(proj
 
 
 async def test_a_running_server_is_used_and_left_as_it_was(python: str, project: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # Bound and not listening: nobody else is given the port, and the server may take it.
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
     url, module = f"http://127.0.0.1:{port}", "vllm.entrypoints.openai.api_server"
     with pytest.raises(LoadError, match=f"the vLLM server at {url} cannot be reached"):
         async with opened(project.parent, base_url=url):
@@ -181,14 +195,11 @@ async def test_a_running_server_is_used_and_left_as_it_was(python: str, project:
     server = await asyncio.create_subprocess_exec(python, "-m", module, "--port", str(port), "--max-lora-rank", "4")
     try:
         async with httpx.AsyncClient(trust_env=False) as client:
-
-            async def is_up() -> bool:
-                try:
-                    return (await client.get(f"{url}/health")).is_success
-                except httpx.TransportError:
-                    return False
-
-            while not await is_up():
+            while True:
+                assert server.returncode is None
+                with suppress(httpx.TransportError):
+                    if (await client.get(f"{url}/health")).is_success:
+                        break
                 await asyncio.sleep(0.05)
         async with opened(project.parent, base_url=url, adapter_folder=str(project.parent)) as engine:
             assert (await answer(engine, "Hello")).texts[0].text == SAID * 4
@@ -209,6 +220,7 @@ async def test_a_running_server_is_used_and_left_as_it_was(python: str, project:
     finally:
         server.kill()
         await server.wait()
+        probe.close()
 
 
 @pytest.mark.parametrize(
@@ -216,6 +228,7 @@ async def test_a_running_server_is_used_and_left_as_it_was(python: str, project:
     [
         ({"options": {"fold": "never"}}, "unknown key 'fold'"),
         ({"options": {"max_lora_rank": 12}}, "8, 16, 32, 64, 128, 256, 320 or 512"),
+        ({"options": {"base_url": "http://x", "env": {"A": "1"}}}, "'env' is for a server that model-compose starts"),
         ({"options": {"base_url": "http://x", "python": "/p"}}, "'python' is for a server that model-compose starts"),
         ({"options": {"api_key": "x"}}, "'api_key' is for a server at 'base_url'"),
         (
@@ -309,10 +322,12 @@ def test_the_command_line_and_its_variables(tmp_path: Path) -> None:
         "--kv-cache-memory-bytes 1073741824", "--enable-lora", "--no-enable-prefix-caching", "--trust-remote-code",
     ):  # fmt: skip
         assert f"{part} " in f"{line} "
-    made = environment(installed, {"PYTHONPATH": "/ours", "HF_TOKEN": "t", "VLLM_NO_USAGE_STATS": "0"}, [2, 3])
-    assert "PYTHONPATH" not in made
-    assert (made["HF_TOKEN"], made["VLLM_NO_USAGE_STATS"], made["VLLM_CPU_OMP_THREADS_BIND"]) == ("t", "0", "2,3")
-    assert "LD_PRELOAD" not in made
+    own = {"PYTHONPATH": "/ours", "HF_TOKEN": "t", "VLLM_NO_USAGE_STATS": "0", "OMP_NUM_THREADS": "2"}
+    made = environment(installed, own, [2, 3], {"MINE": "1", "OMP_NUM_THREADS": "4"})
+    assert made == {
+        "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "0", "VLLM_CPU_OMP_THREADS_BIND": "2,3",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "MINE": "1", "OMP_NUM_THREADS": "4",
+    }  # fmt: skip
 
 
 def prompt(sampling: Sampling, room: int = 100) -> Prompt:
@@ -367,5 +382,12 @@ def test_text_is_whole_characters_and_ends_before_a_stop_string() -> None:
 def test_each_token_has_its_logprob_and_the_best_others() -> None:
     first, *_ = told("ab", sampling=Sampling(logprobs=2))
     (token,) = first.logprobs
-    assert (token.text, token.logprob) == ("a", -1.0)
-    assert token.top == (("a", -1.0), (tiny.tokenizer().decode([5]), -2.0))
+    assert (token.token, token.logprob, token.position) == (b"a", -1.0, 0)
+    assert token.top == ((b"a", -1.0), (str(tiny.tokenizer().decode([5])).encode(), -2.0))
+
+
+def test_a_part_of_a_character_is_told_by_its_own_bytes() -> None:
+    tokens = [token for chunk in told("a👍b", sampling=Sampling(logprobs=1)) for token in chunk.logprobs]
+    assert [token.token for token in tokens] == [b"a", b"\xf0", b"\x9f", b"\x91", b"\x8d", b"b"]
+    assert [token.position for token in tokens] == [0, 1, 1, 1, 1, 2]
+    assert [token.top[0][0] for token in tokens] == [token.token for token in tokens]

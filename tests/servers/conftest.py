@@ -19,6 +19,7 @@ from model_compose.servers.http import create_app
 from model_compose.servers.serve import address, bind, listening
 from tests import tiny
 from tests.conftest import serving
+from tests.waiting import until
 
 WIDE = """\
 controller:
@@ -61,6 +62,7 @@ component:
       params: {temperature: "${input.heat as slider/0,2,0.5 | 1}", seed: "${input.seed as integer}"}
 """
 
+LENGTH = 60_000
 ENDLESS = """\
 component:
   type: model
@@ -70,10 +72,10 @@ component:
   action:
     text: ${input.prompt}
     streaming: ${input.streaming}
-    min_output_length: 60000
-    max_output_length: 60000
+    min_output_length: LENGTH
+    max_output_length: LENGTH
     params: {do_sample: false}
-"""
+""".replace("LENGTH", str(LENGTH))
 
 KEYS = tiny.YAML.replace(
     "base_path: /api", 'base_path: /api, api_keys: [first-key, second-key], origins: "https://a.example"'
@@ -118,12 +120,8 @@ class Live:
     steps: list[float] = field(default_factory=list)
     """When the engine ran the model."""
 
-    async def until(self, condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
-        for _ in range(int(seconds / 0.01)):
-            if condition():
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError(f"after {seconds} s still not: {what}")
+    async def until(self, condition: Callable[[], bool], what: str) -> None:
+        await until(condition, what)
 
     async def running(self) -> None:
         """Until the engine makes tokens."""
@@ -132,15 +130,14 @@ class Live:
 
     async def stopped(self) -> None:
         """Soon nothing is busy, no place is taken, no token is made any more, and no asyncio task of ours is left."""
-        before = len(self.steps)
-        await self.until(lambda: self.compose.busy == 0, "idle", seconds=2.0)
+        engine: Any = self.compose.models["__component__"].engine
+        await self.until(lambda: self.compose.busy == 0, "idle")
+        if engine._loop is not None:  # as it is once the service has closed
+            await self.until(lambda: not engine._loop.running, "making no tokens")
         rooms = [model.engine.room for model in self.compose.models.values()]
-        await self.until(lambda: not any(room.texts or room.promised for room in rooms), "free of places", seconds=2.0)
-        at = len(self.steps)
-        assert at - before < 100, "the engine went on for too long"
-        await asyncio.sleep(0.1)
-        assert len(self.steps) - at <= 1, "the engine still makes tokens"
-        await self.until(lambda: not self.leftovers(), f"free of tasks: {self.leftovers()}", seconds=2.0)
+        await self.until(lambda: not any(room.texts or room.promised for room in rooms), "free of places")
+        assert len(self.steps) < LENGTH, "a text came to its own end"
+        await self.until(lambda: not self.leftovers(), "free of tasks")
 
     def leftovers(self) -> list[str]:
         """Tasks of ours that run besides the test's own and the server's."""
@@ -174,4 +171,6 @@ async def live(
         await compose.close()
     gc.collect()  # asyncio complains of errors that nobody looked at when their task is collected
     complaints = [one for one in caplog.get_records("call") if one.name in ("asyncio", "uvicorn.error")]
-    assert not [one.getMessage() for one in complaints if one.levelno >= logging.WARNING]
+    told = [one.getMessage() for one in complaints if one.levelno >= logging.WARNING]
+    # What asyncio says where several pieces are written before it sees that the client has left, as some here do.
+    assert not [text for text in told if text != "socket.send() raised exception."]

@@ -5,8 +5,7 @@ import hmac
 import json
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,6 +18,7 @@ from model_compose.errors import InputError
 from model_compose.servers import callbacks
 from model_compose.servers.callbacks import Callback
 from tests.servers.test_http import PROMPT, is_problem, post
+from tests.waiting import SECONDS, wait_until
 
 
 @dataclass
@@ -31,16 +31,8 @@ class Receiver:
 
     def wait(self, count: int = 1) -> list[tuple[Any, dict[str, Any]]]:
         """Headers and JSON of the first `count` calls."""
-        until(lambda: len(self.received) >= count)
+        wait_until(lambda: len(self.received) >= count)
         return [(headers, json.loads(body)) for headers, body in self.received]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("waited 10 s in vain")
 
 
 @pytest.fixture
@@ -98,15 +90,16 @@ def test_a_failed_run_is_told_too(wide: str, receiver: Receiver) -> None:
 
 
 def test_a_cancelled_run_is_told_too(wide: str, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
-    take = Sequence.take
+    take, cancelled = Sequence.take, threading.Event()
 
-    def slow(sequence: Sequence, *drawn: Any) -> None:
-        time.sleep(0.2)
+    def hold(sequence: Sequence, *drawn: Any) -> None:
+        cancelled.wait(SECONDS)
         take(sequence, *drawn)
 
-    monkeypatch.setattr(Sequence, "take", slow)
+    monkeypatch.setattr(Sequence, "take", hold)
     started = start(wide, receiver)
     httpx.post(f"{wide}/api/tasks/{started['task_id']}/cancel")
+    cancelled.set()
     _, told = receiver.wait()[0]
     assert (told["event"], told["task_id"]) == ("cancelled", started["task_id"])
 
@@ -121,20 +114,23 @@ def test_a_receiver_in_trouble_is_tried_again(wide: str, receiver: Receiver) -> 
 def test_in_the_end_it_is_given_up(wide: str, receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
     receiver.statuses += [503] * 10
     start(wide, receiver)
-    until(lambda: "given up" in caplog.text)
+    wait_until(lambda: "given up" in caplog.text)
     assert len(receiver.received) == callbacks.ATTEMPTS
 
 
-@pytest.mark.parametrize("status", [302, 307, 404])
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308, 404])
 def test_neither_redirects_nor_refusals_are_followed(
     wide: str, receiver: Receiver, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """After the run has been told of: what would come later comes before the end of the next run's."""
     caplog.set_level("INFO")
-    receiver.statuses += [status]
+    receiver.statuses += [status, 503]
     start(wide, receiver)
-    until(lambda: f"callback answered {status}" in caplog.text)
-    time.sleep(0.1)
-    assert len(receiver.received) == 1
+    wait_until(lambda: f"callback answered {status}" in caplog.text)
+    start(wide, receiver)
+    receiver.wait(3)  # the second run's, and again after a pause
+    tasks = [json.loads(body)["task_id"] for _, body in receiver.received]
+    assert tasks[1] == tasks[2] != tasks[0]
 
 
 # What may be called.
@@ -146,13 +142,21 @@ def test_neither_redirects_nor_refusals_are_followed(
         "http://127.0.0.1/", "http://localhost:9/", "http://[::1]/", "http://10.0.0.1/", "http://192.168.1.1/",
         "http://172.16.0.1/", "http://169.254.169.254/latest/meta-data", "http://0.0.0.0/", "http://[::]/",
         "http://[::ffff:127.0.0.1]/", "http://[fe80::1]/", "http://[fc00::1]/", "http://100.64.0.1/", "http://2130706433/",
-        "http://0x7f.1/", "http://224.0.0.1/", "https://user:password@127.0.0.1/",
+        "http://0x7f.1/", "http://224.0.0.1/", "https://user:password@127.0.0.1/", "http://[64:ff9b::7f00:1]/",
+        "http://[64:ff9b::808:808]/", "http://[64:ff9b:1::7f00:1]/", "http://[2002:7f00:1::]/", "http://[::127.0.0.1]/",
+        "http://[::8.8.8.8]/", "http://[::ffff:0:7f00:1]/", "http://192.0.0.1/", "http://192.0.0.192/", "http://192.88.99.1/",
+        "http://[2001:0:7f00:1::1]/", "http://[fec0::1]/", "http://[3fff::1]/", "http://[ff02::1]/", "http://240.0.0.1/",
     ],
 )  # fmt: skip
 def test_private_addresses_are_refused_however_they_are_written(server: str, url: str) -> None:
     document = is_problem(post(server, {"input": PROMPT, "wait_for_completion": False, "callback_url": url}), 400)
     assert document["errors"][0]["field"] == "callback_url"
     assert "is not a public address" in document["detail"]
+
+
+@pytest.mark.parametrize("url", ["http://8.8.8.8/", "http://[2606:4700:4700::1111]/", "https://192.0.1.1:8443/hook"])
+async def test_public_addresses_may_be_called(url: str) -> None:
+    await Callback(url).check()
 
 
 @pytest.mark.parametrize(
@@ -183,15 +187,50 @@ def test_headers_that_would_break_or_forge_the_message_are_refused(wide: str, he
     assert document["errors"][0]["field"] == "callback_headers"
 
 
-async def test_the_address_that_was_checked_is_the_one_that_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is public when it is checked and private when it is used (DNS rebinding) is refused then."""
-    answers = ["93.184.215.14", "127.0.0.1"]
+@pytest.fixture
+def resolver(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[list[str]]]:
+    """A stand-in for the system's: what each name leads to, one answer after the other; the last one stays."""
+    answers: dict[str, list[list[str]]] = {}
+    resolve = socket.getaddrinfo
 
-    def resolve(host: str, port: int | None, *_: object, **__: object) -> list[Any]:
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (answers.pop(0), port or 0))]
+    def getaddrinfo(host: Any, port: Any, *arguments: Any, **more: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        if name not in answers:
+            return resolve(host, port, *arguments, **more)
+        found = answers[name].pop(0) if len(answers[name]) > 1 else answers[name][0]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port or 0)) for one in found]
 
-    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    return answers
+
+
+@pytest.mark.parametrize("found", [["127.0.0.1"], ["93.184.215.14", "127.0.0.1"], ["93.184.215.14", "10.0.0.1"]])
+def test_a_name_that_leads_to_a_private_address_is_refused(
+    server: str, resolver: dict[str, list[list[str]]], found: list[str]
+) -> None:
+    resolver["inside.example"] = [found]
+    body = {"input": PROMPT, "wait_for_completion": False, "callback_url": "http://inside.example/"}
+    document = is_problem(post(server, body), 400)
+    assert f"leads to {found[-1]}, which is not a public address" in document["detail"]
+
+
+async def test_a_name_that_changes_between_check_and_use_is_refused_then(
+    resolver: dict[str, list[list[str]]],
+) -> None:
+    resolver["rebind.example"] = [["93.184.215.14"], ["127.0.0.1"]]
     callback = Callback("http://rebind.example/")
     await callback.check()
     with pytest.raises(InputError, match=r"leads to 127\.0\.0\.1"):
         await callback._post(b"{}", {})
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_called(
+    wide: str, receiver: Receiver, resolver: dict[str, list[list[str]]]
+) -> None:
+    """The name leads to the receiver for the two checks only; who asked once more would be led astray."""
+    resolver["rebind.example"] = [["127.0.0.1"], ["127.0.0.1"], ["127.0.0.99"]]
+    receiver.url = receiver.url.replace("localhost", "rebind.example")
+    start(wide, receiver)
+    headers, _ = receiver.wait()[0]
+    assert headers["Host"] == httpx.URL(receiver.url).netloc.decode()
+    assert resolver["rebind.example"] == [["127.0.0.99"]]

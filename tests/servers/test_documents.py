@@ -1,14 +1,24 @@
 """The OpenAPI document: valid, complete, and what the server really does; and the page made of it."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 
+from model_compose import __version__
+from model_compose.compose import Compose
+from model_compose.loading import load
+from model_compose.servers import HttpServerOptions
+from model_compose.servers.http import create_app
+from tests import tiny
+from tests.conftest import serving
 from tests.servers.test_guard import KEY
 
 OPERATIONS = [
+    ("get", "/"),
     ("get", "/api/health"),
     ("get", "/api/workflows"),
     ("get", "/api/workflows/{workflow_id}/schema"),
@@ -43,6 +53,42 @@ def test_every_route_is_described(document: dict[str, Any]) -> None:
     assert sorted(routes) == sorted(OPERATIONS)
 
 
+@pytest.mark.parametrize("name", ["server", "wide", "locked"])
+def test_the_document_is_valid(name: str, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue(name)
+    validate(httpx.get(f"{url}/openapi.json", headers=KEY).json(), cls=OpenAPIV31SpecValidator)
+
+
+# The root.
+
+
+def test_the_root_links_to_what_is_served(server: str) -> None:
+    index = httpx.get(server)
+    assert index.headers["content-type"] == "application/json"
+    said = index.json()
+    assert (said["name"], said["version"]) == ("model-compose", __version__)
+    assert set(said["links"]) == {"docs", "openapi", "health", "workflows", "models", "metrics"}
+    for link in said["links"].values():
+        assert httpx.get(server + link).status_code == 200, link
+
+
+def test_the_root_follows_the_base_path(tmp_path: Path) -> None:
+    yaml = tiny.YAML.replace("base_path: /api", "base_path: /deep/down")
+    path = tiny.save_project(tmp_path, yaml)
+    with serving(path, load_models=False) as url:
+        links = httpx.get(url).json()["links"]
+        assert links["workflows"] == "/deep/down/workflows"
+        assert httpx.get(url + links["health"]).json()["status"] == "loading"
+
+
+async def test_the_root_links_to_the_page_where_there_is_one(project: Path) -> None:
+    compose = Compose(load([project]))
+    app = create_app(compose, HttpServerOptions(), page="http://127.0.0.1:8081")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1:8080") as client:
+        assert (await client.get("/")).json()["links"]["page"] == "http://127.0.0.1:8081"
+    await compose.close()
+
+
 def test_every_reference_leads_somewhere_and_nothing_is_422(document: dict[str, Any]) -> None:
     assert document["openapi"].startswith("3.1")
     schemas = document["components"]["schemas"]
@@ -60,7 +106,8 @@ def test_a_run_is_described_with_its_bodies_its_stream_and_its_errors(document: 
     assert set(run["requestBody"]["content"]) == kinds
     assert set(run["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}
     assert "event: delta" in run["responses"]["200"]["content"]["text/event-stream"]["example"]
-    assert set(run["responses"]) == {"200", "400", "403", "404", "409", "413", "429", "500", "503"}
+    refusals = {"400", "403", "404", "408", "409", "413", "421", "429", "500", "503"}
+    assert set(run["responses"]) == {"200", *refusals}
     for status in ("400", "404", "500"):
         assert set(run["responses"][status]["content"]) == {"application/problem+json"}
     body = document["components"]["schemas"]["RunBody"]["properties"]

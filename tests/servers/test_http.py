@@ -51,7 +51,7 @@ def loading(project: Path) -> Iterator[str]:
 
 def test_a_run_answers_with_output_usage_and_blend(server: str) -> None:
     answer = post(server, {"input": PROMPT}).json()
-    assert set(answer) == {"task_id", "status", "workflow_id", "output", "usage", "blend"}
+    assert set(answer) == {"task_id", "status", "workflow_id", "output", "finish_reason", "usage", "blend", "notes"}
     assert answer["status"] == "completed"
     assert answer["workflow_id"] == "__workflow__"
     assert set(answer["output"]) == {"generated"}
@@ -61,6 +61,8 @@ def test_a_run_answers_with_output_usage_and_blend(server: str) -> None:
     assert answer["blend"]["name"] == "default"
     assert answer["blend"]["weights"] == {"alpaca": 0.7, "pirate": 0.8}
     assert len(answer["blend"]["identity"]) == 16
+    assert answer["finish_reason"] == "length"
+    assert answer["notes"] == ["the text was cut at max_output_length (12 tokens)"]
 
 
 def test_a_blend_in_the_body_goes_before_the_input_and_changes_text_and_identity(server: str) -> None:
@@ -186,6 +188,7 @@ def _raw_text(stream: str) -> str:
         ({"input": PROMPT, "blend": {"alpaca": True}}, "blend.alpaca", "finite number"),
         ({"input": PROMPT, "blend": 5}, "blend", "string, or: "),
         ({"input": PROMPT, "stream": "perhaps"}, "stream", "boolean"),
+        ({"input": PROMPT | {"blend": {"alpaca": 1}, "temprature": 1}}, "input.temprature", "valid: prompt, blend"),
         ({"input": PROMPT, "inputs": 1}, "inputs", "did you mean 'input'?"),
         ({"input": PROMPT, "metadata": [1]}, "metadata", "dictionary"),
         ({"input": PROMPT, "callback_headers": {"a": 1}}, "callback_headers.a", "string"),
@@ -242,6 +245,24 @@ def test_other_content_types_are_a_400_that_names_the_ones_that_work(server: str
 def test_form_keys_that_make_no_sense_are_a_400(server: str, fields: dict[str, str], words: str) -> None:
     response = httpx.post(f"{server}/api/workflows/runs", data=fields)
     assert words in is_problem(response, 400)["detail"]
+
+
+def test_what_is_given_twice_is_a_400(server: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    body = b'{"input": {"prompt": "Hello"}, "blend": {"alpaca": 1, "alpaca": 0.5}}'
+    response = httpx.post(f"{server}/api/workflows/runs", content=body, headers=headers)
+    assert "the key 'alpaca' stands in one object twice" in is_problem(response, 400)["detail"]
+    for twice in (b"input.prompt=a&input[prompt]=b", b"input.prompt=a&blend.alpaca=1&blend.alpaca=2"):
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        response = httpx.post(f"{server}/api/workflows/runs", content=twice, headers=headers)
+        assert "a second time" in is_problem(response, 400)["detail"]
+
+
+def test_a_byte_order_mark_before_a_body_is_skipped(server: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    body = b'\xef\xbb\xbf{"input": {"prompt": "Hello"}}'
+    answer = httpx.post(f"{server}/api/workflows/runs", content=body, headers=headers, timeout=60).json()
+    assert answer["output"] == post(server, {"input": PROMPT}).json()["output"]
 
 
 def test_a_binary_file_is_a_400(server: str) -> None:

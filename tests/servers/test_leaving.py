@@ -10,6 +10,7 @@ import pytest
 from model_compose.engines.huggingface.text import StopStrings
 from tests.servers.conftest import Live
 from tests.servers.test_http import post
+from tests.waiting import SECONDS
 
 RUN, RAW, COMPLETION, CHAT = (
     ("/api/workflows/runs", {"input": {"prompt": "Hello"}}),
@@ -47,7 +48,7 @@ async def test_a_client_that_leaves_before_the_first_text_stops_the_computation(
     live: Live, path: str, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one does that is tired of waiting: here every token is held back, as the start of a stop string would be."""
-    monkeypatch.setattr(StopStrings, "push", lambda _, text: ("", False))
+    monkeypatch.setattr(StopStrings, "push", lambda *_: ("", False))
     waiting = asyncio.create_task(live.client.post(live.url + path, json={**body, "stream": True}))
     await live.running()
     waiting.cancel()
@@ -78,8 +79,8 @@ async def test_closing_answers_every_client(live: Live) -> None:
     ]
     await live.until(lambda: live.compose.busy == len(calls), "all busy")
     await live.running()
-    await asyncio.wait_for(live.compose.close(), 2)
-    for answer in await asyncio.wait_for(asyncio.gather(*calls), 5):
+    await asyncio.wait_for(live.compose.close(), SECONDS)
+    for answer in await asyncio.wait_for(asyncio.gather(*calls), SECONDS):
         streamed = answer.headers["content-type"].startswith("text/event-stream")
         assert answer.status_code == (200 if streamed else 503)
         assert "shutting down" in answer.text.strip().rpartition("\n")[2]

@@ -12,8 +12,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from model_compose.components.model import ModelComponent
 from model_compose.compose import Compose
@@ -29,6 +31,7 @@ from tests.hub import Hub, running_hub
 from tests.servers.test_fuzz import BOUNDED, ODD, TEXTS
 from tests.servers.test_guard import KEY
 from tests.servers.test_openai import client_of, text_of
+from tests.waiting import held
 
 YAML = tiny.YAML.replace(
     "  blends:\n",
@@ -155,6 +158,47 @@ def test_an_adapter_that_does_not_fit_is_the_clients_fault(url: str, folder: Pat
         assert "DoRA" in refused(load_adapter(url, "dora", "./loose/dora"), 400)
     with client_of(url) as client:
         assert text_of(client, model="default:alpaca")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "`git lfs pull`"),
+        (b"<html>503</html>" * 99, "header too large"),
+        (b"", "header too small"),
+        (None, "holds neither adapter_model.safetensors nor adapter_model.bin"),
+    ],
+    ids=["git-lfs", "page", "empty", "missing"],
+)
+def test_files_that_are_no_weights_are_the_clients_fault(
+    url: str, folder: Path, tmp_path: Path, content: bytes | None, words: str
+) -> None:
+    path = folder / "app/loose" / tmp_path.name
+    shutil.copytree(folder / "app/loose/first", path)
+    weights = path / "adapter_model.safetensors"
+    weights.unlink() if content is None else weights.write_bytes(content)
+    assert words in refused(load_adapter(url, "odd", f"./loose/{path.name}"), 400)
+
+
+def test_two_adapters_in_one_file_are_named_and_one_of_8_bits_serves(url: str, folder: Path, tmp_path: Path) -> None:
+    path = folder / "app/loose" / tmp_path.name
+    shutil.copytree(folder / "app/loose/first", path)
+    weights = path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}, weights)
+    assert load_adapter(url, "small", f"./loose/{path.name}").status_code == 200
+    with client_of(url) as client:
+        assert text_of(client, model="default:small") != text_of(client, model="default:plain")
+    assert unload_adapter(url, "small").status_code == 200
+    several = {
+        key.replace(".weight", f".{name}.weight"): tensor.clone()
+        for key, tensor in tensors.items()
+        for name in ("default", "reference")
+    }
+    save_file(several, weights)
+    assert "several adapters: 'default', 'reference'" in refused(
+        load_adapter(url, "small", f"./loose/{path.name}"), 400
+    )
 
 
 def test_unloading_what_is_unknown_or_needed(url: str) -> None:
@@ -328,12 +372,14 @@ async def put(model: ModelComponent, name: str, path: str) -> None:
 async def test_requests_in_flight_finish_on_the_old_content(model: ModelComponent) -> None:
     await put(model, "x", "./loose/first")
     first = await text(model, "x")
-    running = [asyncio.create_task(text(model, "x")) for _ in range(3)]
-    await asyncio.sleep(0.05)
-    await put(model, "x", "./loose/second")
-    second = asyncio.create_task(text(model, "x"))
-    await asyncio.sleep(0.02)
-    await model.unload_adapter("x")
+    with held(model.engine) as thread:
+        running = [asyncio.create_task(text(model, "x")) for _ in range(3)]
+        await thread.until(lambda: sum(thread.generated) >= 3)
+        await thread.during(put(model, "x", "./loose/second"))
+        second = asyncio.create_task(text(model, "x"))
+        await thread.until(lambda: len(thread.generated) == 4 and all(thread.generated))
+        await thread.during(model.unload_adapter("x"))
+        assert all(0 < count < 120 for count in thread.generated)
     assert await asyncio.gather(*running) == [first] * 3
     assert await second != first
     with pytest.raises(InputError, match="'x' has been unloaded"):

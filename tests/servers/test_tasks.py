@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import time
 import weakref
 from collections.abc import AsyncGenerator
 from contextlib import suppress
@@ -18,18 +17,19 @@ from model_compose.servers.tasks import Task, Tasks
 from model_compose.workflow.runner import Done
 from tests.servers.conftest import Live
 from tests.servers.test_http import PROMPT, events, is_problem, post
+from tests.waiting import wait_until
 
 RUN = "/api/workflows/runs"
 HELLO = {"prompt": "Hello"}
 
 
 def wait_for(url: str, task_id: str) -> dict[str, Any]:
-    for _ in range(500):
-        state: dict[str, Any] = httpx.get(f"{url}/api/tasks/{task_id}").json()
-        if state["status"] not in ("pending", "processing"):
-            return state
-        time.sleep(0.02)
-    raise AssertionError(f"never ended: {state}")
+    def state() -> dict[str, Any]:
+        found: dict[str, Any] = httpx.get(f"{url}/api/tasks/{task_id}").json()
+        return found
+
+    wait_until(lambda: state()["status"] not in ("pending", "processing"), "ended")
+    return state()
 
 
 # Over HTTP.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from model_compose.commands.options import (
+    BLEND_FORMS,
     EnvFiles,
     EnvPairs,
     Files,
@@ -16,7 +17,7 @@ from model_compose.commands.options import (
     all_files,
     load_files,
     log_to_stderr,
-    parse_json,
+    parse_blend,
 )
 from model_compose.errors import AdapterError, InputError, NotFound
 
@@ -41,7 +42,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at ada
 
 Component = Annotated[str | None, typer.Option("--component", metavar="ID", help="The model; all if left out")]
 BlendOption = Annotated[
-    str | None, typer.Option("--blend", "-b", metavar="NAME|JSON", help="Whose shares; the default blend if left out")
+    str | None, typer.Option("--blend", "-b", metavar=BLEND_FORMS, help="Whose shares; the default blend if left out")
 ]
 PlotOption = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Save a plot (needs matplotlib)")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with all layers, sizes in bytes")]
@@ -130,7 +131,7 @@ def _inspect(
     """One inspection for each model that is meant. Raises NotFound, InputError, AdapterError."""
     from model_compose.inspection import inspect
 
-    mix = parse_json(blend, "--blend") if blend and blend.lstrip()[:1] in "{[" else blend
+    mix = parse_blend(blend)
     models = _models(loaded, component)
     known = {name for options in models.values() for name in options.adapter_names}
     named = [each for each in given if each in known]

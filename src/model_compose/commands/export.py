@@ -2,18 +2,19 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from model_compose.commands.options import (
+    BLEND_FORMS,
     EnvFiles,
     EnvPairs,
     Files,
     Verbose,
     load_files,
     log_to_stderr,
-    parse_json,
+    parse_blend,
 )
 from model_compose.errors import InputError
 
@@ -31,7 +32,7 @@ def export(
     ] = None,
     blend: Annotated[
         str | None,
-        typer.Option("--blend", "-b", metavar="NAME|JSON|A=0.7,B=0.8", help="Which; the default if left out"),
+        typer.Option("--blend", "-b", metavar=BLEND_FORMS, help="Which; the default if left out"),
     ] = None,
     precision: Annotated[
         str, typer.Option("--precision", metavar="DTYPE", help="float32, float16, bfloat16; auto keeps what there is")
@@ -55,23 +56,6 @@ def export(
     with bars() as report:
         write(loaded, order, report)
     print(output)
-
-
-def parse_blend(given: str | None) -> Any:
-    """A name as it is; JSON, or a=0.7,b=0.8, as a mapping. Raises InputError."""
-    if not given:
-        return None
-    if given.lstrip().startswith(("{", "[")):
-        return parse_json(given, "--blend")
-    if "=" not in given:
-        return given
-    weights = {}
-    for pair in given.split(","):
-        name, equals, weight = pair.rpartition("=")
-        if not equals or not name.strip() or not weight.strip():
-            raise InputError(f"--blend: '{pair}' is not NAME=WEIGHT; example: --blend alpaca=0.7,pirate=0.8")
-        weights[name.strip()] = weight.strip()
-    return weights
 
 
 def _precision(given: str) -> "Precision":

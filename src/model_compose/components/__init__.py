@@ -3,7 +3,7 @@
 A new component type is one file here plus its line in COMPONENTS: a class with the methods of `Component` and `Options`.
 """
 
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
@@ -13,8 +13,9 @@ from pydantic import Field, model_validator
 from model_compose.errors import NotFound
 from model_compose.expressions import Path as ValuePath
 from model_compose.expressions import Template, parse
-from model_compose.generation import Usage
+from model_compose.generation import Finish, Usage
 from model_compose.lora.blend import Blend
+from model_compose.nodes import Keys
 from model_compose.progress import Report
 from model_compose.registry import Registry
 from model_compose.room import Place
@@ -33,12 +34,17 @@ class Delta:
 
 @dataclass(frozen=True)
 class Answer:
-    """Which model component answered, under which blend, at what cost."""
+    """Which model component answered, under which blend, at what cost, and how its text ended.
+
+    finish_reason: of each text, where the component's value is a list of texts. notes: sentences for a person.
+    """
 
     component: str
     blend: Blend
     identity: str
     usage: Usage
+    finish_reason: Finish | tuple[Finish, ...] = "stop"
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,11 @@ class ActionOptions(Options):
     """What every action has. `output` maps the component's `result`.
 
     needs: fields (any one of them) without which the action cannot run; input that feeds only other fields is optional.
+    structured: fields, dotted, that plain text cannot fill, so that a form asks for JSON.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    structured: ClassVar[tuple[str, ...]] = ()
     id: str = "__action__"
     output: TemplateValue = None
     default: bool = False
@@ -147,3 +155,9 @@ def one_or_many(one: T | None, many: tuple[T, ...]) -> Iterator[T]:
     if one is not None:
         yield one
     yield from many
+
+
+def located(one: Any, many: Sequence[Any], key: str) -> list[tuple[Keys, Any]]:
+    """What stands under a key of the dialect and under its plural, each with its path in the YAML."""
+    alone = [] if one is None else [((key,), one)]
+    return [*alone, *(((f"{key}s", number), each) for number, each in enumerate(many))]

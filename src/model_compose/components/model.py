@@ -3,20 +3,29 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
+from model_compose.components.notes import notes
 from model_compose.components.response_format import AnyFormat
 from model_compose.engines import ENGINES, AdapterOptions, Engine, ModelOptions
 from model_compose.errors import Conflict, FieldError, Forbidden, InputError, NotFound, Overloaded
-from model_compose.expressions import parse
-from model_compose.generation import Chunk, Message, Request, Sampling, Usage
+from model_compose.expressions import parse, strict_json
+from model_compose.generation import Chunk, Finish, Message, Request, Sampling, Usage
 from model_compose.lora.blend import Blend
 from model_compose.progress import Report, silent
 from model_compose.room import Place
@@ -49,10 +58,30 @@ def _short_stops(stops: str | tuple[str, ...] | None) -> str | tuple[str, ...] |
     return stops
 
 
+def _one_bias_a_token(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """In JSON a token may be spelt "5" and "05"."""
+    biases = read(value)
+    spelt = dict[int, str]()
+    for name, bias in value.items() if len(biases) < len(value) else ():
+        (token,) = read({name: bias})
+        if token in spelt:
+            names = f"'{spelt[token]}' and '{name}'"
+            raise PydanticCustomError(
+                "token", "the token {token} is named twice: {names}", {"token": token, "names": names}
+            )
+        spelt[token] = str(name)
+    return biases
+
+
 LogitBias = Annotated[
-    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]], at_most(MOST_BIASES, "tokens")
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]],
+    WrapValidator(_one_bias_a_token),
+    at_most(MOST_BIASES, "tokens"),
 ]
 Stops = Annotated[str | tuple[str, ...] | None, at_most(MOST_STOPS, "stop strings"), AfterValidator(_short_stops)]
+
+EXPECTED_MESSAGES = 'expected a list of messages, such as [{"role": "user", "content": "Hello"}]'
+STRUCTURED = ("response_format", "params.logit_bias")
 
 
 class Params(Options):
@@ -135,22 +164,37 @@ class ChatMessage(Options):
     content: str
 
 
+def _turns(value: Any) -> Any:
+    """One turn as a list of one; JSON text as what it says, since forms send it so. Raises ValueError."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = strict_json(value)
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list | tuple) or not turns or isinstance(turns[0], str):
+        raise PydanticCustomError("messages", EXPECTED_MESSAGES)
+    return turns
+
+
 class ChatCompletion(Generation):
     """`task: chat-completion`: messages, through the base's chat template."""
 
-    messages: Annotated[ChatMessage | tuple[ChatMessage, ...], at_most(MOST_MESSAGES, "messages")]
+    messages: Annotated[
+        tuple[ChatMessage, ...],
+        at_most(MOST_MESSAGES, "messages"),
+        BeforeValidator(_turns, json_schema_input_type=ChatMessage | tuple[ChatMessage, ...]),
+    ]
 
     @property
     def takes_many(self) -> bool:
         return False
 
     def prompts(self) -> tuple[tuple[Message, ...]]:
-        turns = (self.messages,) if isinstance(self.messages, ChatMessage) else self.messages
-        return (tuple(Message(turn.role, turn.content) for turn in turns),)
+        return (tuple(Message(turn.role, turn.content) for turn in self.messages),)
 
 
 class TextGenerationTemplate(ActionOptions):
     needs: ClassVar[tuple[str, ...]] = ("prompt", "text")
+    structured: ClassVar[tuple[str, ...]] = STRUCTURED
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -161,6 +205,7 @@ class TextGenerationTemplate(ActionOptions):
 
 class ChatCompletionTemplate(ActionOptions):
     needs: ClassVar[tuple[str, ...]] = ("messages",)
+    structured: ClassVar[tuple[str, ...]] = ("messages", *STRUCTURED)
 
 
 TextGenerationAction = templated(TextGeneration, TextGenerationTemplate)
@@ -211,6 +256,10 @@ class ChatCompletionOptions(LanguageModelOptions):
     task: Literal["chat-completion"]
     action: ChatCompletionAction | None = None  # type: ignore[valid-type]
     actions: tuple[ChatCompletionAction, ...] = ()  # type: ignore[valid-type]
+
+    @property
+    def chats(self) -> bool:
+        return True
 
 
 INPUTS: dict[str, type[TextGeneration] | type[ChatCompletion]] = {
@@ -331,10 +380,12 @@ class ModelComponent:
         paths = output.places("result", ()) if chosen.output is not None else [()]
 
         texts = [""] * (len(requests) * sampling.num_return_sequences)
+        finishes: list[Finish] = ["stop"] * len(texts)
         usage, start = Usage(), time.perf_counter()
         async with aclosing(_merge(self.generate, requests, inputs.batch_size)) as chunks:
             async for chunk in chunks:
                 texts[chunk.index] += chunk.text
+                finishes[chunk.index] = chunk.finish or finishes[chunk.index]
                 usage = _add(usage, chunk.usage) if chunk.usage else usage
                 if chunk.text:
                     for path in paths:
@@ -343,7 +394,10 @@ class ModelComponent:
         value: Any = texts if as_list else texts[0]
         if chosen.output is not None:
             value = output.evaluate({**context, "result": value})
-        yield Result(value, Answer(self.options.id, used, identity, usage))
+        past_template = isinstance(prompts[0], str) and self.engine.has_chat_template
+        said = notes(texts, finishes, sampling, usage, past_template=past_template)
+        finish = tuple(finishes) if as_list else finishes[0]
+        yield Result(value, Answer(self.options.id, used, identity, usage, finish, said))
 
     def evaluate(self, action: ActionOptions, context: Mapping[str, Any]) -> TextGeneration | ChatCompletion:
         """The action's fields with expressions evaluated; null leaves a field at its default. Raises InputError."""

@@ -78,6 +78,10 @@ class Engine(Protocol):
     def identity(self, blend: Blend) -> str:
         """The blend's digest over base, adapter contents, weights and method."""
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the base brings one; False before it is loaded and once it is closed."""
+
     def stats(self) -> Stats | None:
         """As of now, from any thread, without waiting; None before it is loaded and once it is closed."""
 
@@ -212,6 +216,11 @@ class ModelOptions(Options):
     @property
     def adapter_names(self) -> tuple[str, ...]:
         return tuple(adapter.name or f"peft_adapter_{index}" for index, adapter in enumerate(self.peft_adapters))
+
+    @property
+    def chats(self) -> bool:
+        """Whether its task needs the base's chat template."""
+        return False
 
     def to_blends(self) -> Blends:
         """The vocabulary of blends: the adapters, the named blends, and the default from the adapters' weights."""

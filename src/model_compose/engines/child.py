@@ -24,12 +24,34 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 1.0, 60.0
 """Seconds before a server that has ended is started again; they double each time until one has lived for a while."""
 KEPT_LINES = 400
 
+INHERITED = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "TZ", "LANG", "LANGUAGE", "TMPDIR", "TEMP", "TMP",
+    "LD_LIBRARY_PATH", "LD_PRELOAD", "CC", "CXX", "CPATH", "LIBRARY_PATH", "MAX_JOBS",
+)  # fmt: skip
+INHERITED_PREFIXES = (
+    "LC_", "XDG_", "CUDA", "NVIDIA_", "NCCL_", "HIP_", "HSA_", "ROCM_", "ROCR_", "AMD_", "GPU_", "ONEAPI_", "SYCL_", "ZE_",
+    "GGML_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_", "TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_",
+    "GLOO_", "UCX_", "RAY_", "VLLM_", "HF_", "TRANSFORMERS_", "TOKENIZERS_",
+)  # fmt: skip
+"""What servers read of their environment: where files are, and how libraries compute."""
+_SECRET = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|AUTH)(?:_|$)")
+"""Such as HF_TOKEN and VLLM_API_KEY. A server reads local files and is reached by a socket that is its user's alone."""
+
 _LEVELS = {
     "INFO": logging.INFO, "WARNING": logging.INFO, "ERROR": logging.ERROR, "CRITICAL": logging.ERROR, "E": logging.ERROR
 }  # fmt: skip
 """A server warns of much that its user did not choose. "E": llama.cpp's errors."""
 _LEVEL = re.compile(r"(?<=^\d\.\d\d\.\d{3}\.\d{3} )E\b|\b(?:INFO|WARNING|ERROR|CRITICAL)\b")
 _EXCEPTION = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)$|^[\d.]+ E +(?:srv|slot|cmn)? *(.+)$")
+
+
+def inherited(own: Mapping[str, str]) -> dict[str, str]:
+    """What a server is given of this process's environment, which may hold the secrets of everything else here."""
+    return {
+        name: value
+        for name, value in own.items()
+        if (name in INHERITED or name.startswith(INHERITED_PREFIXES)) and not _SECRET.search(name)
+    }
 
 
 class Child:

@@ -123,6 +123,10 @@ class SteppingEngine:
             self._running.identity, {name: adapters[self._keys[name]].digest for name in blend.active}
         )
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._running is not None and bool(self._running.prompts.tokenizer.chat_template)
+
     async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
         running, loop, name = self._running, self._loop, options.name
         if running is None or loop is None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from model_compose.engines.huggingface.text import Detokenizer, StopStrings
+from model_compose.engines.huggingface.text import Transcript, token_bytes
 from model_compose.generation import Finish, Sampling, TokenLogprob
 
 
@@ -17,15 +17,16 @@ class ServedText:
         self.tokens: list[int] = []
         self.finish: Finish | None = None
         self._tokenizer = tokenizer
-        self._text = Detokenizer(tokenizer, prompt)
-        self._stops = StopStrings(sampling.stop_sequences)
+        self._text = Transcript(tokenizer, prompt, sampling.stop_sequences)
+        self._position = 0
 
     def push(self, token: int) -> str:
         """The text that this token completes; it may end the whole."""
         self.tokens.append(token)
+        self._position = self._text.position
         if token in self.eos:
             return self.end("stop")
-        ready, stopped = self._stops.push(self._text.push(token))
+        ready, stopped = self._text.push(token)
         if stopped:
             self.finish = "stop"
         elif len(self.tokens) >= self.budget:
@@ -35,9 +36,9 @@ class ServedText:
     def end(self, finish: Finish) -> str:
         """What was held back, as it was no stop string after all."""
         self.finish = finish
-        return self._stops.flush()
+        return self._text.end()
 
     def logprob(self, token: int, value: float, top: Iterable[tuple[int, float]]) -> TokenLogprob:
-        """top: the likeliest tokens with theirs."""
-        decode = self._tokenizer.decode
-        return TokenLogprob(decode([token]), value, tuple((decode([other]), chance) for other, chance in top))
+        """Of the token that was pushed last. top: the likeliest tokens with theirs."""
+        told = tuple((token_bytes(self._tokenizer, other), chance) for other, chance in top)
+        return TokenLogprob(token_bytes(self._tokenizer, token), value, told, self._position)

@@ -6,6 +6,7 @@ it. Nothing here serves anything.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from model_compose.engines import ModelOptions, Precision
 from model_compose.errors import InputError
 from model_compose.export.destination import whole
 from model_compose.loading import Loaded
-from model_compose.lora.adapter import CONFIG_FILE, LoraAdapter
+from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend
+from model_compose.lora.peft_config import CONFIG_FILE
 from model_compose.progress import Report, silent
 from model_compose.registry import Registry
 from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
@@ -167,7 +169,8 @@ def _gather(
     from model_compose.engines.huggingface import HuggingfaceOptions
     from model_compose.engines.huggingface import model as engine
     from model_compose.engines.parts import CONFIG_FILES, fetch_adapter
-    from model_compose.lora.adapter import check
+    from model_compose.export.checkpoint import holds
+    from model_compose.lora.adapter import check, check_copies
     from model_compose.lora.layers import module_shapes
 
     base_dir = loaded.base_dir
@@ -188,25 +191,7 @@ def _gather(
     with engine.load_errors(describe(options.model), torch.device("meta")):
         model: Any = engine.on_meta(engine.base_config(base, trusted), trusted)
     shapes = module_shapes(model)
+    adapters = {name: check(adapter, shapes) for name, adapter in adapters.items()}
     for adapter in adapters.values():
-        check(adapter, shapes)
-    found = Export(options, blend, adapters, sources, base, model, order, trusted)
-    _check_copies(found)
-    return found
-
-
-def _check_copies(export: Export) -> None:
-    """Base weights that PEFT stored along with an adapted embedding must be the base's own. Raises AdapterError."""
-    from model_compose.lora.adapter import check_copy
-
-    if not any(adapter.copies for adapter in export.adapters.values()):
-        return
-    from model_compose.export.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(export.base, export.model)
-    tied = export.model.all_tied_weights_keys
-    other = {**tied, **{source: target for target, source in tied.items()}}
-    for adapter in export.adapters.values():
-        for key, copy in adapter.copies.items():
-            stored = checkpoint.stored(key) or checkpoint.stored(other.get(key, key))
-            check_copy(adapter, key, copy, None if stored is None else checkpoint.read(stored))
+        check_copies(adapter, partial(holds, base, model))
+    return Export(options, blend, adapters, sources, base, model, order, trusted)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from model_compose.errors import LoadError
+from model_compose.errors import LoadError, reason
 from model_compose.export.shards import Entry
+from model_compose.lora.adapter import is_copy
 from model_compose.sources import Fetched
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ class Checkpoint(Protocol):
     def stored(self, key: str) -> str | None:
         """The stored name of a parameter of the model; None where there is none that alone becomes this parameter."""
 
+    def is_copy(self, copy: Tensor, name: str) -> bool | None:
+        """Whether `copy` is the tensor of this stored name, but for rounding; None where that cannot be said."""
+
 
 def open_checkpoint(base: Fetched, model: "PreTrainedModel") -> Checkpoint:
     """Raises LoadError for weights that are quantised, missing, or in another format."""
@@ -55,12 +59,23 @@ def open_checkpoint(base: Fetched, model: "PreTrainedModel") -> Checkpoint:
     return FolderCheckpoint(files, model)
 
 
+def holds(base: Fetched, model: "PreTrainedModel", key: str, copy: Tensor) -> bool | None:
+    """Whether the base has `copy` as its parameter `key`, which may be tied to another; None where that cannot be said.
+
+    Raises LoadError.
+    """
+    checkpoint, tied = open_checkpoint(base, model), model.all_tied_weights_keys
+    other = {**tied, **{source: target for target, source in tied.items()}}
+    stored = checkpoint.stored(key) or checkpoint.stored(other.get(key, key))
+    return False if stored is None else checkpoint.is_copy(copy, stored)
+
+
 def _files(folder: Path, stem: str) -> list[Path]:
     """The file, or its shards by their index."""
     index = folder / f"{stem}.index.json"
     if not index.is_file():
         return [folder / stem] if (folder / stem).is_file() else []
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
     for name in names:
         if not (folder / name).is_file():
             raise LoadError(f"{index} names the shard {name}, which is not there; fetch the model again")
@@ -75,6 +90,9 @@ class FolderCheckpoint:
         self._files: dict[str, Path] = {}
         for file in files:
             found = _entries(file)
+            if twice := found.keys() & self.entries.keys():
+                name = min(twice)
+                raise LoadError(f"{self._files[name]} and {file} both hold '{name}'; keep the files of one checkpoint")
             self.entries |= found
             self._files |= dict.fromkeys(found, file)
         self._keys = _model_keys(model, self.entries)
@@ -92,6 +110,9 @@ class FolderCheckpoint:
     def stored(self, key: str) -> str | None:
         return self._keys.get(key)
 
+    def is_copy(self, copy: Tensor, name: str) -> bool:
+        return is_copy(copy, self.read(name))
+
 
 def _entries(file: Path) -> dict[str, Entry]:
     """Both formats are mapped, so that no tensor is read for this. Raises LoadError."""
@@ -103,7 +124,7 @@ def _entries(file: Path) -> dict[str, Entry]:
         with safe_open(file, "pt") as opened:
             return {name: _entry(opened.get_tensor(name)) for name in opened.offset_keys()}
     except SafetensorError as error:
-        raise LoadError(f"{file} is damaged ({error}); fetch the model again") from None
+        raise LoadError(f"{file} is damaged ({reason(error)}); fetch the model again") from None
 
 
 def _entry(tensor: Tensor) -> Entry:
@@ -111,16 +132,15 @@ def _entry(tensor: Tensor) -> Entry:
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
-    import pickle
-
     try:
         found: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a pickle fails in every way there is
         raise LoadError(
-            f"{file} cannot be read ({reason}); convert it to safetensors (transformers: "
+            f"{file} cannot be read ({reason(error)}); convert it to safetensors (transformers: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
         ) from None
+    if not isinstance(found, dict):
+        raise LoadError(f"{file} holds no mapping of names to tensors; fetch the model again")
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model_compose.errors import LoadError
 from model_compose.export.shards import Entry
+from model_compose.lora.gguf import is_stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +67,9 @@ class GgufCheckpoint:
 
     def stored(self, key: str) -> str | None:
         return key if key in self.entries else None
+
+    def is_copy(self, copy: Tensor, name: str) -> bool | None:
+        return is_stored(copy, self._tensors[name])
 
 
 def read_tensor(file: Path, tensor: Any) -> Any:

@@ -162,7 +162,7 @@ def _config_dtype(export: Export, entries: Mapping[str, Entry]) -> torch.dtype |
 
 
 def _write_config(path: Path, dtype: torch.dtype | None, *, untied: bool) -> None:
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8-sig"))
     inner = config.get("text_config")
     for level in (config, inner) if isinstance(inner, dict) else (config,):
         if dtype is not None:

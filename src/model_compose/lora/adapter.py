@@ -1,69 +1,25 @@
 """A PEFT folder <-> `LoraAdapter`: the factors A and B and the scaling of every module, and the checks before use.
 
-Whatever the folder holds is computed exactly or refused with the reason. PEFT itself only warns about config keys that
-it does not know, so the decision rests on the lists below, not on PEFT.
+Whatever the folder holds is computed exactly or refused with the reason. peft_config.py and weights.py read its two files.
 """
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from model_compose.errors import AdapterError
+from model_compose.lora.peft_config import CONFIG_FILE, of_adapter, read_config, scaling
+from model_compose.lora.weights import PREFIX, read_weights, same_values
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-
-# Config keys whose value changes nothing in the forward pass, or is read below.
-HARMLESS = frozenset(
-    [
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "use_rslora",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
-        "qalora_group_size",
-        "runtime_config",
-    ]
-)
-# Values of init_lora_weights that leave the base's weights as they are.
-PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Features whose effect is more than s·B·A, and what a reader may know them as.
-REFUSED = {
-    "use_dora": "DoRA rescales the merged weight, so its effect is not a weighted sum",
-    "lora_bias": "a bias on B is not part of the low-rank sum",
-    "modules_to_save": "it replaces whole modules of the base, which cannot be weighted",
-    "trainable_token_indices": "it replaces rows of the embedding, which cannot be weighted",
-    "target_parameters": "LoRA on bare parameters (experts) is not supported",
-    "layer_replication": "it changes the number of layers",
-    "alora_invocation_tokens": "aLoRA switches on in the middle of a prompt",
-    "ensure_weight_tying": "it ties the adapter of the embedding to the one of lm_head",
-    "enable_lora": "merged projections of PEFT before 0.1 are not supported",
-    "merge_weights": "merged projections of PEFT before 0.1 are not supported",
-}
 
 
 @dataclass(frozen=True)
@@ -96,6 +52,7 @@ class LoraAdapter:
 
     digest: sha256 over config and weights, so that the same name with new content is another identity.
     copies: base weights that PEFT stored along with an adapted embedding; they must equal the base's own.
+    tied: whether it was trained with one pair of factors for an embedding and the output head that shares its weight.
     """
 
     name: str
@@ -103,73 +60,52 @@ class LoraAdapter:
     digest: str
     base: str | None = None
     copies: Mapping[str, "torch.Tensor"] = field(default_factory=dict)
+    tied: bool = False
 
 
 @dataclass(frozen=True)
 class ModuleShape:
     """What the base has at a module path: its kind ("linear", "conv1d", "embedding") and sizes (in for an embedding is
-    the vocabulary)."""
+    the vocabulary). tied: whether another module has the same weight."""
 
     kind: str
     inputs: int
     outputs: int
+    tied: bool = False
 
 
 def read_adapter(folder: Path, name: str) -> LoraAdapter:
     """Reads a PEFT folder. Raises AdapterError, with the adapter's name, for anything that is not plain LoRA."""
     config = read_config(folder, name)
-    path = next((folder / file for file in WEIGHT_FILES if (folder / file).is_file()), None)
-    if path is None:
-        raise AdapterError(f"adapter '{name}': {folder} holds neither {' nor '.join(WEIGHT_FILES)}")
-    tensors = _read_tensors(path, name)
-    modules, copies = _group(tensors, config, name)
-    digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes())
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return LoraAdapter(name, modules, digest.hexdigest(), config.get("base_model_name_or_path"), copies)
+    with of_adapter(name):
+        path = weight_file(folder)
+        # Read as a whole: a file that is mapped and written again would change the adapter while it serves, or end us.
+        data = path.read_bytes()
+        pairs, copies = read_weights(data, path)
+        modules = {
+            module: Factors(pair.a, pair.b, scaling(config, module, len(pair.a)), pair.embedding)
+            for module, pair in pairs.items()
+        }
+        digest = hashlib.sha256((folder / CONFIG_FILE).read_bytes())
+        digest.update(data)
+    tied = bool(config.get("ensure_weight_tying"))
+    return LoraAdapter(name, modules, digest.hexdigest(), config.get("base_model_name_or_path"), copies, tied)
 
 
-def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The adapter's config, checked against the lists of what is exact. Raises AdapterError."""
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"adapter '{name}': {folder} has no {CONFIG_FILE}; is it a PEFT adapter's folder?") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise AdapterError(f"adapter '{name}': {path} is not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"adapter '{name}': {path} must hold a JSON object")
-    if (kind := config.get("peft_type")) != "LORA":
-        raise AdapterError(f"adapter '{name}': peft_type is {kind!r}; only 'LORA' adapters can be combined")
-    if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
-        raise AdapterError(
-            f"adapter '{name}': init_lora_weights is {init!r}, which changes the base model's own weights when it is "
-            "loaded (PiSSA, OLoRA, CorDA, LoftQ); convert it to a plain LoRA first (PEFT: "
-            "save_pretrained(path_initial_model_for_weight_conversion=...))"
-        )
-    if (bias := config.get("bias", "none")) != "none":
-        raise AdapterError(f"adapter '{name}': bias is {bias!r}; only 'none' is a weighted low-rank sum")
-    patterns = config.get("alpha_pattern") or {}
-    for key, alpha in {"lora_alpha": config.get("lora_alpha", 8), **patterns}.items():
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise AdapterError(f"adapter '{name}': the alpha of {key} is {alpha!r}, not a number")
-    for key in patterns:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise AdapterError(f"adapter '{name}': alpha_pattern '{key}' is no pattern ({error})") from None
-    for key, value in config.items():
-        if key in HARMLESS or key in ("init_lora_weights", "bias") or value in (None, False, [], {}, ""):
-            continue
-        reason = REFUSED.get(key, "model-compose does not know this option, and might compute something else")
-        raise AdapterError(f"adapter '{name}': {key} is {_short(value)}; {reason}. Such an adapter is refused.")
-    return config
+def weight_file(folder: Path) -> Path:
+    """Raises AdapterError where there is none."""
+    for file in WEIGHT_FILES:
+        if (folder / file).is_file():
+            return folder / file
+    raise AdapterError(f"{folder} holds neither {' nor '.join(WEIGHT_FILES)}")
 
 
-def check(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> None:
-    """The preflight: every module exists in the base and fits. Raises AdapterError that names module and shapes."""
+def check(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
+    """The preflight: every module exists in the base and fits. Returns the adapter with the base's own names for them.
+
+    Raises AdapterError that names module and shapes.
+    """
+    adapter = _named_as_in(shapes, adapter)
     for path, factors in adapter.modules.items():
         shape = shapes.get(path)
         if shape is None:
@@ -190,100 +126,90 @@ def check(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> None:
                 f"{shape.outputs} outputs. The adapter belongs to another base model"
                 + (f" ({adapter.base})." if adapter.base else ".")
             )
+    if adapter.tied:
+        _check_tied(adapter, {path for path, shape in shapes.items() if shape.tied})
+    return adapter
 
 
-def check_copy(adapter: LoraAdapter, name: str, copy: "torch.Tensor", weight: "torch.Tensor | None") -> None:
+_AROUND = re.compile(r"^(?:(?:model|language_model)\.)+")
+"""What a path has before the text decoder's own part, by the version of transformers and the class that was trained:
+model.layers, language_model.model.layers and model.language_model.layers are the same."""
+
+
+def text_path(path: str) -> str:
+    """A module's path within the text decoder: layers.0.self_attn.q_proj."""
+    return _AROUND.sub("", path)
+
+
+def _named_as_in(shapes: Mapping[str, ModuleShape], adapter: LoraAdapter) -> LoraAdapter:
+    """The adapter with the base's paths for modules that it has under another prefix. Raises AdapterError."""
+    if all(path in shapes for path in adapter.modules):
+        return adapter
+    own: dict[str, list[str]] = {}
+    for path in shapes:
+        own.setdefault(text_path(path), []).append(path)
+
+    def name(path: str) -> str:
+        found = own.get(text_path(path), ())
+        return found[0] if path not in shapes and len(found) == 1 else path
+
+    names = {path: name(path) for path in adapter.modules}
+    found, times = Counter(names.values()).most_common(1)[0]
+    if times > 1:
+        same = " and ".join(f"'{path}'" for path in sorted(names) if names[path] == found)
+        raise AdapterError(f"adapter '{adapter.name}': {same} are the same module '{found}' of this base")
+    copies = {f"{name(key.removesuffix('.weight'))}.weight": copy for key, copy in adapter.copies.items()}
+    return replace(adapter, modules={names[path]: pair for path, pair in adapter.modules.items()}, copies=copies)
+
+
+def _check_tied(adapter: LoraAdapter, tied: set[str]) -> None:
+    """PEFT's ensure_weight_tying trains one pair of factors for all modules that share a weight, and saves it for each:
+    as a sum that is exact, if they are all there. Raises AdapterError."""
+    import torch
+
+    inside = tied & set(adapter.modules)
+    if not inside:
+        return
+    if missing := tied - inside:
+        raise AdapterError(
+            f"adapter '{adapter.name}': it was trained with ensure_weight_tying, and the base ties {sorted(inside)[0]} to "
+            f"{sorted(missing)[0]}, for which the adapter brings nothing"
+        )
+    pairs = [adapter.modules[path] for path in inside]
+    # Seen as a matrix, an embedding is its head transposed.
+    updates = [(pair.b.T, pair.a.T) if pair.embedding else (pair.a, pair.b) for pair in pairs]
+    if not all(torch.equal(a, updates[0][0]) and torch.equal(b, updates[0][1]) for a, b in updates[1:]):
+        raise AdapterError(
+            f"adapter '{adapter.name}': it was trained with ensure_weight_tying, but brings different factors for "
+            f"{' and '.join(sorted(inside))}, which are one weight in the base"
+        )
+
+
+def check_copies(adapter: LoraAdapter, holds: "Callable[[str, torch.Tensor], bool | None]") -> None:
     """PEFT may store the base's embedding along with its adapter; where it was trained, the sum would not be exact.
 
-    name: the parameter. weight: the base's own, None where it has none. Raises AdapterError where they differ.
+    holds: whether the base's parameter of this name is that tensor, None where that cannot be said. Raises AdapterError.
     """
-    import torch
-
-    if weight is None or weight.shape != copy.shape or not torch.equal(copy.to(weight.device, weight.dtype), weight):
+    for name, copy in adapter.copies.items():
+        if held := holds(name, copy):
+            continue
+        why = (
+            "which cannot be compared with the base model's, since that is stored in fewer bits; save the adapter with "
+            "save_embedding_layers=False if it is the base's"
+            if held is None
+            else "which differs from the base model's (a resized or trained embedding)"
+        )
         raise AdapterError(
-            f"adapter '{adapter.name}': it brings its own '{name}', which differs from the base model's (a resized or "
-            "trained embedding). Replaced weights cannot be weighted; such an adapter is refused."
+            f"adapter '{adapter.name}': it brings its own '{name}', {why}. Replaced weights cannot be weighted; such an "
+            "adapter is refused."
         )
 
 
-def _read_tensors(path: Path, name: str) -> dict[str, "torch.Tensor"]:
-    """Tensors by their stored names. A .bin is a pickle: read with weights_only=True, which executes nothing."""
-    import pickle
-
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = (
-            load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise AdapterError(f"adapter '{name}': {path} cannot be read ({reason}); download it again") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise AdapterError(f"adapter '{name}': {path} does not hold a mapping of names to tensors")
-    return tensors
-
-
-_FACTOR = re.compile(r"^(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(?:\.[^.]+)?$")
-_PREFIX = "base_model.model."
-
-
-def _group(
-    tensors: Mapping[str, "torch.Tensor"], config: Mapping[str, Any], name: str
-) -> tuple[dict[str, Factors], dict[str, "torch.Tensor"]]:
-    """Stored tensors -> factors by module path, and copies of base weights by parameter name."""
-    import torch
-
-    sides: dict[str, dict[str, torch.Tensor]] = {}
-    embeddings: set[str] = set()
-    copies: dict[str, torch.Tensor] = {}
-    for key, tensor in tensors.items():
-        bare = key.removeprefix(_PREFIX)
-        match = _FACTOR.match(bare.removesuffix(".weight"))
-        if match and not bare.endswith(".bias"):
-            sides.setdefault(match["path"], {})[match["which"]] = tensor
-            if match["embedding"]:
-                embeddings.add(match["path"])
-        elif "lora_" not in bare and "modules_to_save" not in bare and bare.endswith(".weight"):
-            copies[bare.replace(".base_layer.weight", ".weight")] = tensor
-        else:
-            raise AdapterError(
-                f"adapter '{name}': the tensor '{key}' is not a LoRA factor; such an adapter would not be exact"
-            )
-    if not sides:
-        raise AdapterError(f"adapter '{name}': its weights hold no lora_A and lora_B tensors")
-    modules = {}
-    for path, pair in sides.items():
-        if set(pair) != {"A", "B"}:
-            missing = "AB".replace(next(iter(pair)), "")
-            raise AdapterError(f"adapter '{name}': {path} has no lora_{missing}")
-        a, b = pair["A"], pair["B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise AdapterError(
-                f"adapter '{name}': {path} has A {tuple(a.shape)} and B {tuple(b.shape)}; expected (r, in) and (out, r)"
-            )
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            raise AdapterError(f"adapter '{name}': {path} holds NaN or infinite values")
-        modules[path] = Factors(a, b, scaling(config, path, a.shape[0]), path in embeddings)
-    return modules, copies
-
-
-def scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """s = alpha / r, or alpha / √r for rsLoRA (arXiv 2312.03732); alpha per module where alpha_pattern names it."""
-    alpha = _pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _pattern(patterns: Mapping[str, float], path: str, default: float) -> float:
-    """The value of the first key that matches the end of the path, as PEFT's get_pattern_key decides it."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", path):
-            return value
-    return default
+def is_copy(copy: "torch.Tensor", weight: "torch.Tensor | None") -> bool:
+    """Whether `copy` is a base's weight, but for rounding to the dtype of either. None: the base has no such weight."""
+    if weight is None:
+        return False
+    return same_values(copy, weight.to(copy.dtype)) or same_values(copy.to(weight.dtype), weight)
 
 
 def write_adapter(adapter: LoraAdapter, folder: Path) -> None:
@@ -312,12 +238,7 @@ def write_adapter(adapter: LoraAdapter, folder: Path) -> None:
     tensors = {}
     for path, factors in adapter.modules.items():
         infix, suffix = ("lora_embedding_", "") if factors.embedding else ("lora_", ".weight")
-        tensors[f"{_PREFIX}{path}.{infix}A{suffix}"] = factors.a.contiguous()
-        tensors[f"{_PREFIX}{path}.{infix}B{suffix}"] = (factors.b * factors.scaling).contiguous()
+        tensors[f"{PREFIX}{path}.{infix}A{suffix}"] = factors.a.contiguous()
+        tensors[f"{PREFIX}{path}.{infix}B{suffix}"] = (factors.b * factors.scaling).contiguous()
     save_file(tensors, folder / WEIGHT_FILES[0], metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."

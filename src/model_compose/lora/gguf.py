@@ -6,12 +6,14 @@ architectures do is listed here, each tried against llama.cpp's own converter; a
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from model_compose.errors import AdapterError
+from model_compose.lora.adapter import ModuleShape, is_copy, text_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,11 +67,36 @@ class Architecture:
 
         None for what llama.cpp has not got, or cannot adapt.
         """
+        found = self._names.get_type_and_name(path) or self._names.get_type_and_name(f"model.{text_path(path)}")
+        return (found[0].name, f"{found[1]}.weight") if found and found[0].name in ADAPTED else None
+
+    @cached_property
+    def _names(self) -> Any:
+        """gguf's map, which takes milliseconds to make."""
         import gguf
 
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
-        found = gguf.get_tensor_name_map(arch, self.layers).get_type_and_name(path)
-        return (found[0].name, f"{found[1]}.weight") if found and found[0].name in ADAPTED else None
+        return gguf.get_tensor_name_map(arch, self.layers)
+
+    def shape(self, path: str, matrices: Mapping[str, tuple[int, ...]]) -> ModuleShape | None:
+        """What a base of this architecture has at a module's path in transformers; None where it has nothing.
+
+        matrices: its matrices' dimensions by GGUF name, from the innermost.
+        """
+        if (found := self.tensor(path)) is None:
+            return None
+        kind, name = found
+        # The head has a tensor of its own only where it is not the embedding's.
+        own = "token_embd.weight" if kind == "OUTPUT" and self.tied else name
+        if own not in matrices:
+            return None
+        inputs, outputs = matrices[own]
+        # An embedding's matrix has a row for each token.
+        return (
+            ModuleShape("embedding", outputs, inputs)
+            if kind == "TOKEN_EMBD"
+            else ModuleShape("linear", inputs, outputs)
+        )
 
 
 def write_gguf(adapter: "LoraAdapter", base: Architecture, path: Path) -> None:
@@ -134,6 +161,27 @@ def permute(rows: "torch.Tensor", heads: int) -> "torch.Tensor":
     """Row i of a head's first half and row i of its second become neighbours. (heads · size, …), size even."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+def is_stored(copy: "torch.Tensor", stored: Any) -> bool | None:
+    """Whether a base's matrix in GGUF (gguf.ReaderTensor) is `copy`: either becomes the other in the other's dtype.
+
+    None where gguf cannot quantise to the matrix's type.
+    """
+    import gguf
+    import torch
+
+    if tuple(map(int, stored.shape)) != tuple(copy.shape)[::-1]:
+        return False
+    plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}.get(stored.tensor_type.name)
+    if plain is not None:
+        weights = torch.tensor(gguf.dequantize(stored.data, stored.tensor_type))
+        return is_copy(copy, weights.reshape(copy.shape).to(plain))
+    try:
+        quantized = gguf.quantize(copy.float().numpy(), stored.tensor_type)
+    except NotImplementedError:
+        return None
+    return bool((quantized.reshape(stored.data.shape) == stored.data).all())
 
 
 def checked_name(architecture: str) -> str:

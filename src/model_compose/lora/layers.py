@@ -6,6 +6,7 @@ Folded: W + Σ w s B A (or what another method makes of the s B A), summed in fl
 originals stay referenced (mapped, where the checkpoint is mapped) and are put back on unfold; nothing is ever subtracted.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from model_compose.lora.adapter import LoraAdapter, ModuleShape, check, check_copy
+from model_compose.errors import AdapterError
+from model_compose.lora.adapter import LoraAdapter, ModuleShape, check, check_copies, is_copy
 from model_compose.lora.blend import Blend, delta
 from model_compose.lora.folding import add_in_blocks, page_out, swap, untie
 from model_compose.lora.live import Branch, Layout, Mix, Placed
@@ -65,14 +67,17 @@ class LoraModel:
     them away again. One thread at a time. Raises AdapterError where an adapter does not fit.
 
     max_on_device: how many adapters' factors stay on their device, if those in use are not more; None keeps all. dtype: of
-    the activations, where that is not the weights'.
+    the activations, where that is not the weights'. holds: whether a tensor is the base's parameter of that name; by
+    default the model tells, whose weights must not be packed then.
     """
 
     def __init__(
         self, model: nn.Module, adapters: Iterable[LoraAdapter] = (), placements: Mapping[str, Placement] | None = None,
         *, max_on_device: int | None = None, dtype: torch.dtype | None = None,
+        holds: Callable[[str, Tensor], bool | None] | None = None,
     ) -> None:  # fmt: skip
         self.model = model
+        self._holds = holds
         self.folded: Blend | None = None
         self.mix: Mix | None = None
         """The weights of the pass that is running; None where no adapter is in use, or a blend is folded in."""
@@ -84,6 +89,7 @@ class LoraModel:
         self._on_device: dict[str, None] = {}
         self._stack: frozenset[str] = frozenset()
         self._idle_uses = 0
+        self._unfit: Mapping[str, str] = {}
         self._sites: dict[str, Site] = {}
         self._originals: dict[str, Tensor] = {}
         self._rested: dict[Method | None, tuple[Blend, dict[str, Tensor]]] = {}
@@ -105,8 +111,9 @@ class LoraModel:
     def load(self, adapter: LoraAdapter, placement: Placement = Placement(), *, key: str | None = None) -> None:
         """Attaches one more adapter, live, under `key` or its name. Raises AdapterError where it does not fit; nothing has
         changed then."""
-        check(adapter, self._shapes)
-        _check_copies(adapter, self.model)
+        adapter = check(adapter, self._shapes)
+        _check_fit(adapter, self._unfit)
+        check_copies(adapter, self._holds or self._has)
         device = self.model.get_submodule(next(iter(adapter.modules))).weight.device if adapter.modules else None
         assert device is None or isinstance(device, torch.device)
         place = (placement.device or device or torch.device("cpu"), placement.dtype or self._dtype)
@@ -114,6 +121,15 @@ class LoraModel:
         for path in adapter.modules:
             if path not in self._sites:
                 self._attach(path)
+
+    def refuse(self, unfit: Mapping[str, str]) -> None:
+        """From now on takes no adapter for these modules. Values: why. Raises AdapterError where one acts on them."""
+        self._unfit = unfit
+        for adapter in self.adapters.values():
+            _check_fit(adapter, unfit)
+
+    def _has(self, name: str, copy: Tensor) -> bool:
+        return is_copy(copy, dict(self.model.named_parameters(remove_duplicate=False)).get(name))
 
     def unload(self, name: str) -> None:
         """Takes an adapter away. No request may use it any more."""
@@ -336,13 +352,12 @@ def _fused(modules: Sequence[nn.Linear]) -> nn.Linear:
 
 def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
     """The modules that LoRA can act on, by path: Linear, Conv1D, Embedding. Works on a model on the meta device."""
-    shapes = {}
-    for path, module in model.named_modules():
-        kind = _kind(module)
-        if kind is not None:
-            inputs, outputs = _sizes(module)
-            shapes[path] = ModuleShape(kind, inputs, outputs)
-    return shapes
+    found = {path: (module, kind) for path, module in model.named_modules() if (kind := _kind(module)) is not None}
+    times = Counter(id(module.weight) for module, _ in found.values())
+    return {
+        path: ModuleShape(kind, *_sizes(module), tied=times[id(module.weight)] > 1)
+        for path, (module, kind) in found.items()
+    }
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -370,7 +385,9 @@ def _compute_dtype(model: nn.Module) -> torch.dtype:
     return next(found, torch.float32)
 
 
-def _check_copies(adapter: LoraAdapter, model: nn.Module) -> None:
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, copy in adapter.copies.items():
-        check_copy(adapter, name, copy, parameters.get(name))
+def _check_fit(adapter: LoraAdapter, unfit: Mapping[str, str]) -> None:
+    for path in adapter.modules.keys() & unfit.keys():
+        raise AdapterError(
+            f"adapter '{adapter.name}': it acts on {path}, where the embedded engine cannot add it to each token: "
+            f"{unfit[path]}. Such an adapter is refused."
+        )

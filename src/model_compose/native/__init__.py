@@ -1,18 +1,14 @@
 """A decode step on a CPU, in C: compiled for this machine where it has a C compiler (decode.c and what it includes).
 
-Everything has a way without it. What is compiled is kept in the user's cache, named by sources, flags and processor.
-MODEL_COMPOSE_NATIVE=0 in the environment turns it off.
+Everything has a way without it. What is compiled is kept in the user's cache (compiling.py). MODEL_COMPOSE_NATIVE=0 in
+the environment turns it off.
 """
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
-import platform
-import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from model_compose.native.compiling import find_compiler, load_compiled
 
-SOURCES = Path(__file__).parent
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+log = logging.getLogger(__name__)
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 """What vectors.h calls the formats; two 4-bit weights are one uint8."""
@@ -183,38 +178,11 @@ def _function(function: "ctypes._NamedFuncPointer", *types: type) -> "ctypes._Na
 @functools.cache
 def kernels() -> Kernels | None:
     """Compiled on first use; None where there is no compiler, or it fails."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if os.environ.get("MODEL_COMPOSE_NATIVE") == "0" or compiler is None:
+    if os.environ.get("MODEL_COMPOSE_NATIVE") == "0":
         return None
     try:
-        return Kernels(_compiled(compiler))
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        told = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        log.info("no compiled kernels, torch's serve as well (%s)", told.strip().splitlines()[:1])
+        compiler = find_compiler()
+        return load_compiled(compiler, Kernels) if compiler else None
+    except (OSError, ValueError, subprocess.SubprocessError, AttributeError) as error:
+        log.info("no compiled kernels, torch's serve as well (%s)", str(error).strip().splitlines()[:1])
         return None
-
-
-def _compiled(compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))]
-    parts = (*sources, " ".join(FLAGS).encode(), version, _processor().encode())
-    name = f"native-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "model-compose"
-    path = folder / name
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # beside it, so that the rename is one step
-            made = Path(scratch) / name
-            command = [compiler, *FLAGS, "-o", str(made), str(SOURCES / "decode.c"), "-lm"]
-            subprocess.run(command, capture_output=True, check=True, text=True, timeout=120)
-            made.replace(path)
-    return path
-
-
-def _processor() -> str:
-    """What -march=native looks at: a cache folder may be shared by machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

@@ -1,12 +1,13 @@
 """Servers: the faces of a Compose. Their options stand here, apart from the code that needs FastAPI and gradio."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_core import PydanticCustomError
 
-from model_compose.schema import Options
+from model_compose.schema import Options, shown
 
 DEFAULT_MAX_BODY = 10 << 20
 DEFAULT_MAX_TASKS_SIZE = 256 << 20
@@ -33,6 +34,19 @@ def _is_key(key: Any) -> bool:
     return isinstance(key, str) and key.isascii() and key.isprintable() and bool(key) and " " not in key
 
 
+def _hosts(value: Any) -> Any:
+    """Host names as a Host header has them, in lower case."""
+    names = _listed(value)
+    for name in names if isinstance(names, list | tuple) else ():
+        if not isinstance(name, str) or not re.fullmatch(r"\*|(\*\.)?[\w.-]+|[0-9a-fA-F:]+", name, re.ASCII):
+            raise PydanticCustomError(
+                "allowed_hosts",
+                "allowed_hosts takes names without http:// and port (chat.example.com, *.example.com or *), not {name}",
+                {"name": shown(name)},
+            )
+    return [name.lower().removesuffix(".") for name in names] if isinstance(names, list | tuple) else names
+
+
 def _prefix(value: Any) -> Any:
     """ "/api/" and "api" are "/api"; "/" is ""."""
     if not isinstance(value, str):
@@ -40,6 +54,13 @@ def _prefix(value: Any) -> Any:
     if value.strip("/").partition("/")[0] == "v1":
         raise PydanticCustomError("base_path", "base_path cannot be /v1, where OpenAI's API stands; choose another one")
     return f"/{value.strip('/')}".rstrip("/")
+
+
+AllowedHosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
+ALLOWED_HOSTS = (
+    "Names by which clients may ask for this server besides its own addresses and names, as behind a proxy; *.example.com "
+    "and * are understood"
+)
 
 
 class HttpServerOptions(Options):
@@ -53,12 +74,19 @@ class HttpServerOptions(Options):
     origins: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         default=(), description="CORS origins that may call this server from a browser; none by default"
     )
+    allowed_hosts: AllowedHosts = Field(default=(), description=ALLOWED_HOSTS)
     api_keys: Annotated[tuple[SecretStr, ...] | None, BeforeValidator(_keys)] = None
     max_body_size: int = Field(default=DEFAULT_MAX_BODY, ge=1, description="Largest request body, in bytes")
     max_tasks_size: ByteSize = Field(
         default=ByteSize(DEFAULT_MAX_TASKS_SIZE),
         ge=1,
         description="Memory for answers of finished tasks; the oldest go first",
+    )
+    max_connections: int | None = Field(
+        default=None, ge=1, description="Connections at once; by default what the limit on open files allows"
+    )
+    max_connections_per_client: int | None = Field(
+        default=None, ge=1, description="Connections at once from one address; by default half of all"
     )
     callback_private_hosts: bool = Field(default=False, description="Allow callback_url to reach private addresses")
     callback_secret: SecretStr | None = Field(default=None, description="Signs callbacks (HMAC-SHA256)")
@@ -70,3 +98,4 @@ class WebuiOptions(Options):
     driver: Literal["gradio"] = "gradio"
     host: str = "127.0.0.1"
     port: int = Field(default=8081, ge=0, le=65535, description="0 takes a free one")
+    allowed_hosts: AllowedHosts = Field(default=(), description=ALLOWED_HOSTS)

@@ -29,6 +29,16 @@ OWN_HEADERS = frozenset(
 )
 """What the caller cannot set: the message's frame, and what vouches for it."""
 
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
+SPECIAL = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "192.0.0.0/24", "192.88.99.0/24",  # protocol assignments; relays to 2002::/16
+        "2001::/23", "2002::/16", "3fff::/20",  # Teredo and other protocols; 6to4, which holds an IPv4 address; examples
+    )
+)  # fmt: skip
+"""What is not for everybody to reach; Python's is_global says so of some of these, depending on its version."""
+
 
 @dataclass(frozen=True)
 class Callback:
@@ -110,7 +120,9 @@ class Callback:
 
 def _is_public(address: str) -> bool:
     parsed = ipaddress.ip_address(address.partition("%")[0])
-    return parsed.is_global and not parsed.is_multicast
+    if parsed.version == 6 and parsed not in GLOBAL_UNICAST:
+        return False  # among others what stands for an IPv4 address: mapped, compatible, translated (NAT64)
+    return parsed.is_global and not parsed.is_multicast and not any(parsed in network for network in SPECIAL)
 
 
 def _wrong(what: str) -> InputError:

@@ -1,15 +1,17 @@
-"""The OpenAPI document: the shapes of answers and errors, the forms of bodies, and a page that lists the routes."""
+"""The OpenAPI document: the shapes of answers and errors, the forms of bodies, a page that lists the routes, and the root,
+which links to all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, Literal
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from model_compose.generation import Finish
 from model_compose.servers.wire import PROBLEM_TYPE, STREAM_TYPE
 
 Responses = dict[int | str, dict[str, Any]]
@@ -40,17 +42,32 @@ class Failure(BaseModel):
 
 
 class RunState(BaseModel):
-    """A run's state; `output` once it has completed, `error` once it has failed."""
+    """A run's state; `output` once it has completed, `error` once it has failed.
+
+    finish_reason: stop (by itself, or at a stop sequence) or length (cut at max_output_length, or at the context's end); a
+    list where the model made a list of texts. finish_reason, usage and blend are there where one model answered. notes:
+    sentences for a person, such as why a text is empty.
+    """
 
     task_id: str
     status: Literal["pending", "processing", "cancelling", "cancelled", "completed", "failed"]
     workflow_id: str
     output: Any = None
+    finish_reason: Finish | list[Finish] | None = None
     usage: Usage | None = None
     blend: UsedBlend | None = None
+    notes: list[str] | None = None
     error: Failure | None = None
     session_id: str | None = None
     metadata: dict[str, Any] | None = None
+
+
+class Index(BaseModel):
+    """What is served, and where: links by what they lead to."""
+
+    name: str
+    version: str
+    links: dict[str, str]
 
 
 class LoadProgress(BaseModel):
@@ -149,7 +166,7 @@ class Reply(BaseModel):
 class CompletionChoice(BaseModel):
     index: int
     text: str
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Finish
     logprobs: dict[str, Any] | None = None
 
 
@@ -166,7 +183,7 @@ class AssistantMessage(BaseModel):
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Finish
     logprobs: dict[str, Any] | None = None
 
 
@@ -186,7 +203,7 @@ class OpenAIError(BaseModel):
 
 
 _ANSWERS = (
-    RunState, Health, WorkflowInfo, Problem, ModelCard, ModelList, CompletionReply, ChatReply, OpenAIError
+    RunState, Index, Health, WorkflowInfo, Problem, ModelCard, ModelList, CompletionReply, ChatReply, OpenAIError
 )  # fmt: skip
 
 _MEANINGS = {
@@ -194,11 +211,13 @@ _MEANINGS = {
     401: "An API key is needed",
     403: "A web page of another site sent this, or the file does not allow it",
     404: "There is no such thing",
+    408: "The body came too slowly",
     409: "Not in this state, or cancelled",
     413: "The body is too large",
+    421: "The Host header names no host that this server is (allowed_hosts)",
     429: "Too many requests wait already; Retry-After says when to try again",
     500: "The run failed",
-    503: "Still loading, or shutting down",
+    503: "Still loading, shutting down, or out of connections",
 }
 
 RUN_STREAM = (
@@ -213,6 +232,7 @@ _EVENT = {
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
 }
+"""One of a stream's events: OpenAPI 3.1 knows no items of a stream, and its tools take the schema for that of an event."""
 OPENAI_STREAM = 'data: {"id": "…", "object": "…", "choices": [{"index": 0, "text": "Hel"}]}\n\ndata: [DONE]\n\n'
 
 
@@ -231,7 +251,7 @@ def answers(model: type[BaseModel], stream: str | None = None) -> dict[str, Any]
     schema = _ref(model) if model is not RunState else {"anyOf": [_ref(model), {"description": "the bare output"}]}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if stream:
-        content[STREAM_TYPE] = {"itemSchema": _EVENT, "example": stream}
+        content[STREAM_TYPE] = {"schema": _EVENT, "example": stream}
     return {"description": "The answer", "content": content}
 
 
@@ -262,6 +282,15 @@ def add_documents(app: FastAPI, *, bodies: Sequence[type[BaseModel]], open_path:
         return HTMLResponse(_page(describe()))
 
 
+def add_index(app: FastAPI, links: Mapping[str, str]) -> None:
+    """Adds /. links: paths of this server, or addresses of others."""
+
+    @app.get("/", tags=["index"], responses={200: {"model": Index}})
+    async def index() -> JSONResponse:
+        """What is served here, and where."""
+        return JSONResponse({"name": app.title, "version": app.version, "links": links})
+
+
 def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]], open_path: str, *, with_keys: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
@@ -274,10 +303,15 @@ def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]], open_path: str, *
     for path, operations in document["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            everywhere = [421, *([408] if "requestBody" in operation else [])]
+            if path != open_path:
+                everywhere.append(503)
             if with_keys and path != open_path:
                 operation["security"] = [{"key": []}]
-                errors = openai_errors if path.startswith("/v1/") else problems
-                operation["responses"]["401"] = errors(401)[401]
+                everywhere += [401, 429]
+            errors = openai_errors if path.startswith("/v1/") else problems
+            for status, described in errors(*everywhere).items():
+                operation["responses"].setdefault(str(status), described)
     return document
 
 

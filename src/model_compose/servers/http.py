@@ -19,6 +19,7 @@ from model_compose.expressions import strict_json
 from model_compose.metrics import MEDIA_TYPE
 from model_compose.schema import LONGEST_NAME, Options
 from model_compose.servers import HttpServerOptions
+from model_compose.servers.access import REQUEST_ID
 from model_compose.servers.callbacks import Callback
 from model_compose.servers.documents import (
     RUN_STREAM,
@@ -27,17 +28,18 @@ from model_compose.servers.documents import (
     RunState,
     WorkflowInfo,
     add_documents,
+    add_index,
     answers,
     body_schema,
     problems,
 )
+from model_compose.servers.guard import Guard, Hosts, Keys
 from model_compose.servers.openai import ChatBody, CompletionBody
 from model_compose.servers.openai import create_router as create_openai_router
 from model_compose.servers.runtime_adapters import LoadBody, UnloadBody
 from model_compose.servers.runtime_adapters import create_router as create_adapters_router
 from model_compose.servers.tasks import Task, Tasks
 from model_compose.servers.wire import (
-    Guard,
     add_error_handlers,
     attended,
     beside,
@@ -108,8 +110,8 @@ def _size(value: Any) -> int:
     return len(text.encode(errors="surrogatepass"))
 
 
-def create_app(compose: Compose, options: HttpServerOptions) -> FastAPI:
-    """The whole HTTP application of one server."""
+def create_app(compose: Compose, options: HttpServerOptions, page: str | None = None) -> FastAPI:
+    """The whole HTTP application of one server. page: the web page's address."""
     app = FastAPI(
         title="model-compose", version=__version__, description="Language models with blended LoRA adapters.",
         docs_url=None, redoc_url=None,
@@ -122,13 +124,22 @@ def create_app(compose: Compose, options: HttpServerOptions) -> FastAPI:
     app.include_router(create_adapters_router(compose), prefix="/v1")
     _add_metrics(app, compose)
     health = f"{options.base_path}/health"
+    links = {
+        "docs": "/docs", "openapi": "/openapi.json", "health": health, "workflows": f"{options.base_path}/workflows",
+        "models": "/v1/models", "metrics": "/metrics",
+    }  # fmt: skip
+    add_index(app, links if page is None else {**links, "page": page})
     bodies = (RunBody, CompletionBody, ChatBody, LoadBody, UnloadBody)
     add_documents(app, bodies=bodies, open_path=health, with_keys=bool(options.api_keys))
-    app.add_middleware(Guard, options=options, open_paths=(health,))
+    app.add_middleware(
+        Guard, hosts=Hosts(options.host, options.allowed_hosts), max_body=options.max_body_size,
+        keys=Keys(options.api_keys) if options.api_keys else None, open_paths=(health,), origins=options.origins,
+    )  # fmt: skip
     if options.origins:  # outermost, so that a browser can read the errors of the guard too
         app.add_middleware(
-            CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"], max_age=600
-        )
+            CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"],
+            expose_headers=[REQUEST_ID], max_age=600,
+        )  # fmt: skip
     return app
 
 
@@ -330,6 +341,8 @@ def _nested(fields: Iterable[tuple[str, str]]) -> dict[str, Any]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict):
                 raise InputError(f"the form key '{key}' goes below a plain value", field=key)
+        if path[-1] in node:
+            raise InputError(f"the form gives '{'.'.join(path)}' a second time", field=key)
         node[path[-1]] = _form_value(value)
     return result
 

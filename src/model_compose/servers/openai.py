@@ -9,18 +9,17 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from model_compose.components.model import MOST_MESSAGES, LogitBias, ModelComponent, Stops
 from model_compose.components.response_format import AnyFormat
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError, NotFound
-from model_compose.generation import Chunk, Completion, Message, Sampling, Text, TokenLogprob, Usage, collect
+from model_compose.generation import Chunk, Completion, Message, Sampling, Text, Usage, collect
 from model_compose.generation import Request as Generation
 from model_compose.lora.blend import Blend
 from model_compose.schema import LONGEST_NAME, Options, Weight, at_most
@@ -34,6 +33,8 @@ from model_compose.servers.documents import (
     body_schema,
     openai_errors,
 )
+from model_compose.servers.logprobs import chat_logprobs, completion_logprobs
+from model_compose.servers.openai_fields import UNSUPPORTED, ClientOptions, Neutral, wrong
 from model_compose.servers.wire import attended, event, openai_error, read_body, start_stream
 
 UNNAMED = "__component__"
@@ -49,23 +50,25 @@ class LoraWeight(Options):
     scale: Weight = 1.0
 
 
-class StreamOptions(Options):
-    later: ClassVar[Mapping[str, Any]] = {"include_obfuscation": False}
-    include_usage: bool = False
+class StreamOptions(ClientOptions):
+    unsupported: ClassVar[Mapping[str, Neutral]] = {
+        "events hold neither padding nor running usage": {
+            "include_obfuscation": (False,),
+            "continuous_usage_stats": (False,),
+        }
+    }
+    include_usage: bool | None = None
 
 
-class Body(Options):
+class Body(ClientOptions):
     """What completions and chat share. Fields without effect here are accepted; unknown ones are refused by name."""
 
-    later: ClassVar[Mapping[str, Any]] = {
-        "suffix": None, "echo": False, "best_of": 1, "tools": [], "tool_choice": "none", "functions": [],
-        "function_call": "none", "modalities": ["text"],
-    }  # fmt: skip
+    unsupported: ClassVar[Mapping[str, Neutral]] = UNSUPPORTED
     model: str = Field(max_length=LONGEST_NAME)
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy")
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
+    top_k: int | None = Field(default=None, ge=-1, description="0 and -1 are off")
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
@@ -77,7 +80,7 @@ class Body(Options):
         default=None, description="text, json_object, json_schema, or {type: regex, regex: …}"
     )
     n: int | None = Field(default=None, ge=1, le=64)
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    seed: int | None = Field(default=None, ge=-1, lt=2**63, description="-1 is another one each time")
     stop: Stops = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -91,10 +94,18 @@ class Body(Options):
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
 
+    @field_validator("lora")
+    @classmethod
+    def _one_weight_an_adapter(cls, lora: Any) -> Any:
+        names = [entry.name for entry in lora] if isinstance(lora, list) else []
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"the adapter '{twice[0]}' is named {names.count(twice[0])} times; give it one weight")
+        return lora
+
     @model_validator(mode="after")
-    def _stream_options_need_a_stream(self) -> Self:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream=true")
+    def _usage_at_the_end_needs_a_stream(self) -> Self:
+        if self.stream_options is not None and self.stream_options.include_usage and not self.stream:
+            raise wrong("stream_options", "include_usage needs stream=true")
         return self
 
     def sampling(self, default: Sampling) -> Sampling:
@@ -105,7 +116,7 @@ class Body(Options):
             "temperature": self.temperature,
             "do_sample": None if self.temperature is None else self.temperature > 0,
             "top_p": self.top_p,
-            "top_k": self.top_k,
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
             "min_p": self.min_p,
             "repetition_penalty": self.repetition_penalty,
             "presence_penalty": self.presence_penalty,
@@ -116,7 +127,8 @@ class Body(Options):
             "seed": self.seed,
             "stop_sequences": None if stops is None else tuple(stop for stop in stops if stop),
         }
-        return replace(default, **{key: value for key, value in given.items() if value is not None})
+        sampling = replace(default, **{key: value for key, value in given.items() if value is not None})
+        return replace(sampling, seed=None) if self.seed == -1 else sampling
 
 
 class CompletionBody(Body):
@@ -124,25 +136,64 @@ class CompletionBody(Body):
 
     prompt: str | list[str]
     logprobs: int | None = Field(default=None, ge=0, le=20)
+    best_of: int | None = Field(default=None, ge=1, description="As many as n: every text that is drawn is answered")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _false_is_none(cls, data: Any) -> Any:
+        """The chat route's way to want no logprobs."""
+        return {**data, "logprobs": None} if isinstance(data, dict) and data.get("logprobs") is False else data
+
+    @model_validator(mode="after")
+    def _every_text_is_answered(self) -> Self:
+        if self.best_of not in (None, 1, self.n):
+            raise wrong("best_of", "it may only be as many as n, since every text that is drawn is answered")
+        return self
 
     def sampling(self, default: Sampling) -> Sampling:
         return replace(super().sampling(default), logprobs=self.logprobs)
 
 
-def _plain_text(value: Any) -> Any:
-    """Content as a string, or as a list of text parts."""
-    if value is None:
-        return ""
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        return "".join(str(part.get("text", "")) for part in value)
-    return value
+class TextPart(ClientOptions):
+    """One part of a message's content."""
+
+    type: Literal["text"]
+    text: str
 
 
-class ChatMessage(Options):
+def _content_form(value: Any) -> str:
+    return "parts" if isinstance(value, list) else "text"
+
+
+Parts = Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+Content = Annotated[Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")], Discriminator(_content_form)]
+
+
+class ChatMessage(ClientOptions):
+    """One turn. The assistant's may be null, which is an empty text: clients send that for a turn that was broken off."""
+
+    unsupported: ClassVar[Mapping[str, Neutral]] = {
+        "this server calls no tools": {"tool_calls": ([],), "tool_call_id": (), "function_call": ()},
+        "a turn is its text alone": {
+            "audio": (), "annotations": ([],), "refusal": ("",), "reasoning": ("",), "reasoning_content": ("",)
+        },
+    }  # fmt: skip
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_plain_text)]
+    content: Content | None
     name: str | None = None
-    refusal: str | None = None
+
+    @model_validator(mode="after")
+    def _only_the_assistant_may_say_nothing(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise wrong("content", "it must be text, or a list of text parts, not null")
+        return self
+
+    @property
+    def message(self) -> Message:
+        """The turn as the chat template takes it."""
+        parts = self.content if isinstance(self.content, list) else ()
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+        return Message("system" if self.role == "developer" else self.role, text, self.name)
 
 
 class ChatBody(Body):
@@ -156,8 +207,8 @@ class ChatBody(Body):
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=true")
+        if self.top_logprobs and not self.logprobs:
+            raise wrong("top_logprobs", "it needs logprobs=true")
         return self
 
     def sampling(self, default: Sampling) -> Sampling:
@@ -169,13 +220,13 @@ class ChatBody(Body):
 
 @dataclass(frozen=True)
 class Shape:
-    """The differences between the two routes. piece: a chunk, whether it is the sequence's first, and where it starts."""
+    """The differences between the two routes. piece: a chunk, and whether it is the sequence's first."""
 
     prefix: str
     whole: str
     part: str
     choice: Callable[[int, Text], dict[str, Any]]
-    piece: Callable[[Chunk, bool, int], dict[str, Any]]
+    piece: Callable[[Chunk, bool], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -195,16 +246,15 @@ class Reply:
     async def events(self, chunks: AsyncGenerator[Chunk], *, with_usage: bool) -> AsyncGenerator[str]:
         """An event for each chunk. What fails after the first becomes an event too."""
         usage = Usage()
-        positions: dict[int, int] = {}
+        begun: set[int] = set()
         async with aclosing(chunks):
             try:
                 async for chunk in chunks:
                     usage = chunk.usage or usage
-                    at = positions.get(chunk.index, 0)
-                    yield event(self.document([self.shape.piece(chunk, chunk.index not in positions, at)]))
-                    positions[chunk.index] = at + sum(len(token.text) for token in chunk.logprobs)
+                    yield event(self.document([self.shape.piece(chunk, chunk.index not in begun)]))
+                    begun.add(chunk.index)
             except ComposeError as error:
-                if not positions:
+                if not begun:
                     raise
                 yield event(openai_error(error))
                 return
@@ -253,8 +303,7 @@ def create_router(compose: Compose) -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answers messages through the base's chat template, whatever the component's task."""
         body = await read_body(ChatBody, request)
-        messages = tuple(Message("system" if m.role == "developer" else m.role, m.content) for m in body.messages)
-        return await _answer(compose, request, body, messages, CHAT)
+        return await _answer(compose, request, body, tuple(turn.message for turn in body.messages), CHAT)
 
     return router
 
@@ -277,58 +326,37 @@ async def _answer(
     reply = Reply({"id": id, "object": kind, "created": int(time.time()), "model": body.model}, shape)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return await start_stream(request, reply.events(chunks, with_usage=with_usage))
+        return await start_stream(request, reply.events(chunks, with_usage=bool(with_usage)))
     return JSONResponse(reply.whole(await attended(request, collect(chunks))))
 
 
-def _completion_choice(index: int, part: Text | Chunk, at: int = 0) -> dict[str, Any]:
-    logprobs = _completion_logprobs(part.logprobs, at) if part.logprobs else None
+def _completion_choice(index: int, part: Text | Chunk) -> dict[str, Any]:
+    logprobs = completion_logprobs(part.logprobs)
     return {"index": index, "text": part.text, "finish_reason": part.finish, "logprobs": logprobs}
 
 
-def _completion_piece(chunk: Chunk, first: bool, at: int) -> dict[str, Any]:
-    return _completion_choice(chunk.index, chunk, at)
+def _completion_piece(chunk: Chunk, first: bool) -> dict[str, Any]:
+    return _completion_choice(chunk.index, chunk)
 
 
 def _chat_choice(index: int, text: Text) -> dict[str, Any]:
     message = {"role": "assistant", "content": text.text, "refusal": None}
-    return {"index": index, "message": message, "finish_reason": text.finish, "logprobs": _chat_logprobs(text.logprobs)}
+    return {"index": index, "message": message, "finish_reason": text.finish, "logprobs": chat_logprobs(text.logprobs)}
 
 
-def _chat_piece(chunk: Chunk, first: bool, at: int) -> dict[str, Any]:
+def _chat_piece(chunk: Chunk, first: bool) -> dict[str, Any]:
     delta = {"role": "assistant"} if first else {}
     delta |= {"content": chunk.text} if chunk.text or first else {}
     return {
         "index": chunk.index,
         "delta": delta,
         "finish_reason": chunk.finish,
-        "logprobs": _chat_logprobs(chunk.logprobs),
+        "logprobs": chat_logprobs(chunk.logprobs),
     }
 
 
 COMPLETION = Shape("cmpl", "text_completion", "text_completion", _completion_choice, _completion_piece)
 CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice, _chat_piece)
-
-
-def _completion_logprobs(tokens: tuple[TokenLogprob, ...], at: int) -> dict[str, Any]:
-    """at: where the first token starts in the text, in characters."""
-    return {
-        "tokens": [token.text for token in tokens],
-        "token_logprobs": [token.logprob for token in tokens],
-        # reversed: of tokens with the same text (halves of a character), the most probable one is told
-        "top_logprobs": [dict(reversed(token.top)) for token in tokens],
-        "text_offset": list(accumulate((len(token.text) for token in tokens[:-1]), initial=at)),
-    }
-
-
-def _chat_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
-    def entry(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
-
-    content = [
-        {**entry(token.text, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]} for token in tokens
-    ]
-    return {"content": content, "refusal": None} if content else None
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -64,7 +64,9 @@ def create_router(compose: Compose) -> APIRouter:
         except (AdapterError, SourceError) as error:  # a fault of what the client named, not of the server
             raise InputError(str(error), field="lora_path") from error
         except OSError as error:
-            raise InputError(f"'{body.lora_path}' cannot be read ({error.strerror})", field="lora_path") from error
+            raise InputError(
+                f"'{body.lora_path}' cannot be read ({error.strerror or error})", field="lora_path"
+            ) from error
         log.info("loaded the adapter %r of %r from %r", body.lora_name, component.options.id, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

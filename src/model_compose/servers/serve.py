@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -14,13 +15,26 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from model_compose.compose import Compose
+from model_compose.daemon import in_daemon_thread
 from model_compose.errors import AddressInUse
 from model_compose.progress import Report, silent
+from model_compose.servers import HttpServerOptions
+from model_compose.servers.access import Access
+from model_compose.servers.bodies import Bodies
+from model_compose.servers.connections import (
+    IDLE_SECONDS,
+    Connections,
+    Limits,
+    raise_file_limit,
+    report_failed_accepts,
+)
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 POLL_SECONDS = 0.1
+BACKLOG = 2048
+"""Connections that the kernel keeps until they are accepted."""
 
 
 @dataclass(frozen=True)
@@ -37,45 +51,83 @@ async def serve(
     announce: Callable[[Addresses], None] = lambda _: None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; a second one does not wait for running requests. The ports answer at once; models
-    load meanwhile.
+    """Serves until SIGINT, SIGTERM or SIGHUP; a second one does not wait for running requests, a third one for nothing.
+    The ports answer at once; models load meanwhile.
 
     announce: told the addresses once they listen. on_ready: called once the models are loaded.
     Raises AddressInUse, and whatever loading raises.
     """
     controller = compose.config.serving
-    stop = asyncio.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    ending = Ending()
+    ending.listen()
+    report_failed_accepts(asyncio.get_running_loop())
     api = bind(controller.server.host, controller.server.port) if controller.server else None
     page = bind(controller.webui.host, controller.webui.port) if controller.webui else None
+    connections = connections_of(controller.server)
     _warn_if_open(compose)
     async with contextlib.AsyncExitStack() as faces:
         if api is not None and controller.server is not None:
             from model_compose.servers.http import create_app
 
-            app = create_app(compose, controller.server)
-            await faces.enter_async_context(listening(app, api))
+            app = create_app(compose, controller.server, address(page))
+            await faces.enter_async_context(listening(app, api, connections, ending))
         announce(Addresses(address(api), address(page)))
         loading = asyncio.create_task(compose.load(report))
-        stopping = asyncio.create_task(stop.wait())
+        stopping = asyncio.create_task(ending.begun.wait())
         try:
             if page is not None:
                 # gradio takes seconds to import; the API's health already answers.
-                create_page = await asyncio.to_thread(_page_factory)
-                await faces.enter_async_context(listening(create_page(compose, address(api)), page))
+                importing = asyncio.ensure_future(in_daemon_thread(_page_factory))
+                await asyncio.wait([importing, stopping], return_when=asyncio.FIRST_COMPLETED)
+                if importing.done():
+                    shown = importing.result()(compose, address(api))
+                    await faces.enter_async_context(listening(shown, page, connections, ending))
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 loading.result()
+                _spare_the_collector()
                 on_ready()
                 await stopping
-            log.info("shutting down")
-            stop.clear()  # a second signal ends the wait
-            await _drain(compose, stop, controller.shutdown_timeout)
+            log.info("shutting down: running requests have %g s to end", controller.shutdown_timeout)
+            await _drain(compose, ending, controller.shutdown_timeout)
         finally:
             stopping.cancel()
             loading.cancel()
+            gc.unfreeze()
             await compose.close()
+
+
+class Ending:
+    """What signals ask for. begun: to end. hurried: not to wait for anybody.
+
+    SIGHUP is what a terminal sends that is closed. To load the file anew instead would end the streams of every model that
+    changed, so whoever wants that says `down` and `up`.
+    """
+
+    def __init__(self) -> None:
+        self.begun, self.hurried = asyncio.Event(), asyncio.Event()
+        self._signals: list[signal.Signals] = []
+
+    def listen(self) -> None:
+        """Takes over the signals, apart from those that somebody had this process ignore, as nohup does."""
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._signals = [one for one in signals if signal.getsignal(one) != signal.SIG_IGN]
+        for one in self._signals:
+            asyncio.get_running_loop().add_signal_handler(one, self._signalled, one)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        log.info("%s", number.name)
+        if self.begun.is_set():
+            self.hurried.set()
+            for one in self._signals:
+                asyncio.get_running_loop().remove_signal_handler(one)
+        self.begun.set()
+
+
+def connections_of(server: HttpServerOptions | None) -> Connections:
+    """Room for as many connections as the options say, and the limit on open files allows."""
+    most = (server.max_connections, server.max_connections_per_client) if server else (None, None)
+    return Connections(Limits.of_files(raise_file_limit(), *most))
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -86,7 +138,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(2048)
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
@@ -116,27 +168,54 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def listening(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
+async def listening(
+    app: ASGIApp, listener: socket.socket, connections: Connections | None = None, ending: Ending | None = None
+) -> AsyncIterator[None]:
     """The app answers on the socket within the block."""
-    server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5))
+    connections = connections or connections_of(None)
+    server = _Server(
+        uvicorn.Config(
+            Access(Bodies(app)), http=connections.protocol(), ws="none",  # type: ignore[arg-type]
+            log_config=None, access_log=False, lifespan="on", backlog=connections.limits.at_once,
+            timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=5,
+        )
+    )  # fmt: skip
     running = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started and not running.done():
         await asyncio.sleep(POLL_SECONDS / 10)
     if running.done():
         await running
+    listener.listen(BACKLOG)  # asyncio has set the kernel's queue to what it accepts at once
     try:
         yield
     finally:
         server.should_exit = True
+        hurrying = asyncio.create_task(_hurry(server, ending)) if ending else None
         await running
+        if hurrying:
+            hurrying.cancel()
 
 
-async def _drain(compose: Compose, stop: asyncio.Event, seconds: float) -> None:
+async def _hurry(server: uvicorn.Server, ending: Ending) -> None:
+    await ending.hurried.wait()
+    server.force_exit = True
+
+
+async def _drain(compose: Compose, ending: Ending, seconds: float) -> None:
     """Refuses new requests, and lets running ones go on for as long as the file allows; closing stops what is left."""
-    compose.ready = False
+    compose.ready, compose.progress = False, None
     deadline = asyncio.get_running_loop().time() + seconds
-    while compose.busy and not stop.is_set() and asyncio.get_running_loop().time() < deadline:
+    while compose.busy and not ending.hurried.is_set() and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(POLL_SECONDS)
+    if compose.busy:
+        log.warning("%d running requests are ended", compose.busy)
+
+
+def _spare_the_collector() -> None:
+    """Lets full collections pass over what is here to stay. torch and transformers alone are 400,000 objects, and to visit
+    them stops the whole process, health included, for a fifth of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def _page_factory() -> Callable[[Compose, str | None], ASGIApp]:

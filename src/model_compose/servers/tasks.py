@@ -73,7 +73,10 @@ class Task:
         if done is not None:
             state["output"] = done.output
             if len(done.answers) == 1:
+                state |= {"finish_reason": done.answers[0].finish_reason}
                 state |= usage_and_blend(done.answers[0])
+            if done.notes:
+                state["notes"] = done.notes
         if error is not None and status == "failed":
             state["error"] = {"code": error.code, "message": str(error)}
         state |= json.loads(self.extras)
@@ -204,6 +207,8 @@ class Tasks:
                 async for event in events:
                     if isinstance(event, Done):
                         done = event
+                        for note in event.notes:
+                            log.info("[task-%s] %s", task.id, note)
                     else:
                         task.publish(event)
             task.finish("completed", done=done)  # now that its place is free

@@ -21,7 +21,8 @@ from starlette.types import ASGIApp
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
 from model_compose.progress import Progress
-from model_compose.servers import webui_runs, webui_snippets
+from model_compose.servers import DEFAULT_MAX_BODY, WebuiOptions, webui_runs, webui_snippets
+from model_compose.servers.guard import Guard, Hosts
 from model_compose.servers.webui_auth import ICON, Door
 from model_compose.servers.webui_form import Form, draw_form
 from model_compose.servers.webui_runs import Run
@@ -83,7 +84,9 @@ def create_page(compose: Compose, api_address: str | None) -> ASGIApp:
         theme=_theme(), css_paths=[ASSETS / "webui.css"], head=_head(),
     )  # fmt: skip
     keys = server.api_keys if server else None
-    return Door(app, keys, _title(compose)) if keys else app
+    page = compose.config.serving.webui or WebuiOptions()
+    max_body = server.max_body_size if server else DEFAULT_MAX_BODY
+    return Guard(Door(app, keys, _title(compose)) if keys else app, Hosts(page.host, page.allowed_hosts), max_body)
 
 
 def _draw_page(compose: Compose, api_address: str | None) -> gr.Blocks:
@@ -228,7 +231,10 @@ def _ended(
     if error is None:
         done = work.result()
         texts = webui_runs.texts(done.output)
-        return replace(run, status="done", texts=texts, answers=done.answers), Call(workflow, input, done.answers)
+        for note in done.notes:
+            log.info("workflow '%s': %s", workflow.id, note)
+        run = replace(run, status="done", texts=texts, answers=done.answers, notes=done.notes)
+        return run, Call(workflow, input, done.answers)
     if not isinstance(error, ComposeError):
         log.error("workflow '%s' failed", workflow.id, exc_info=error)
         return replace(run, status="failed", error="The run failed; the server's log has the details."), None

@@ -3,7 +3,6 @@
 The cookie carries a random token, never the key. Knows nothing of what lies behind the door.
 """
 
-import asyncio
 import secrets
 import time
 from collections.abc import Sequence
@@ -16,13 +15,12 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse,
 from pydantic import SecretStr
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from model_compose.servers.wire import has_key
+from model_compose.errors import ComposeError
+from model_compose.servers.guard import Keys
 
 SESSION_SECONDS = 12 * 3600.0
 FORM = Path(__file__).parent / "webui_login.html"
 MAX_FORM_BYTES = 8192
-PAUSE_SECONDS = 0.5
-"""After a wrong key: too short to notice for a person, too long for guessing."""
 
 
 class Door:
@@ -30,7 +28,7 @@ class Door:
 
     def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], title: str = "model-compose") -> None:
         self._app, self._title = app, title
-        self._keys = [key.get_secret_value().encode() for key in keys]
+        self._keys = Keys(keys)
         self._sessions: dict[str, float] = {}
         # Cookies are shared by all ports of a host: a name of its own keeps two pages from signing each other out.
         self._cookie = f"model_compose_{secrets.token_hex(4)}"
@@ -43,17 +41,22 @@ class Door:
         request = Request(scope, receive)
         if request.url.path.removeprefix(scope.get("root_path", "")) == "/login":
             return await (await self._login(request))(scope, receive, send)
-        if not self._may_enter(request):
-            return await self._turn_away(request)(scope, receive, send)
+        if not self._is_signed_in(request):
+            try:
+                await self._keys.check(request)
+            except ComposeError as refusal:
+                return await self._turn_away(request, refusal)(scope, receive, send)
         return await self._app(scope, receive, send)
 
-    def _may_enter(self, request: Request) -> bool:
+    def _is_signed_in(self, request: Request) -> bool:
         token = request.cookies.get(self._cookie, "")
         now = time.monotonic()
         self._sessions = {token: ends for token, ends in self._sessions.items() if ends > now}
-        return token in self._sessions or has_key(request.headers.get("authorization"), self._keys)
+        return token in self._sessions
 
-    def _turn_away(self, request: Request) -> Response:
+    def _turn_away(self, request: Request, refusal: ComposeError) -> Response:
+        if refusal.status != 401:
+            return PlainTextResponse(str(refusal), refusal.status)
         if request.method == "GET" and "text/html" in request.headers.get("accept", ""):
             return RedirectResponse(f"{request.scope.get('root_path', '')}/login", 303)
         return PlainTextResponse("an API key is needed; sign in at /login", 401, {"WWW-Authenticate": "Bearer"})
@@ -61,14 +64,15 @@ class Door:
     async def _login(self, request: Request) -> Response:
         home = f"{request.scope.get('root_path', '')}/"
         if request.method == "GET":
-            return RedirectResponse(home, 303) if self._may_enter(request) else self._form()
+            return RedirectResponse(home, 303) if self._is_signed_in(request) else self._form()
         if request.method != "POST":
             return PlainTextResponse("method not allowed", 405, {"Allow": "GET, POST"})
         if not _from_here(request):
             return self._form("The form was sent from another site. Please sign in here.", 403)
-        if not has_key(f"Bearer {await _key_in(request)}", self._keys):
-            await asyncio.sleep(PAUSE_SECONDS)
-            return self._form("This key is not known here.", 401)
+        try:
+            await self._keys.check_key(await _key_in(request), request.scope)
+        except ComposeError as refusal:
+            return self._form("This key is not known here." if refusal.status == 401 else str(refusal), refusal.status)
         token = secrets.token_urlsafe(32)
         self._sessions[token] = time.monotonic() + SESSION_SECONDS
         response = RedirectResponse(home, 303)

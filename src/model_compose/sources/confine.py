@@ -1,6 +1,7 @@
 """Which sources a caller, rather than the file, may name: the folders and Hub repositories that the file lists."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,9 @@ from model_compose.schema import shown
 from model_compose.sources import HuggingfaceSource, LocalSource, ModelSource
 from model_compose.sources.hub import is_repository
 from model_compose.sources.local import absolute, is_path
+
+MAX_FILES = 10_000
+"""In a folder that a caller names. An adapter has a handful; looking through a whole disk would take minutes."""
 
 
 def _check(pattern: str) -> str:
@@ -55,12 +59,28 @@ def confine(reference: str, allowed: Sequence[str], base_dir: Path, *, field: st
             raise _forbidden(reference, allowed)
         if not folder.is_dir():
             raise InputError(f"there is no folder '{reference}'", field=field)
-        if not all(_within(file.resolve(), roots) for file in folder.iterdir()):
+        if not all(_within(link.resolve(), roots) for link in _links(folder, reference, field)):
             raise Forbidden(f"'{reference}' holds links that lead out of what this service may load adapters from")
     except (OSError, ValueError, RuntimeError) as error:  # no rights, a name no disk could hold, links in a circle
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "no such path can be"
         raise InputError(f"'{reference}' cannot be read ({reason})", field=field) from error
     return LocalSource(path=str(folder))
+
+
+def _links(folder: Path, reference: str, field: str) -> Iterator[Path]:
+    """All links below, at any depth. What is no link lies where it seems to. Raises InputError."""
+    seen = 0
+    for parent, folders, files in os.walk(folder, onerror=_raise):
+        seen += len(folders) + len(files)
+        if seen > MAX_FILES:
+            raise InputError(
+                f"'{reference}' holds more than {MAX_FILES} files, so it is no adapter's folder", field=field
+            )
+        yield from (path for name in (*folders, *files) if (path := Path(parent, name)).is_symlink())
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _parse(reference: str, field: str) -> LocalSource | HuggingfaceSource:

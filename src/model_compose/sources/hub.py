@@ -100,22 +100,47 @@ def fetch(source: HuggingfaceSource, *, base_dir: Path, only: Sequence[str] | No
     """
     from huggingface_hub.errors import RevisionNotFoundError
 
-    cache = local.absolute(source.cache_dir, base_dir) if source.cache_dir else None
-    call = _Call(source, base_dir, cache, _token(source), only)
-    pinned = source.revision is not None and _COMMIT.fullmatch(source.revision)
-    if (source.local_files_only or pinned) and (cached := _cached(call)):
+    call = _call(source, base_dir, only)
+    if (cached := _settled(call)) is not None:
         return cached
-    if source.local_files_only:
-        raise SourceError(
-            f"{source} is not, or not wholly, in the cache {_cache_folder(call)}, and `local_files_only` forbids to "
-            "fetch it: leave that option out once, or point to a local folder."
-        )
     try:
         return _download(call, report)
     except hub_errors() as error:
         if not isinstance(error, RevisionNotFoundError) and (cached := _cached(call)):
             return cached
         raise SourceError(_failure(call).explain(error)) from error
+
+
+def at_hand(source: HuggingfaceSource, *, base_dir: Path) -> Fetched | None:
+    """What a fetch would give without asking the Hub: a commit, or with `local_files_only` anything, that is in the cache.
+
+    None where it would ask. Raises SourceError where it must not and there is nothing.
+    """
+    if not (source.local_files_only or _is_pinned(source)):
+        return None
+    return _settled(_call(source, base_dir, None))
+
+
+def _call(source: HuggingfaceSource, base_dir: Path, only: Sequence[str] | None) -> _Call:
+    cache = local.absolute(source.cache_dir, base_dir) if source.cache_dir else None
+    return _Call(source, base_dir, cache, _token(source), only)
+
+
+def _is_pinned(source: HuggingfaceSource) -> bool:
+    return source.revision is not None and _COMMIT.fullmatch(source.revision) is not None
+
+
+def _settled(call: _Call) -> Fetched | None:
+    """The snapshot in the cache, where the Hub need not or must not be asked. Raises SourceError."""
+    source = call.source
+    if (source.local_files_only or _is_pinned(source)) and (cached := _cached(call)):
+        return cached
+    if source.local_files_only:
+        raise SourceError(
+            f"{source} is not, or not wholly, in the cache {_cache_folder(call)}, and `local_files_only` forbids to "
+            "fetch it: leave that option out once, or point to a local folder."
+        )
+    return None
 
 
 def sizes(source: HuggingfaceSource, *, base_dir: Path) -> tuple[dict[str, int], int]:
@@ -125,8 +150,7 @@ def sizes(source: HuggingfaceSource, *, base_dir: Path) -> tuple[dict[str, int],
     """
     from huggingface_hub.errors import RevisionNotFoundError
 
-    cache = local.absolute(source.cache_dir, base_dir) if source.cache_dir else None
-    call = _Call(source, base_dir, cache, _token(source), None)
+    call = _call(source, base_dir, None)
     if source.local_files_only:
         fetched = fetch(source, base_dir=base_dir, only=None, report=silent)  # from the cache, or SourceError
         return _sizes_on_disk(fetched.folder), 0
@@ -287,7 +311,7 @@ def _names_on_disk(folder: Path) -> set[str]:
     """The files of a snapshot that another tool fetched without a listing, and the shards that an index promises."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for index in folder.glob("*.index.json"):
-        names.update(json.loads(index.read_text("utf-8")).get("weight_map", {}).values())
+        names.update(json.loads(index.read_text("utf-8-sig")).get("weight_map", {}).values())
     return names
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from model_compose.errors import SourceError
 from model_compose.schema import Options
+from model_compose.sources.choice import no_such_file, only_gguf, preferred
 from model_compose.sources.fetched import Fetched
 
 _PATH = re.compile(r"\.{1,2}$|\.{1,2}[/\\]|~|/|[A-Za-z]:[/\\]")
@@ -22,20 +23,29 @@ def is_path(text: str) -> bool:
 
 
 class LocalSource(Options):
-    """A folder or file; a relative `path` counts from the folder of the YAML file that says it."""
+    """A folder or file; a relative `path` counts from the folder of the YAML file that says it. `filename` asks for one
+    file of the folder (a GGUF base) and those that go with it."""
 
     provider: Literal["local"] = "local"
     path: str = Field(min_length=1)
+    filename: str | None = Field(default=None, min_length=1)
 
     def __str__(self) -> str:
-        return self.path
+        return os.path.join(self.path, self.filename) if self.filename else self.path
 
 
 def fetch(source: LocalSource, *, base_dir: Path) -> Fetched:
-    """Look the path up. Raises SourceError, naming the absolute path, where it leads to nothing."""
+    """Look the path up. A folder whose only weights are one GGUF file is that file.
+
+    Raises SourceError, naming the absolute path, where it leads to nothing, or to several GGUF files.
+    """
     path = absolute(source.path, base_dir)
     if path.is_file():
-        return Fetched(path.parent, path.name, f"local:{_digest(path.parent, [path])}", source.path)
+        if source.filename is not None:
+            raise SourceError(
+                f"{path} is a file, so `filename` has no meaning: leave it out, or set `path` to a folder."
+            )
+        return _file(path.parent, path.name, source)
     if not path.is_dir():
         raise SourceError(
             f"There is no file or folder {path}, where '{source.path}' leads from {base_dir}: correct the path."
@@ -43,7 +53,21 @@ def fetch(source: LocalSource, *, base_dir: Path) -> Fetched:
     files = sorted(_files(path))
     if not files:
         raise SourceError(f"The folder {path} holds no files: point '{source.path}' to the folder with the weights.")
+    names = [file.relative_to(path).as_posix() for file in files]
+    if source.filename is not None:
+        if os.path.normpath(source.filename) not in names:
+            raise no_such_file(names, str(path), source.filename)
+        return _file(path, os.path.normpath(source.filename), source)
+    outer = [name for name in names if "/" not in name]
+    if gguf := only_gguf(outer, folder=str(path)):
+        return _file(path, gguf, source)
+    _refuse_pointers(path / name for name in preferred(outer))
     return Fetched(path, None, f"local:{_digest(path, files)}", source.path)
+
+
+def _file(folder: Path, name: str, source: LocalSource) -> Fetched:
+    _refuse_pointers([folder / name])
+    return Fetched(folder, name, f"local:{_digest(folder, [folder / name])}", str(source))
 
 
 def absolute(path: str, base_dir: Path) -> Path:
@@ -59,6 +83,19 @@ def _files(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def _refuse_pointers(files: Iterable[Path]) -> None:
+    """git clone without git-lfs brings files that only say where the real ones are. Raises SourceError."""
+    for file in files:
+        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_POINTER):
+            raise SourceError(
+                f"{file} is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull` in "
+                f"{file.parent}."
+            )
 
 
 def _digest(folder: Path, files: list[Path]) -> str:

@@ -19,6 +19,12 @@ class Done:
     output: Any
     answers: tuple[Answer, ...] = ()
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about the texts; of several models each says whose text it is."""
+        several = len(self.answers) > 1
+        return [f"{each.component}: {note}" if several else note for each in self.answers for note in each.notes]
+
 
 class RunComponent(Protocol):
     """How a job reaches a component; the runner is handed one."""

@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from model_compose.components import ActionOptions, ComponentOptions, pick
+from model_compose.components.model import EXPECTED_MESSAGES
 from model_compose.errors import FieldError, InputError, RunError
-from model_compose.expressions import SHORT, Path, Reference, Template, Type, convert, parse
+from model_compose.expressions import SHORT, Path, Reference, Splice, Template, Type, convert, parse, strict_json
+from model_compose.schema import nearest, shown
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
 
@@ -14,7 +16,8 @@ from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 class Variable:
     """One input of a workflow, or one output. path: where it stands in the input; () is the input as a whole.
 
-    role "blend": it chooses the blend of `component`, so a page draws sliders for it.
+    role "blend": it chooses the blend of `component`, so a page draws sliders for it. role "messages": it is a whole
+    conversation, so a person may type one message instead.
     """
 
     path: Path
@@ -22,7 +25,7 @@ class Variable:
     required: bool = False
     default: Any = None
     description: str | None = None
-    role: Literal["value", "blend"] = "value"
+    role: Literal["value", "blend", "messages"] = "value"
     component: str | None = None
 
     @property
@@ -46,12 +49,10 @@ class Variable:
 def inputs(workflow: WorkflowOptions, components: Sequence[ComponentOptions]) -> tuple[Variable, ...]:
     """The workflow's inputs, in the order in which they appear; the first mention of a path describes it."""
     found: dict[Path, Variable] = {}
-    for job in workflow.all_jobs:
-        for variable in _job_inputs(job, components):
-            seen = found.get(variable.path)
-            found[variable.path] = (
-                variable if seen is None else replace(seen, required=seen.required or variable.required)
-            )
+    of_jobs = (variable for job in workflow.all_jobs for variable in _job_inputs(job, components))
+    for variable in (*of_jobs, *_handed_out(parse(workflow.output))):
+        seen = found.get(variable.path)
+        found[variable.path] = variable if seen is None else replace(seen, required=seen.required or variable.required)
     return tuple(found.values())
 
 
@@ -68,26 +69,77 @@ def outputs(workflow: WorkflowOptions) -> tuple[Variable, ...]:
     return tuple(found.values())
 
 
-def check(variables: Sequence[Variable], value: Any) -> None:
-    """Raises InputError that names every missing or unconvertible field. `value` is the workflow's input."""
-    problems = []
-    for variable in variables:
-        field = f"input.{variable.name}".rstrip(".")
-        given = Template(Reference("input", variable.path, field)).evaluate({"input": value})
-        if given is None:
-            if variable.required:
-                problems.append(FieldError(field, f"{field} is required ({_wanted(variable)})"))
-            continue
-        try:
-            converted = convert(given, variable.type, field)
-        except RunError as error:
-            problems.append(FieldError(field, str(error)))
-            continue
-        if variable.options and converted not in variable.options:
-            allowed = ", ".join(variable.options)
-            problems.append(FieldError(field, f"{field} is {SHORT.repr(given)}; allowed: {allowed}"))
+def check(variables: Sequence[Variable], value: Any, *, hands_out_all: bool = False) -> None:
+    """Raises InputError that names every missing, unconvertible or unknown field. `value` is the workflow's input.
+
+    hands_out_all: the input as a whole is part of the output, so it may hold anything.
+    """
+    problems = [problem for variable in variables if (problem := _problem(variable, value))]
+    if not hands_out_all:
+        problems += _strays([variable.path for variable in variables], value, ("input",))
     if problems:
         raise InputError("; ".join(problem.message for problem in problems), problems)
+
+
+def hands_out_all(workflow: WorkflowOptions) -> bool:
+    """Whether the input as a whole is part of the workflow's output."""
+    outputs = [parse(workflow.output), *(job.output_template for job in workflow.all_jobs)]
+    return any(r.key == "input" and not r.path for output in outputs for r in output.references())
+
+
+def as_messages(text: str) -> Any:
+    """What a person typed for a conversation: messages as JSON, or any other text as one message of the user."""
+    found = _from_json(text)
+    if isinstance(found, list | dict):
+        return found
+    broken = text.lstrip().startswith(("[{", '{"'))  # JSON with a mistake in it, which `check` refuses
+    return text if broken else [{"role": "user", "content": text}]
+
+
+def _from_json(value: Any) -> Any:
+    """What JSON text says; any other value as it is."""
+    try:
+        return strict_json(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _problem(variable: Variable, value: Any) -> FieldError | None:
+    """What is wrong with one field of the input."""
+    field = f"input.{variable.name}".rstrip(".")
+    given = Template(Reference("input", variable.path, field)).evaluate({"input": value})
+    if given is None:
+        return FieldError(field, f"{field} is required ({_wanted(variable)})") if variable.required else None
+    if variable.role == "messages" and not isinstance(_from_json(given), list | Mapping):
+        return FieldError(field, f"{field}: {EXPECTED_MESSAGES}")
+    try:
+        converted = convert(given, variable.type, field)
+    except RunError as error:
+        return FieldError(field, str(error))
+    if variable.options and converted not in variable.options:
+        return FieldError(field, f"{field} is {SHORT.repr(given)}; allowed: {', '.join(variable.options)}")
+    return None
+
+
+def _strays(known: Sequence[Path], value: Any, at: tuple[str, ...]) -> Iterator[FieldError]:
+    """What no path of `known` reads of `value`, which stands at `at`."""
+    if value is None or any(not path or not isinstance(path[0], str) for path in known):
+        return  # all of it is read, or it is a list
+    field, names = ".".join(at), list(dict.fromkeys(str(path[0]) for path in known))
+    if not isinstance(value, Mapping):
+        if names:
+            yield FieldError(field, f"{field} must be an object with {', '.join(names)}, not {shown(value)}")
+        return
+    for key, item in value.items():
+        if key in names:
+            yield from _strays([path[1:] for path in known if path[0] == key], item, (*at, key))
+        elif at == ("input",) and key == "blend":
+            yield FieldError(
+                "input.blend", "input.blend is not an input of this workflow; a run's blend stands beside its input"
+            )
+        else:
+            problem = f"{field}.{key} is not an input of this workflow; {nearest(str(key), names)}"
+            yield FieldError(f"{field}.{key}", problem)
 
 
 def _job_inputs(job: JobOptions, components: Sequence[ComponentOptions]) -> Iterator[Variable]:
@@ -100,29 +152,48 @@ def _job_inputs(job: JobOptions, components: Sequence[ComponentOptions]) -> Iter
             for inner in of_action.values():
                 if inner.path[: len(path)] == path:
                     outer = (*leaf.path, *inner.path[len(path) :])
-                    own = leaf.type if inner.path == path else None
-                    default = leaf.default if inner.path == path and leaf.default is not None else inner.default
+                    renamed = _variable(leaf, required=inner.required)
+                    given = leaf.default is not None and inner.path == path
                     yield replace(
-                        inner, path=outer, type=own or inner.type, default=default,
-                        required=inner.required and default is None, description=leaf.description or inner.description,
+                        inner, path=outer, type=leaf.type if leaf.type and inner.path == path else inner.type,
+                        default=renamed.default if given else inner.default, required=inner.required and not given,
+                        description=leaf.description or inner.description,
                     )  # fmt: skip
+            yield from _mentions(leaf.default, required=False)
             # A whole input that the action takes nothing of is no variable.
             if leaf.path and not any(inner.path[: len(path)] == path for inner in of_action.values()):
                 yield _variable(leaf, required=False)
         else:
-            for reference in Template(leaf).references():
-                if reference.key == "input":
-                    yield _variable(reference, required=path in of_action and of_action[path].required)
-    yield from (_variable(r, required=False) for r in job.output_template.references() if r.key == "input" and r.path)
+            yield from _mentions(leaf, required=path in of_action and of_action[path].required)
+    yield from _handed_out(job.output_template)
+
+
+def _handed_out(output: Template) -> Iterator[Variable]:
+    """Inputs that are part of an output. The input as a whole is none of its fields."""
+    yield from (_variable(r, required=False) for r in output.references() if r.key == "input" and r.path)
+
+
+def _mentions(leaf: Any, *, required: bool) -> Iterator[Variable]:
+    """The inputs that a leaf of a template reads. One that stands in for another, as its default, is never required."""
+    for part in leaf.parts if isinstance(leaf, Splice) else (leaf,):
+        first = True
+        while isinstance(part, Reference):
+            if part.key == "input":
+                yield _variable(part, required=required and first)
+            part, first = part.default, False
 
 
 def _action_inputs(component: ComponentOptions, action: ActionOptions) -> Iterator[Variable]:
     for field, template in action.fields().items():
-        for reference in template.references():
-            if reference.key == "input":
-                variable = _variable(reference, required=field in action.needs)
+        for path, leaf in template.leaves():
+            for variable in _mentions(leaf, required=field in action.needs):
+                at = ".".join(map(str, (field, *path)))
+                if at in action.structured and isinstance(leaf, Reference) and leaf.type is None:
+                    variable = replace(variable, type=Type("json"))
                 if field == "blend":
                     variable = replace(variable, role="blend", component=component.id)
+                elif at == "messages" and isinstance(leaf, Reference):
+                    variable = replace(variable, role="messages")
                 yield variable
 
 
@@ -162,4 +233,6 @@ def describe(variable: Variable) -> Mapping[str, Any]:
 
 
 def _wanted(variable: Variable) -> str:
+    if variable.role == "messages":
+        return "a list of messages"
     return f"one of {', '.join(variable.options)}" if variable.options else variable.type.name

@@ -17,11 +17,28 @@ from model_compose.engines.huggingface.cache import Row
 
 @dataclass(frozen=True)
 class Piece:
-    """Some new tokens of one row, behind the `start` tokens that it has cached."""
+    """Some new tokens of one row, behind the `start` tokens that it has cached.
+
+    long: whether the row's text is longer than the switch of the model's rotary embedding (rotary.py).
+    """
 
     row: Row
     tokens: Sequence[int]
     start: int
+    long: bool = False
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What becomes of the scores q·k. scaling: their factor, one over the root of dim if None. window: how far back a token
+    looks. cap: they become cap · tanh(score / cap). sinks: (heads,), scores of a key that every softmax counts and that has
+    no value.
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    cap: float = 0.0
+    sinks: Tensor | None = None
 
 
 class Decode:
@@ -53,11 +70,12 @@ class Decode:
                 self._masks[window] = keys <= at if self._ragged else None
         return self._masks[window]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, cap: float) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
         n, heads, dim = q.shape
         groups = k.shape[1]
         # The heads that share keys stand where a sequence's queries would: no key is repeated.
-        out = _scores(q.view(n, groups, heads // groups, dim), k, v, self.mask(window), scaling, cap)
+        sinks = None if how.sinks is None else how.sinks.view(groups, -1, 1)
+        out = _scores(q.view(n, groups, heads // groups, dim), k, v, self.mask(how.window), how, sinks)
         return out.reshape(n, heads, v.shape[-1])
 
 
@@ -83,10 +101,12 @@ class Prefill:
             self._masks[window] = keys <= at if window is None else (keys <= at) & (keys > at - window)
         return self._masks[window]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, cap: float) -> Tensor:
-        plain = self._start == 0 and (window is None or window >= self._end) and not cap
-        mask = None if plain else self.mask(window)
-        return _scores(q.transpose(0, 1)[None], k, v, mask, scaling, cap, causal=plain)[0].transpose(0, 1)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
+        everywhere = self._start == 0 and (how.window is None or how.window >= self._end)
+        plain = everywhere and not how.cap and how.sinks is None
+        mask = None if plain else self.mask(how.window)
+        sinks = None if how.sinks is None else how.sinks.view(-1, 1, 1)
+        return _scores(q.transpose(0, 1)[None], k, v, mask, how, sinks, causal=plain)[0].transpose(0, 1)
 
 
 class Pass:
@@ -106,27 +126,27 @@ class Pass:
         self.positions = torch.cat([torch.arange(p.start, p.start + len(p.tokens)) for p in ordered]).to(device)
         self.last = torch.tensor(self.counts).cumsum(0).to(device) - 1
         self.groups = _groups(ordered, device)
+        self._long, self._device = [piece.long for piece in ordered], device
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float | None = None, window: int | None = None,
-        cap: float = 0.0,
-    ) -> Tensor:  # fmt: skip
+    @property
+    def long(self) -> Tensor:
+        """(tokens,): `long` of each token's piece."""
+        return torch.tensor(self._long).repeat_interleave(torch.tensor(self.counts)).to(self._device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
         """q (tokens, heads, dim), k and v (tokens, key heads, dim) of a layer -> (tokens, heads, value dim).
 
-        Stores k and v in the cache. window: how far back a token looks. cap: scores become cap · tanh(score / cap).
+        Stores k and v in the cache.
         """
-        parts = [attend_group(group, layer, q, k, v, scaling, window, cap) for group in self.groups]
+        parts = [attend_group(group, layer, q, k, v, how) for group in self.groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend_group(
-    group: Decode | Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float | None = None,
-    window: int | None = None, cap: float = 0.0,
-) -> Tensor:  # fmt: skip
+def attend_group(group: Decode | Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
     """`Pass.attend` for one group, of the pass's q, k and v. The cache may have a narrower dtype than they."""
     keys = group.store(group.block.keys[layer], k[group.tokens]).to(k.dtype)
     values = group.store(group.block.values[layer], v[group.tokens]).to(v.dtype)
-    return group.attend(q[group.tokens], keys, values, scaling, window, cap)
+    return group.attend(q[group.tokens], keys, values, how)
 
 
 def _groups(pieces: Sequence[Piece], device: torch.device) -> list[Decode | Prefill]:
@@ -149,17 +169,24 @@ def _groups(pieces: Sequence[Piece], device: torch.device) -> list[Decode | Pref
 
 
 def _scores(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, cap: float, *, causal: bool = False
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scoring, sinks: Tensor | None, *, causal: bool = False
 ) -> Tensor:
-    """Attention of (n, heads, queries, dim) to (n, key heads, keys, dim); mask is true where a query may look."""
-    if not cap:
+    """Attention of (n, heads, queries, dim) to (n, key heads, keys, dim); mask is true where a query may look.
+
+    sinks: as they stand beside the scores, (heads, queries or 1, 1).
+    """
+    if not how.cap and sinks is None:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=causal, scale=how.scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
     shared = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = cap * torch.tanh(scores / cap)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if how.scaling is None else how.scaling)
+    if how.cap:
+        scores = how.cap * torch.tanh(scores / how.cap)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return weights[..., : k.shape[2]] @ v

@@ -62,8 +62,13 @@ class Batch(Scheduler):
         """The running sequences that decode, each with room for its next token."""
         for sequence in list(self.running):  # the oldest first: it takes the room of younger ones
             if sequence in self.running and sequence.pending == 1:
+                if self._is_long(sequence) and not sequence.long:  # what is cached was rotated by other factors
+                    sequence.long, sequence.cached = True, 0
                 self._reserve(sequence)
         return [(sequence, 1) for sequence in self.running if sequence.pending == 1]
+
+    def _is_long(self, sequence: Sequence) -> bool:
+        return self._forward.switch is not None and len(sequence.tokens) > self._forward.switch
 
     def _reserve(self, sequence: Sequence) -> None:
         """Makes room for all of the sequence's tokens: by letting prefixes go, then by preempting the youngest."""
@@ -111,6 +116,7 @@ class Batch(Scheduler):
         kept: list[Sequence] = []
         while self.waiting and len(self.running) < self._max_rows:
             sequence = self.waiting.popleft()
+            sequence.long = self._is_long(sequence)
             if self._is_worth_waiting(sequence):
                 kept.append(sequence)
                 continue
@@ -128,7 +134,7 @@ class Batch(Scheduler):
     def _is_worth_waiting(self, sequence: Sequence) -> bool:
         return self.prefixes is not None and any(
             other.pending > 1
-            and other.identity == sequence.identity
+            and other.kept_as == sequence.kept_as
             and common(other.tokens, sequence.tokens[:-1]) >= other.cached + WORTH_WAITING
             for other in self.running
         )
@@ -152,8 +158,8 @@ class Batch(Scheduler):
         sequence.row = row
         if self.prefixes is not None:
             wanted = sequence.tokens[:-1]  # the last token is computed in any case, for its logits
-            entry, length = self.prefixes.find(sequence.identity, wanted)
-            alike = [other for other in self.running if other.identity == sequence.identity]
+            entry, length = self.prefixes.find(sequence.kept_as, wanted)
+            alike = [other for other in self.running if other.kept_as == sequence.kept_as]
             other = max(alike, key=lambda other: common(other.tokens[: other.cached], wanted), default=None)
             shared = common(other.tokens[: other.cached], wanted) if other else 0
             if other is not None and other.row is not None and shared > length:
@@ -181,7 +187,7 @@ class Batch(Scheduler):
         if self.prefixes is None or sequence.failed or sequence.row is None:
             return
         try:
-            self.prefixes.keep(sequence.identity, sequence.tokens[: sequence.cached], sequence.row)
+            self.prefixes.keep(sequence.kept_as, sequence.tokens[: sequence.cached], sequence.row)
         except (RuntimeError, MemoryError) as error:  # torch says by a RuntimeError that memory is short
             log.warning("a prefix of %d tokens was not kept: %s", sequence.cached, error)
 
@@ -223,7 +229,7 @@ class Batch(Scheduler):
         for sequence, count in work:
             assert sequence.row is not None
             start = sequence.cached
-            pieces.append(Piece(sequence.row, sequence.tokens[start : start + count], start))
+            pieces.append(Piece(sequence.row, sequence.tokens[start : start + count], start, sequence.long))
         step = Pass(pieces, self._forward.layers[0].device)
         with self._lora.use([work[number][0].blend for number in step.order], step.counts) as mix:
             return self._forward(step, mix), step.order

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_compose.engines.huggingface.attention import Decode, Pass, attend_group
+from model_compose.engines.huggingface.attention import Decode, Pass, Scoring, attend_group
 from model_compose.engines.huggingface.cache import LayerShape
 from model_compose.engines.huggingface.decode import NativeLayers
 from model_compose.engines.huggingface.quantized import NativeLinear, quantize
+from model_compose.engines.huggingface.rotary import rotate_by_row, switch_length
 from model_compose.lora.layers import LoraModel, Projection
 from model_compose.lora.live import Mix
 from model_compose.native import KINDS, CShape, Kernels, kernels
@@ -54,6 +55,7 @@ class LlamaForward:
         first = inner.layers[0].self_attn
         heads, keys, dim = config.num_attention_heads, config.num_key_value_heads, first.head_dim
         self._heads, self._keys, self._dim, self._rotary = heads, keys, dim, inner.rotary_emb
+        self.switch = switch_length(model, type(model).__name__)
         self._dtype = None if native is None else torch.float32
         self._layers = [self._layer(lora, number, layer, make) for number, layer in enumerate(inner.layers)]
         self._embed, self._norm = lora.embedding("model.embed_tokens"), self._own(inner.norm.weight)
@@ -91,7 +93,8 @@ class LlamaForward:
     def __call__(self, step: Pass, mix: Mix | None) -> Tensor:
         between, dim = self._between, self._dim
         x, y = self._embed(step.tokens, mix), None
-        cosine, sine = (part[0] for part in self._rotary(x[None], step.positions[None]))
+        rotary = self._rotary if self.switch is None else partial(rotate_by_row, self._rotary, self.switch, step.long)
+        cosine, sine = (part[0] for part in rotary(x[None], step.positions[None]))
         # Rotating halves is a roll, with the first half's sign in the sine.
         turn = (cosine.contiguous(), torch.cat([-sine[:, : dim // 2], sine[:, dim // 2 :]], dim=-1))
         if self._native is not None:
@@ -151,7 +154,7 @@ class Between:
                 self._native.attend(group, number, layer, qkv, turn, out)
                 continue
             rotated = rotated or self._rotated(layer, qkv, turn)
-            attended = attend_group(group, number, *rotated, window=layer.window)
+            attended = attend_group(group, number, *rotated, Scoring(window=layer.window))
             out[group.tokens] = attended.reshape(-1, out.shape[1])
         return out
 
@@ -176,8 +179,8 @@ def native_for(model: nn.Module, device: torch.device) -> Kernels | None:
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether the lean decoder computes this model."""
-    return type(model).__name__ in ARCHITECTURES
+    """Whether the lean decoder computes this model. A config can make a Llama look at later tokens, too: not that one."""
+    return type(model).__name__ in ARCHITECTURES and getattr(model.config, "is_causal", True) is True
 
 
 def _window(attention: Any) -> int | None:

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from model_compose.engines.huggingface.attention import Pass
+from model_compose.engines.huggingface.attention import Pass, Scoring
 from model_compose.engines.huggingface.cache import LayerShape
+from model_compose.engines.huggingface.probe import NotServed, Probe, check_alike, mask_rules, watching
+from model_compose.engines.huggingface.rotary import Rotary, longrope_modules, rotate_by_row, switch_length
+from model_compose.engines.huggingface.sizes import context_length
 from model_compose.errors import LoadError
 from model_compose.lora.live import Mix
 
@@ -22,54 +25,75 @@ NAME = "model_compose"
 
 
 class Forward(Protocol):
-    """A model's code. layers: what each of them keeps in the KV cache."""
+    """A model's code. layers: what each of them keeps in the KV cache. switch: the length beyond which all tokens of a text
+    have other keys (rotary.py); None where there is no such length."""
 
     layers: list[LayerShape]
+    switch: int | None
 
     def __call__(self, step: Pass, mix: Mix | None) -> Tensor:
         """(pieces, vocabulary): the logits behind the last token of each piece, in the order of the pass."""
 
 
-class Attends(Protocol):
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scaling: float | None, window: int | None, cap: float
-    ) -> Tensor: ...
-
-
-_running: ContextVar[Attends] = ContextVar("running")
+_running: ContextVar[Pass | Probe] = ContextVar("running")
 
 
 class TransformersForward:
-    """Raises LoadError where the model's attention cannot be taken over."""
+    """Raises LoadError where the model's code cannot be taken over. unfit: modules that take no adapter, and why."""
 
     def __init__(self, model: nn.Module, device: torch.device, name: str) -> None:
-        self._model, self._device = model, device
-        probe = _Probe()
+        self._model, self._device, self._context = model, device, context_length(model.config)
+        self.switch = switch_length(model, name)
+        if self.switch is not None:
+            for module in longrope_modules(model):
+                module.forward = _rotary_by_row(module.forward, self.switch)
+        title = f"{name} ({type(model).__name__})"
         try:
-            with _attending(probe):
-                first = torch.zeros(1, dtype=torch.long, device=device)
-                model(input_ids=first[None], position_ids=first[None], use_cache=False, logits_to_keep=first)
-        except NotImplementedError as error:
-            raise LoadError(f"{name} uses {error}, which the embedded engine cannot serve yet") from error
-        except TypeError as error:
+            probe = self._probe()
+        except NotServed as error:
+            raise LoadError(f"{title} {error}, which the embedded engine does not compute; use another base") from error
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # the model's own code, which may fail in any way
             raise LoadError(
-                f"{name}: {type(model).__name__} cannot be asked as the embedded engine does: {error}"
+                f"{title} cannot be run as the embedded engine does, by token, position and attention "
+                f"({type(error).__name__}: {error}); use another base"
             ) from error
         config: Any = model.config
-        if sorted(probe.layers) != list(range(config.get_text_config().num_hidden_layers)):
+        if sorted(probe.seen) != list(range(config.get_text_config().num_hidden_layers)):
             raise LoadError(own_attention(name, type(model).__name__))
-        self.layers = [probe.layers[layer] for layer in sorted(probe.layers)]
+        self.layers, self.unfit = probe.layers, probe.unfit
 
     def __call__(self, step: Pass, mix: Mix | None) -> Tensor:
         # The hooks of the LoraModel know the mix.
-        with _attending(step):
-            logits: Tensor = self._model(
-                input_ids=step.tokens[None],
-                position_ids=step.positions[None],
-                use_cache=False,
-                logits_to_keep=step.last,
-            ).logits[0]
+        logits = self._ask(step, step.tokens, step.positions, step.last)
+        return logits if len(logits) == len(step.last) else logits[step.last]  # some models compute those of all tokens
+
+    def _ask(self, running: Pass | Probe, tokens: Tensor, positions: Tensor | None, last: Tensor) -> Tensor:
+        given = {} if positions is None else {"position_ids": positions[None]}
+        with _attending(running):
+            logits: Tensor = self._model(input_ids=tokens[None], use_cache=False, logits_to_keep=last, **given).logits[
+                0
+            ]
         return logits
+
+    def _probe(self) -> Probe:
+        """Raises NotServed, and whatever the model's code raises."""
+        config: Any = self._model.config
+        middle = config.get_text_config().vocab_size // 2  # special tokens are at the ends
+        tokens = torch.arange(middle, middle + 5, device=self._device)
+        kept = torch.tensor([0, 4], device=self._device)
+        first = Probe(5, context=self._context)
+        with mask_rules(NAME), watching(self._model, first, len(kept)):
+            logits = self._ask(first, tokens, None, kept)
+        if len(logits) not in (len(kept), len(tokens)):
+            raise NotServed(f"gives logits for {len(logits)} of {len(tokens)} tokens")
+        # Tokens 4, 2 and 0 at their positions again, in another order and beside others.
+        again = Probe(5)
+        order, positions = [4, 3, 2, 1, 0], torch.tensor([4, 9, 2, 7, 0], device=self._device)
+        self._ask(again, tokens[order], positions, kept)
+        check_alike(first, again, {0: 4, 2: 2, 4: 0})
+        return first
 
 
 def own_attention(name: str, architecture: str) -> str:
@@ -77,19 +101,15 @@ def own_attention(name: str, architecture: str) -> str:
     return f"{name} ({architecture}) has attention of its own, which the embedded engine cannot take over; use another base"
 
 
-class _Probe:
-    """Stands where a pass does, for one token, to see what each layer would keep."""
+def _rotary_by_row(rotary: Rotary, switch: int) -> Rotary:
+    def forward(x: Tensor, position_ids: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        return rotate_by_row(rotary, switch, _running.get().long, x, position_ids, **options)
 
-    def __init__(self) -> None:
-        self.layers: dict[int, LayerShape] = {}
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-        self.layers[layer] = LayerShape(k.shape[1], k.shape[2], v.shape[2], k.dtype, k.device)
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    return forward
 
 
 @contextmanager
-def _attending(what: Attends) -> Iterator[None]:
+def _attending(what: Pass | Probe) -> Iterator[None]:
     token = _running.set(what)
     try:
         with torch.inference_mode():
@@ -100,13 +120,14 @@ def _attending(what: Attends) -> Iterator[None]:
 
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None,
-    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """`attend` in the shapes of AttentionInterface: (1, heads, tokens, dim) -> (1, tokens, heads, dim)."""
-    if s_aux is not None:
-        raise NotImplementedError("attention sinks")
+    running = _running.get()
+    if isinstance(running, Probe):
+        running.check(module, attention_mask, sliding_window, others)
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-    out = _running.get().attend(module.layer_idx, q, k, v, scaling=scaling, window=sliding_window, cap=softcap or 0.0)
+    out = running.attend(module.layer_idx, q, k, v, Scoring(scaling, sliding_window, softcap or 0.0, s_aux))
     return out[None], None
 
 

@@ -4,21 +4,29 @@ Knows nothing of models and requests: a tokenizer, a format, and the scores of o
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from torch import Tensor
 
 from model_compose.errors import InputError
 from model_compose.generation import ResponseFormat
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # One gap of white space at most this wide: a small model may else fill its whole budget with newlines.
 _GAP = r"[\x20\x0A\x0D\x09]{1,40}"
-_CACHED_FORMATS = 64
+_CACHED_FORMATS = 8
+"""A compiled one takes up to 50 MB; compiling takes milliseconds for most."""
+_COMPILING_FUEL = 300_000
+"""A schema of 60 KB needs a third of it. Without it, a regex such as ((a{100}){100}){99} takes three seconds and 200 MB."""
+
+
+_LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=_COMPILING_FUEL)
 
 
 class Grammars:
@@ -45,16 +53,7 @@ class Grammars:
 
     def _compile(self, format: ResponseFormat) -> LLMatcher:
         """The grammar's beginning, with the first mask computed: it finds formats that no text can have."""
-        try:
-            matcher = LLMatcher(
-                self._read(), _grammar(format), log_level=0, limits=LLParserLimits(verbose_errors=False)
-            )
-        except ValueError as error:  # the text is no JSON, or llguidance cannot read such a tokenizer
-            raise _refusal(str(error)) from None
-        matcher.compute_bitmask()
-        if matcher.is_error():
-            raise _refusal(_reason(matcher))
-        return matcher
+        return _compile(self._read, format)
 
     def _read(self) -> LLTokenizer:
         with self._lock:
@@ -71,7 +70,7 @@ class Constraint:
     def __init__(self, matcher: LLMatcher, eos: list[int]) -> None:
         self._matcher, self._eos = matcher, eos
 
-    def mask(self, scores: Tensor) -> None:
+    def mask(self, scores: "Tensor") -> None:
         """Sets the scores of forbidden tokens to -inf, in place. scores: float32 of shape (vocabulary,), on the CPU.
 
         At the end of the grammar only an EOS token is left. Where other filters have ruled out all that the grammar allows
@@ -95,6 +94,22 @@ class Constraint:
         """Goes on with the drawn token. Raises InputError if the grammar does not have it there."""
         if not self._matcher.consume_token(token):
             raise _refusal(f"token {token} is not allowed here: {_reason(self._matcher)}")
+
+
+def check_format(format: ResponseFormat) -> None:
+    """Raises InputError for a format that no model could keep to, with the reason. Bytes stand for its tokens."""
+    _compile(lambda: LLTokenizer("byte"), format)
+
+
+def _compile(tokens: Callable[[], LLTokenizer], format: ResponseFormat) -> LLMatcher:
+    try:
+        matcher = LLMatcher(tokens(), _grammar(format), log_level=0, limits=_LIMITS)
+    except ValueError as error:  # the text is no JSON, or llguidance cannot read such a tokenizer
+        raise _refusal(str(error)) from None
+    matcher.compute_bitmask()
+    if matcher.is_error():
+        raise _refusal(_reason(matcher))
+    return matcher
 
 
 def _grammar(format: ResponseFormat) -> str:

@@ -19,6 +19,7 @@ from model_compose.engines.huggingface.sizes import (
     checkpoint_dtype,
     context_length,
     kv_bytes_per_token,
+    layer_configs,
     parameters,
     stored_bits,
     weight_of,
@@ -320,11 +321,17 @@ def _working(config: Any, rows: int, dtype: "torch.dtype", adapters: int) -> int
     where B is as wide as the products that are fused."""
     from model_compose.engines.huggingface.batch import PREFILL_TOKENS
 
+    widest = max(_inner(layer) for layer in layer_configs(config))
     config = config.get_text_config()
     hidden = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    activations = (PREFILL_TOKENS + rows) * (4 * hidden + 3 * inner) * dtype.itemsize
+    activations = (PREFILL_TOKENS + rows) * (4 * hidden + 3 * widest) * dtype.itemsize
     return activations + rows * int(config.vocab_size) * (dtype.itemsize + 12) + 2 * adapters
+
+
+def _inner(config: Any) -> int:
+    """How wide a layer's MLP is; Gemma 3n lists all layers' widths in each config."""
+    inner: Any = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return int(max(inner) if isinstance(inner, list) else inner)
 
 
 def _remedy(needs: Needs) -> str:

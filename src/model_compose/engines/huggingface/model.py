@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import json
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,12 +21,14 @@ from model_compose.engines.huggingface.forward import NAME as ATTENTION
 from model_compose.engines.huggingface.forward import Forward, TransformersForward, own_attention
 from model_compose.engines.huggingface.free import free_memory
 from model_compose.engines.huggingface.quantized import multiplies_bfloat16, quantize_modules
-from model_compose.engines.parts import CONFIG_FILES, fetch_adapters, load_tokenizer
-from model_compose.errors import AdapterError, LoadError
-from model_compose.lora.adapter import LoraAdapter, check
+from model_compose.engines.on_disk import check_chat_template, check_kind
+from model_compose.engines.parts import CONFIG_FILES, check_device, check_quantization, fetch_adapters, load_tokenizer
+from model_compose.errors import ComposeError, LoadError, reason
+from model_compose.lora.adapter import LoraAdapter, check, is_copy
 from model_compose.lora.layers import LoraModel, Placement, module_shapes
 from model_compose.progress import Progress, Report
 from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
+from model_compose.sources.hub import is_repository
 from model_compose.sources.survey import on_disk
 
 log = logging.getLogger(__name__)
@@ -70,37 +71,43 @@ def load(
     from transformers.utils import logging as transformers_logging
 
     device = pick_device(options.device)
-    _check_quantization(options.quantization, device)
+    check_quantization(options.quantization, str(device))
+    if options.quantization and device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is None:
+        raise LoadError(
+            f"quantization: {options.quantization} on {device} needs bitsandbytes; pip install bitsandbytes"
+        )
     named = dict(zip(options.adapter_names, options.peft_adapters, strict=True))
     placements = {name: placement(adapter) for name, adapter in named.items()}  # before anything is fetched
     adapters = fetch_adapters(options, base_dir, report)
     checked = _preflight(options, base_dir, adapters, device, trust_remote_code=trust_remote_code)
     base = fetch(options.model, base_dir=base_dir, report=report)
-    if not checked:
-        _warn_of_other_base(adapters, options, base)
+    check_kind(base, "huggingface")
     transformers_logging.set_verbosity_error()
     with _tqdm_reports(report), load_errors(describe(options.model), device):
-        tokenizer = load_tokenizer(base, trust_remote_code)
+        tokenizer = load_tokenizer(base, trust_remote_code, chat=options.chats)
         config = base_config(base, trust_remote_code)
         if not checked:
             checkpoint = sizes.checkpoint_of(on_disk(base), base.file)
             _check_on_meta(options, config, checkpoint, adapters, device, trust_remote_code)
+            _warn_of_other_base(adapters, options, base)
         model = _load_model(base, config, options, device, trust_remote_code)
-        _check_layers(model, describe(options.model))
         report(Progress("attaching adapters", 0, len(adapters), "adapters"))
         by_kernel = options.quantization if device.type == "cpu" else None
         if by_kernel is not None and not takes(model):
             quantize_modules(model, by_kernel)
         native = native_for(model, device)
         lora = LoraModel(
-            model, adapters, placements, max_on_device=max_adapters, dtype=None if native is None else torch.float32
-        )
+            model, adapters, placements, max_on_device=max_adapters, dtype=None if native is None else torch.float32,
+            holds=functools.partial(_holds, base, model),
+        )  # fmt: skip
         report(Progress("attaching adapters", len(adapters), len(adapters), "adapters"))
         forward: Forward
         if takes(model):
             forward = LlamaForward(lora, by_kernel, native)
         else:
-            forward = TransformersForward(model, device, describe(options.model))
+            theirs = TransformersForward(model, device, describe(options.model))
+            lora.refuse(theirs.unfit)
+            forward = theirs
     context = sizes.context_length(model.config, options.max_seq_length)
     loaded = Loaded(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
     if native is None:
@@ -114,10 +121,8 @@ def pick_device(name: str) -> torch.device:
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise LoadError(f"device '{name}' is not known; use auto, cpu, cuda, cuda:0 or mps") from None
+    check_device(name)
+    device = torch.device(name)
     found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= found.get(device.type, 0):
         have = ", ".join(f"{count} {kind}" for kind, count in found.items() if count)
@@ -158,10 +163,12 @@ def _preflight(
     if not isinstance(options.model, HuggingfaceSource) or options.model.filename is not None:
         return False  # everything is on disk already, or the config is inside the GGUF file: checked when attached
     configs = fetch(options.model, base_dir=base_dir, only=CONFIG_FILES)
-    _warn_of_other_base(adapters, options, configs)
+    if options.chats:
+        check_chat_template(configs)
     with load_errors(describe(options.model), torch.device("meta")):
         config = base_config(configs, trust_remote_code)
         _check_on_meta(options, config, sizes.Checkpoint(), adapters, device, trust_remote_code)
+    _warn_of_other_base(adapters, options, configs)
     return True
 
 
@@ -175,10 +182,9 @@ def _check_on_meta(
 ) -> None:
     """That the adapters' shapes fit the base, and all of it into memory. Raises AdapterError, LoadError."""
     model = on_meta(config, trust_remote_code)
+    _check_layers(config, describe(options.model))
     shapes = module_shapes(model)
-    for adapter in adapters:
-        check(adapter, shapes)
-    loaded = {adapter.name: sizes.loaded_size(adapter) for adapter in adapters}
+    loaded = {adapter.name: sizes.loaded_size(check(adapter, shapes)) for adapter in adapters}
     needed = memory.needs(
         options, model, loaded, checkpoint, name=describe(options.model), device=device,
         dtype=pick_dtype(options.precision, device), place=pick_device, free=free_memory,
@@ -191,8 +197,6 @@ def base_config(base: Fetched, trust_remote_code: bool) -> Any:
     """The base's transformers config, from its folder or from inside a GGUF file."""
     from transformers import AutoConfig
 
-    if base.file and not base.file.endswith(".gguf"):
-        raise LoadError(f"{base.file} is not a GGUF file; leave 'filename' out to load a checkpoint folder")
     gguf = {"gguf_file": base.file} if base.file else {}
     return AutoConfig.from_pretrained(base.folder, trust_remote_code=trust_remote_code, local_files_only=True, **gguf)
 
@@ -207,28 +211,44 @@ def on_meta(config: Any, trust_remote_code: bool) -> nn.Module:
 
 
 def _warn_of_other_base(adapters: list[LoraAdapter], options: ModelOptions, base: Fetched) -> None:
+    """After the shapes have been checked."""
     for adapter in adapters:
-        if other_base(adapter, options, base):
+        if name := other_base(adapter, options, base):
             log.warning(
                 "adapter '%s' was trained on %s, but the base model is %s; the shapes fit, the text may still suffer",
-                adapter.name, adapter.base, describe(options.model),
+                adapter.name, adapter.base, name,
             )  # fmt: skip
 
 
-def other_base(adapter: LoraAdapter, options: ModelOptions, base: Fetched) -> bool:
-    """Whether the adapter names another base than this. One with the same shapes under another name may be meant (a
-    re-upload, a GGUF), so this is no error."""
+def other_base(adapter: LoraAdapter, options: ModelOptions, base: Fetched) -> str | None:
+    """The base's name on the Hub where the adapter was trained on one of another name, and both names are known.
+
+    The same shapes under another name may be meant (a re-upload), so this is no error. What a folder or a file is called
+    is no evidence.
+    """
     path = base.folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    known = {_last(describe(options.model)), base.folder.name.lower(), _last(config.get("_name_or_path") or "")}
-    trained_on = _last(adapter.base or "")
+    config = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+    source = options.model
+    names: list[str | None] = [config.get("_name_or_path")]
+    if isinstance(source, HuggingfaceSource):
+        names.insert(0, source.repository)
+    known = {_last(name): name for name in names if name and _on_hub(name)}
+    if not adapter.base or not _on_hub(adapter.base) or not known:
+        return None
+    trained_on = _last(adapter.base)
     # A GGUF file is called like its model, with the quantisation behind a dot.
-    return bool(trained_on and trained_on not in known and not (base.file or "").lower().startswith(f"{trained_on}."))
+    same = trained_on in known or (base.file or "").lower().startswith(f"{trained_on}.")
+    return None if same else next(iter(known.values()))
+
+
+def _on_hub(name: str) -> bool:
+    """Whether it names a repository of an organisation, rather than somebody's folder."""
+    return "/" in name and is_repository(name)
 
 
 def _last(reference: str) -> str:
-    """The last part of a Hub name or a path, in lower case."""
-    return Path(reference).name.lower()
+    """The last part of a Hub name, in lower case. Repositories of GGUF files are called like the model, and -GGUF."""
+    return Path(reference).name.lower().removesuffix("-gguf")
 
 
 def _load_model(
@@ -238,11 +258,6 @@ def _load_model(
 
     extra: dict[str, Any] = {}
     if base.file:
-        if re.search(r"-\d{5}-of-\d{5}\.gguf$", base.file):
-            raise LoadError(
-                f"{base.file} is one of several parts, of which transformers reads this one alone; make them one file "
-                "(llama-gguf-split --merge), or use driver: llamacpp"
-            )
         extra = {"gguf_file": base.file, "quantization_config": GgufConfig(dequantize=True)}
     if device.type != "cpu":
         extra["device_map"] = {"": device}
@@ -265,14 +280,14 @@ def _load_model(
     return model.eval().requires_grad_(False)
 
 
-def _check_quantization(kind: str | None, device: torch.device) -> None:
-    """Raises LoadError where the device has no kernels for it."""
-    kinds = sizes.KINDS.get(device.type, ())
-    if kind is not None and kind not in kinds:
-        use = f"on {device.type} use {' or '.join(kinds)}" if kinds else f"leave it out on {device.type}"
-        raise LoadError(f"quantization: {kind} is not available on {device}; {use}")
-    if kind is not None and device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is None:
-        raise LoadError(f"quantization: {kind} on {device} needs bitsandbytes; pip install bitsandbytes")
+def _holds(base: Fetched, model: Any, name: str, tensor: torch.Tensor) -> bool | None:
+    """Whether the base's parameter is `tensor`. Its files tell, as the model's own weights may be packed or folded."""
+    from model_compose.export.checkpoint import holds
+
+    try:
+        return holds(base, model, name, tensor)
+    except LoadError:  # stored quantised: embedding and head are plain there
+        return is_copy(tensor, dict(model.named_parameters(remove_duplicate=False)).get(name))
 
 
 def _bitsandbytes(options: ModelOptions) -> Any:
@@ -286,9 +301,8 @@ def _bitsandbytes(options: ModelOptions) -> Any:
     )
 
 
-def _check_layers(model: nn.Module, name: str) -> None:
+def _check_layers(config: Any, name: str) -> None:
     """The KV cache holds what attention layers keep, and nothing else. Raises LoadError."""
-    config: Any = model.config
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
         raise LoadError(
@@ -308,16 +322,18 @@ def load_errors(name: str, device: torch.device) -> Iterator[None]:
     """Turns what torch and transformers raise while loading into one sentence with a remedy."""
     try:
         yield
-    except (LoadError, AdapterError):
+    except ComposeError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(name, device) from error
-    except (RuntimeError, OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # a config, a stranger's files or a model's own code may fail in any way
         text = str(error)
         if "allocate memory" in text or "Cannot allocate" in text or "bad alloc" in text:
             raise _out_of_memory(name, device) from error
-        first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-        raise LoadError(f"{name} cannot be loaded as a causal language model: {first}") from error
+        told = reason(error)
+        if isinstance(error, AttributeError | TypeError | LookupError | AssertionError):  # their text alone says little
+            told = f"{type(error).__name__}: {told}"
+        raise LoadError(f"{name} cannot be loaded as a causal language model: {told}") from error
 
 
 def _out_of_memory(name: str, device: torch.device) -> LoadError:

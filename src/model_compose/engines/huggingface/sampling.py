@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model_compose.engines.huggingface.grammar import Constraint
+from model_compose.engines.huggingface.text import token_bytes
 from model_compose.errors import InputError
 from model_compose.generation import Sampling, TokenLogprob
 
@@ -160,13 +161,13 @@ def _invert(chances: Tensor, numbers: Sequence[float]) -> Tensor:
     return torch.searchsorted(sums, at, right=True)[:, 0].clamp_(max=chances.shape[1] - 1)
 
 
-def logprobs(logits: Tensor, token: int, count: int, tokenizer: Any) -> tuple[TokenLogprob]:
+def logprobs(logits: Tensor, token: int, count: int, tokenizer: Any, position: int) -> TokenLogprob:
     """The chosen token's log-probability with `count` alternatives, from a row's logits (vocabulary,)."""
     values = logits.float().log_softmax(dim=-1)
-    top = values.topk(count) if count else None
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True) if top else ()
-    alternatives = tuple((tokenizer.decode([other]), _finite(value)) for other, value in pairs)
-    return (TokenLogprob(tokenizer.decode([token]), _finite(float(values[token])), alternatives),)
+    best = values.topk(count) if count else None
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
+    top = tuple((token_bytes(tokenizer, other), _finite(value)) for other, value in pairs)
+    return TokenLogprob(token_bytes(tokenizer, token), _finite(float(values[token])), top, position)
 
 
 def _finite(logprob: float) -> float:

@@ -11,9 +11,9 @@ from torch import Tensor
 from model_compose.engines.huggingface.cache import Row
 from model_compose.engines.huggingface.grammar import Constraint
 from model_compose.engines.huggingface.sampling import Chooser, logprobs
-from model_compose.engines.huggingface.text import Detokenizer, StopStrings
+from model_compose.engines.huggingface.text import Transcript
 from model_compose.errors import ComposeError, RunError
-from model_compose.generation import Chunk, Finish, Sampling
+from model_compose.generation import Chunk, Finish, Sampling, TokenLogprob
 from model_compose.lora.blend import Blend
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ class Prompt:
 
 class Sequence:
     """Sequence `index` of a request. tokens: prompt and drawn ones; the first `cached` of them are in the KV cache, in
-    `row`. reused: how many prompt tokens came out of the prefix cache.
+    `row`. long: whether they are there as in a text beyond the rotary embedding's switch (rotary.py). reused: how many
+    prompt tokens came out of the prefix cache.
 
     emit: takes each Chunk, or the error that ends the sequence; called from the engine's thread.
     """
@@ -45,13 +46,13 @@ class Sequence:
         self.blend, self.identity, self.index = prompt.blend, prompt.identity, index
         self.tokens, self.cached, self.reused = list(prompt.tokens), 0, 0
         self.row: Row | None = None
+        self.long = False
         self.done = False
         self.failed = False
         self.chooser = Chooser(prompt.sampling, index, prompt.tokens, eos, constraint)
         self._prompt_length = len(prompt.tokens)
         self._eos, self._tokenizer, self._emit = eos, tokenizer, emit
-        self._text = Detokenizer(tokenizer, prompt.tokens)
-        self._stops = StopStrings(prompt.sampling.stop_sequences)
+        self._text = Transcript(tokenizer, prompt.tokens, prompt.sampling.stop_sequences)
         self._logprobs = prompt.sampling.logprobs
         room = prompt.limit - len(prompt.tokens)
         self._budget = min(prompt.sampling.max_output_length or room, room)
@@ -66,6 +67,11 @@ class Sequence:
         return len(self.tokens) - self.cached
 
     @property
+    def kept_as(self) -> str:
+        """What the keys and values of its tokens depend on besides the tokens."""
+        return f"{self.identity} long" if self.long else self.identity
+
+    @property
     def most_tokens(self) -> int:
         """How long prompt and text can become."""
         return self._prompt_length + self._budget
@@ -74,13 +80,13 @@ class Sequence:
         """The drawn token: sends the text that it completes. logits: the row's, (vocabulary,)."""
         self.tokens.append(token)
         if token in self._eos:
-            return self._end("stop", self._stops.flush())
-        text, stopped = self._stops.push(self._text.push(token))
-        told = () if self._logprobs is None else logprobs(logits, token, self._logprobs, self._tokenizer)
+            return self._end("stop", self._text.end())
+        told = () if self._logprobs is None else self._told(token, logits, self._logprobs)
+        text, stopped = self._text.push(token)
         if stopped:
             return self._end("stop", text, told)
         if self.generated >= self._budget:
-            return self._end("length", text + self._stops.flush(), told)
+            return self._end("length", text + self._text.end(), told)
         if text or told:
             self._emit(Chunk(self.index, text, logprobs=told))
         return None
@@ -91,6 +97,9 @@ class Sequence:
         if not isinstance(error, ComposeError):
             log.error("a sequence failed", exc_info=error)
         self._emit(_run_error(error))
+
+    def _told(self, token: int, logits: Tensor, count: int) -> tuple[TokenLogprob]:
+        return (logprobs(logits, token, count, self._tokenizer, self._text.position),)
 
     def _end(self, finish: Finish, text: str, logprobs: Any = ()) -> None:
         self.done = True

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from model_compose.errors import AdapterError
+from model_compose.errors import AdapterError, LoadError
 
 if TYPE_CHECKING:
     import torch
@@ -52,12 +52,30 @@ def checkpoint_of(sizes: Mapping[str, int], file: str | None = None) -> Checkpoi
 
 
 def kv_bytes_per_token(config: Any, dtype: "torch.dtype") -> int:
-    """Keys and values of one token in all layers: 2 · layers · KV heads · head size · bytes. Sliding layers count alike."""
+    """Keys and values of one token in all layers. Sliding layers count alike. Raises LoadError for a model without them."""
+    return sum(_kv_numbers(layer) for layer in layer_configs(config)) * dtype.itemsize
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """The text model's config for each layer: most models have one for all, Gemma 4's layers differ."""
     config = config.get_text_config()
-    heads = config.num_attention_heads
+    count = int(config.num_hidden_layers)
+    return list(config.per_layer_config) if config.is_heterogeneous else [config] * count
+
+
+def _kv_numbers(config: Any) -> int:
+    """How many numbers a layer keeps of a token: KV heads · (key size + value size)."""
+    heads = getattr(config, "num_attention_heads", None)
+    if heads is None:
+        raise LoadError(
+            f"a model of type '{config.model_type}' has no attention heads, and the embedded engine keeps keys and values "
+            "only; use another base"
+        )
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize)
+    rotated = getattr(config, "qk_rope_head_dim", None)  # latent attention (DeepSeek): a part of the key is rotated
+    key_dim = head_dim if rotated is None else config.qk_nope_head_dim + rotated
+    return int(kv_heads * (key_dim + (getattr(config, "v_head_dim", None) or head_dim)))
 
 
 def context_length(config: Any, *limits: int | None) -> int:

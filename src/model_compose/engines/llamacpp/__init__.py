@@ -22,7 +22,7 @@ from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blends
 from model_compose.progress import Progress, Report
 from model_compose.schema import Options, Seconds
-from model_compose.sources import HuggingfaceSource, describe
+from model_compose.sources import LocalSource, PypiSource, describe
 
 if TYPE_CHECKING:
     from model_compose.engines.llamacpp.base import Base
@@ -45,6 +45,10 @@ class LlamacppOptions(Options):
     start_timeout: Seconds = Field(
         default=START_SECONDS, gt=0, description="Seconds in which the server must answer; for 'server' alone"
     )
+    env: dict[str, str] = Field(
+        default={},
+        description="Further variables for 'server', which inherits those of libraries and no secrets",
+    )
     n_threads: int | None = Field(default=None, ge=1, description="As many as the machine has cores, if unset")
     max_batch_size: int = Field(
         default=8, ge=1, le=256, description="Texts that run at once; those of one blend share a step"
@@ -66,9 +70,10 @@ class LlamacppOptions(Options):
     max_queue: int = Field(default=256, ge=0, description="Requests that may wait; one more is answered 429")
 
     @model_validator(mode="after")
-    def _start_is_the_servers(self) -> Self:
-        if self.server is None and "start_timeout" in self.model_fields_set:
-            raise ValueError("'start_timeout' is for a llama-server, which 'server' names; leave it out")
+    def _some_are_the_servers(self) -> Self:
+        for key in ("start_timeout", "env"):
+            if self.server is None and key in self.model_fields_set:
+                raise ValueError(f"'{key}' is for a llama-server, which 'server' names; leave it out")
         return self
 
 
@@ -109,12 +114,14 @@ class LlamacppEngine(SteppingEngine):
         refuse_full_rank(options)
         own, source = options.options, options.model
         assert isinstance(own, LlamacppOptions)
-        file = source.filename if isinstance(source, HuggingfaceSource) else source.path
+        # Whether a local folder holds a GGUF file is seen when it is looked at (see parts.check_base_file).
+        file = source.path if isinstance(source, PypiSource) else source.filename
+        may_hold_one = isinstance(source, LocalSource) and source.filename is None
         placed = any(a.device is not None or a.precision not in ("auto", "float32") for a in options.peft_adapters)
-        key = "filename" if isinstance(source, HuggingfaceSource) else "path"
+        key = "path" if isinstance(source, PypiSource) else "filename"
         refused = {
             "model": (
-                not (file or "").endswith(".gguf"),
+                not may_hold_one and not (file or "").endswith(".gguf"),
                 f"it needs a GGUF file, and {describe(source)} is none; name one by '{key}', or use driver: huggingface",
             ),
             "precision": (

@@ -1,21 +1,19 @@
 """What a GGUF base says of itself: its architecture, its modules' shapes, its context. Reads headers, no weights."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_compose.errors import AdapterError, LoadError
-from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
-from model_compose.lora.gguf import Architecture, checked_name
+from model_compose.engines.on_disk import gguf_parts
+from model_compose.errors import LoadError
+from model_compose.lora.adapter import LoraAdapter, check, check_copies
+from model_compose.lora.gguf import Architecture, checked_name, is_stored
 
 if TYPE_CHECKING:
     import gguf
     import torch
-
-_SHARD = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -52,41 +50,17 @@ class Base:
 
     def check(self, adapter: LoraAdapter) -> None:
         """The preflight: every module of the adapter exists here and fits. Raises AdapterError."""
-        shapes = {}
-        for path in adapter.modules:
-            if found := self.architecture.tensor(path):
-                kind, name = found
-                # The head has a tensor of its own only where it is not the embedding's.
-                own = "token_embd.weight" if kind == "OUTPUT" and self.architecture.tied else name
-                if own in self.matrices:
-                    inputs, outputs = map(int, self.matrices[own].shape)
-                    embedding = kind == "TOKEN_EMBD"  # its matrix has a row for each token
-                    shapes[path] = (
-                        ModuleShape("embedding", outputs, inputs)
-                        if embedding
-                        else ModuleShape("linear", inputs, outputs)
-                    )
+        sizes = {name: tuple(map(int, matrix.shape)) for name, matrix in self.matrices.items()}
+        found = {path: self.architecture.shape(path, sizes) for path in adapter.modules}
+        shapes = {path: shape for path, shape in found.items() if shape is not None}
         check(adapter, shapes)
-        for name, copy in adapter.copies.items():
-            if not self._holds(name, copy):
-                raise AdapterError(
-                    f"adapter '{adapter.name}': it brings its own '{name}', which differs from the base's, or cannot be "
-                    "compared as this base is quantised. Replaced weights cannot be weighted; such an adapter is refused."
-                )
+        check_copies(adapter, self._holds)
 
-    def _holds(self, parameter: str, copy: "torch.Tensor") -> bool:
-        """Whether the base's matrix is that tensor, stored as the base stores it."""
-        import gguf
-
+    def _holds(self, parameter: str, copy: "torch.Tensor") -> bool | None:
+        """Whether the base's matrix is that tensor; None where that cannot be said."""
         found = self.architecture.tensor(parameter.removesuffix(".weight"))
         matrix = self.matrices.get(found[1]) if found else None
-        if matrix is None or tuple(map(int, matrix.shape)) != tuple(copy.shape)[::-1]:
-            return False
-        try:
-            stored = gguf.quantize(copy.float().numpy(), matrix.tensor_type)
-        except NotImplementedError:
-            return False
-        return bool((stored.reshape(matrix.data.shape) == matrix.data).all())
+        return False if matrix is None else is_stored(copy, matrix)
 
 
 def read_base(file: Path, identity: str) -> Base:
@@ -97,11 +71,14 @@ def read_base(file: Path, identity: str) -> Base:
     import gguf
 
     try:
-        readers = [gguf.GGUFReader(path) for path in _shards(file)]
+        readers = [gguf.GGUFReader(path) for path in gguf_parts(file)]
     except (ValueError, OSError, IndexError) as error:
         raise LoadError(f"{file} is no GGUF file that can be read ({error}); download it again") from error
     fields = readers[0].fields
-    matrices = {tensor.name: tensor for reader in readers for tensor in reader.tensors if len(tensor.shape) == 2}
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    matrices = {tensor.name: tensor for tensor in tensors if len(tensor.shape) == 2}
+    if len({tensor.name for tensor in tensors}) < len(tensors):
+        raise LoadError(f"the parts of {file} hold a tensor twice, so they are not of one base; download them again")
     name = _value(fields, "general.architecture", file)
     heads = _number(fields, f"{name}.attention.head_count", file)
     kv_heads = _number(fields, f"{name}.attention.head_count_kv", file, heads)
@@ -118,21 +95,6 @@ def check_all(base: Base, adapters: Iterable[LoraAdapter]) -> None:
     """Raises AdapterError for the first adapter that does not fit."""
     for adapter in adapters:
         base.check(adapter)
-
-
-def _shards(file: Path) -> list[Path]:
-    """All files of a split base. Raises LoadError where `file` is not the first, or one is missing."""
-    if (match := _SHARD.match(file.name)) is None:
-        return [file]
-    start, number, count = match.groups()
-    if int(number) != 1:
-        raise LoadError(f"{file} is a later part of a base; name its first, {start}00001-of-{count}.gguf")
-    files = [file.with_name(f"{start}{part:05}-of-{count}.gguf") for part in range(1, int(count) + 1)]
-    if missing := [each.name for each in files if not each.exists()]:
-        raise LoadError(
-            f"{file} is the first of {int(count)} parts, and there is no {missing[0]} beside it; download it too"
-        )
-    return files
 
 
 def _value(fields: Mapping[str, Any], key: str, file: Path) -> Any:

@@ -12,6 +12,7 @@ from model_compose.engines.huggingface.memory import size_text
 from model_compose.engines.llamacpp import LlamacppOptions
 from model_compose.engines.llamacpp.base import Base, check_all, read_base
 from model_compose.engines.llamacpp.llama import Settings
+from model_compose.engines.on_disk import check_kind
 from model_compose.engines.parts import fetch_adapters, load_tokenizer
 from model_compose.errors import LoadError
 from model_compose.lora.adapter import LoraAdapter
@@ -25,10 +26,11 @@ def read(options: ModelOptions, base_dir: Path, report: Report) -> tuple[list[Lo
     """The adapters, the base that they fit, and its tokenizer. Raises SourceError, AdapterError, LoadError."""
     adapters = fetch_adapters(options, base_dir, report)
     fetched = fetch(options.model, base_dir=base_dir, report=report)
-    assert fetched.file is not None  # see LlamacppEngine.refuse
+    check_kind(fetched, "llamacpp")
+    assert fetched.file is not None
     base = read_base(fetched.folder / fetched.file, fetched.identity)
     check_all(base, adapters)
-    return adapters, base, load_tokenizer(fetched, trust_remote_code=False)
+    return adapters, base, load_tokenizer(fetched, trust_remote_code=False, chat=options.chats)
 
 
 def kv_bytes_per_token(options: ModelOptions, base: Base) -> int:

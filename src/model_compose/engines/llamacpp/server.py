@@ -20,7 +20,7 @@ import httpx
 
 from model_compose.daemon import in_daemon_thread
 from model_compose.engines import AdapterOptions, ModelOptions, Stats
-from model_compose.engines.child import Child
+from model_compose.engines.child import Child, inherited
 from model_compose.engines.connection import Connection
 from model_compose.engines.llamacpp import LlamacppEngine, LlamacppOptions
 from model_compose.engines.llamacpp.completion import ends, refuse
@@ -104,9 +104,10 @@ class ServerEngine:
             self._prompts = Prompts(loaded.tokenizer, loaded.context)
             self._connection = Connection("http://llama-server", socket=folder / SOCKET)
             public = "default" if self._options.id == "__component__" else self._options.id  # as on /v1
+            variables = inherited(os.environ) | self._own.env
             self._child = Child(
-                public, command(binary, loaded, folder / SOCKET), environment(os.environ), self._connection.is_ready,
-                self._start_afresh, patience=self._own.start_timeout,
+                public, command(binary, loaded, folder / SOCKET), variables, self._connection.is_ready, self._start_afresh,
+                patience=self._own.start_timeout,
             )  # fmt: skip
             report(Progress("starting llama-server", 0, 1, "servers"))
             await self._child.start()
@@ -214,6 +215,10 @@ class ServerEngine:
         check_loaded(blend, loaded.adapters)
         return blend.identity(loaded.identity, {name: loaded.adapters[name].digest for name in blend.active})
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._loaded is not None and bool(self._loaded.tokenizer.chat_template)
+
     def stats(self) -> Stats | None:
         loaded = self._loaded
         if loaded is None:
@@ -301,8 +306,3 @@ def command(binary: Path, loaded: Loaded, socket: Path) -> list[str]:
     flags = ("no-kv-unified", "no-context-shift", "no-webui", "offline", "lora-init-without-apply")
     options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
     return [str(binary), *options, *(f"--{flag}" for flag in flags)]
-
-
-def environment(own: Mapping[str, str]) -> dict[str, str]:
-    """This process's own, without what llama-server would take for its command line."""
-    return {key: value for key, value in own.items() if not key.startswith("LLAMA_")}

@@ -153,7 +153,7 @@ class VllmEngine:
         )
         self._connection = Connection("http://vllm", socket=socket)
         public = "default" if options.id == "__component__" else options.id  # as on /v1
-        variables = environment(installed, os.environ, cores())
+        variables = environment(installed, os.environ, cores(), own.env)
         self._child = Child(
             public, command(installed, settings), variables, self._connection.is_ready, self._start_afresh,
             patience=own.start_timeout,
@@ -266,6 +266,10 @@ class VllmEngine:
         check_loaded(blend, adapters)
         return blend.identity(self._loaded.base.identity, {name: adapters[name].digest for name in blend.active})
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._loaded is not None and bool(self._loaded.tokenizer.chat_template)
+
     def stats(self) -> Stats | None:
         return self._stats
 
@@ -292,7 +296,7 @@ class VllmEngine:
         if not self._takes_adapters:
             raise Conflict("vLLM was started without room for adapters; set options.max_lora_rank")
         adapter = await in_daemon_thread(lambda: fetch_adapter(name, options, self._base_dir, report))
-        check_adapter(adapter, loaded.shapes)
+        adapter = check_adapter(adapter, loaded.shapes)
         adapters = {**self._adapters, name: adapter}
         check_rank(Blend({name: 1.0}, name), adapters, self._max_rank)
         await self._try(name, adapters)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model_compose.engines import ModelOptions
+from model_compose.engines.on_disk import check_kind
 from model_compose.engines.parts import fetch_adapters, load_tokenizer
 from model_compose.engines.vllm.server import RANKS
 from model_compose.errors import AdapterError, InputError, LoadError
@@ -49,30 +50,27 @@ def load(
     # The configs come first, and decide whether the weights are worth fetching.
     small = SMALL_FILES if isinstance(options.model, HuggingfaceSource) else None
     base = fetch(options.model, base_dir=base_dir, only=small, report=report)
-    if base.file is not None:
-        raise LoadError(
-            f"{name} is a single file, and vllm takes a folder of safetensors; for GGUF use driver: llamacpp"
-        )
+    check_kind(base, "vllm")
     with load_errors(name, meta):
         config = base_config(base, trust_remote_code)
         shapes = module_shapes(on_meta(config, trust_remote_code))
-        for adapter in adapters.values():
-            check_adapter(adapter, shapes)
-        tokenizer = load_tokenizer(base, trust_remote_code)
+        adapters = {name: check_adapter(adapter, shapes) for name, adapter in adapters.items()}
+        tokenizer = load_tokenizer(base, trust_remote_code, chat=options.chats)
         eos = _eos(base, config, tokenizer)
     if weights and small is not None:
         base = fetch(options.model, base_dir=base_dir, report=report)
     return Loaded(base, config, tokenizer, eos, shapes), adapters
 
 
-def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> None:
-    """That it fits the base, and is nothing but factors. Raises AdapterError."""
-    check(adapter, shapes)
+def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
+    """The adapter with the base's own names, where it fits and is nothing but factors. Raises AdapterError."""
+    adapter = check(adapter, shapes)
     if adapter.copies:
         raise AdapterError(
             f"adapter '{adapter.name}': it brings its own '{next(iter(adapter.copies))}', which vllm would ignore; save it "
             "with save_embedding_layers=False if that is the base's, or use driver: huggingface, which compares them"
         )
+    return adapter
 
 
 def zero_adapter(adapters: Iterable[LoraAdapter], shapes: Mapping[str, ModuleShape]) -> LoraAdapter:

@@ -7,7 +7,7 @@ from pydantic import ByteSize, Field, SecretStr, model_validator
 from model_compose.engines import ModelOptions
 from model_compose.engines.parts import refuse_common, refuse_full_rank
 from model_compose.schema import Options, Seconds
-from model_compose.sources import HuggingfaceSource, LocalSource
+from model_compose.sources import LocalSource, PypiSource
 
 FILE_ENDINGS = (".gguf", ".bin", ".safetensors", ".pt")
 START_SECONDS = 600.0
@@ -41,10 +41,13 @@ class VllmOptions(Options):
     prefix_cache: bool = Field(default=True, description="Keep keys and values for prompts that start alike")
     trust_remote_code: bool = Field(default=False, description="Run Python code that the model's repository brings")
     start_timeout: Seconds = Field(default=START_SECONDS, gt=0, description="Seconds in which the server must answer")
+    env: dict[str, str] = Field(
+        default={}, description="Further variables for the server, which inherits those of libraries and no secrets"
+    )
 
     @model_validator(mode="after")
     def _one_server(self) -> Self:
-        of_own = ("python", "max_batch_size", "kv_cache", "prefix_cache", "start_timeout")
+        of_own = ("python", "max_batch_size", "kv_cache", "prefix_cache", "start_timeout", "env")
         of_other = ("api_key", "adapter_folder")
         for key in sorted(self.model_fields_set):
             if self.base_url is not None and key in of_own:
@@ -60,7 +63,7 @@ def refuse(options: ModelOptions) -> None:
     refuse_full_rank(options)
     own, model = options.options, options.model
     assert isinstance(own, VllmOptions)
-    file = model.filename if isinstance(model, HuggingfaceSource) else None
+    file = None if isinstance(model, PypiSource) else model.filename
     if isinstance(model, LocalSource) and model.path.endswith(FILE_ENDINGS):
         file = model.path
     refused = {

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_compose.engines.child import inherited
 from model_compose.environments import environment_folder, python_of
 from model_compose.errors import LoadError
 from model_compose.sources.local import absolute
@@ -59,10 +60,7 @@ class Settings:
 
 async def find(python: str | None, base_dir: Path) -> Installed:
     """The vLLM of that interpreter, or of the environment that `model-compose setup` has made. Raises LoadError."""
-    path = absolute(python, base_dir) if python else python_of(environment_folder("vllm"))
-    if not path.is_file():
-        named = f"options.python: there is no {path}" if python else "vLLM is not installed for model-compose"
-        raise LoadError(f"{named}; `model-compose setup vllm` installs it, options.python names an interpreter with it")
+    path = interpreter(python, base_dir)
     process = await asyncio.create_subprocess_exec(
         path, "-I", "-c", _PROBE, *PACKAGES, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
     )
@@ -75,6 +73,15 @@ async def find(python: str | None, base_dir: Path) -> Installed:
     if package is None:
         raise LoadError(f"{path} has no vLLM; `model-compose setup vllm` makes an environment that has")
     return Installed(path, package, versions[package])
+
+
+def interpreter(python: str | None, base_dir: Path) -> Path:
+    """Where it should be. Raises LoadError where it is not."""
+    path = absolute(python, base_dir) if python else python_of(environment_folder("vllm"))
+    if not path.is_file():
+        named = f"options.python: there is no {path}" if python else "vLLM is not installed for model-compose"
+        raise LoadError(f"{named}; `model-compose setup vllm` installs it, options.python names an interpreter with it")
+    return path
 
 
 def command(installed: Installed, settings: Settings) -> list[str]:
@@ -102,20 +109,21 @@ def command(installed: Installed, settings: Settings) -> list[str]:
     return [str(installed.python), "-m", "vllm.entrypoints.openai.api_server", *options, *(f"--{f}" for f in flags)]
 
 
-def environment(installed: Installed, own: Mapping[str, str], cores: Sequence[int]) -> dict[str, str]:
-    """The server's variables: this process's own, and what is not set among them. cores: those that it may use.
+def environment(
+    installed: Installed, own: Mapping[str, str], cores: Sequence[int], further: Mapping[str, str]
+) -> dict[str, str]:
+    """The server's variables: what it inherits of this process's own, what is not set among them, and `further` ones.
+    cores: those that it may use.
 
     On the CPU it would leave one core out, and its documentation advises Intel's OpenMP.
     """
-    # What leads this Python to its packages would lead the other one to them as well.
-    kept = {key: value for key, value in own.items() if key not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     made = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if installed.on_cpu:
         made["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         openmp = installed.python.parents[1] / "lib" / "libiomp5.so"
         if openmp.exists():
             made["LD_PRELOAD"] = str(openmp)
-    return made | kept | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    return {**made, **inherited(own), **further, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
 def cores() -> list[int]:

@@ -1,0 +1,167 @@
+"""What a base's files say before anything is loaded: what kind they are, whether they are whole, which tokens and templates
+they have. Reads configs and headers, in milliseconds and without torch, so that `validate` can.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from model_compose.errors import LoadError
+from model_compose.headers import Gguf, HeaderError, Stored, read_gguf, read_safetensors
+from model_compose.sources import Fetched
+
+_PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""In the order in which transformers looks for them, each before its index."""
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
+    "*.tiktoken",
+)  # fmt: skip
+NO_CHAT_TEMPLATE = "the base model has no chat template; use /v1/completions or task: text-generation"
+
+
+def check_kind(base: Fetched, driver: str) -> None:
+    """That the driver takes such files: one GGUF, or a folder of a checkpoint. Raises LoadError."""
+    if base.file is None:
+        if driver == "llamacpp":
+            raise LoadError(
+                f"{base} is a folder without a GGUF file, which driver: llamacpp needs; use driver: huggingface"
+            )
+        return
+    if driver == "vllm":
+        raise LoadError(
+            f"{base} is a single file, and vllm takes a folder of safetensors; for GGUF use driver: llamacpp"
+        )
+    if not base.file.endswith(".gguf"):
+        raise LoadError(f"{base.file} is not a GGUF file; leave 'filename' out to load a checkpoint folder")
+    if driver == "huggingface" and _PART.fullmatch(base.file):
+        raise LoadError(
+            f"{base.file} is one of several parts, of which transformers reads this one alone; make them one file "
+            "(llama-gguf-split --merge), or use driver: llamacpp"
+        )
+
+
+def gguf_parts(file: Path) -> list[Path]:
+    """All files of a split GGUF base. Raises LoadError where `file` is not the first, or one is missing."""
+    if (match := _PART.fullmatch(file.name)) is None:
+        return [file]
+    start, number, count = match.groups()
+    if int(number) != 1:
+        raise LoadError(f"{file} is a later part of a base; name its first, {start}00001-of-{count}.gguf")
+    files = [file.with_name(f"{start}{part:05}-of-{count}.gguf") for part in range(1, int(count) + 1)]
+    if missing := [each.name for each in files if not each.exists()]:
+        raise LoadError(
+            f"{file} is the first of {int(count)} parts, and there is no {missing[0]} beside it; download it too"
+        )
+    return files
+
+
+def gguf_header(file: Path) -> Gguf:
+    """Raises LoadError for what is no GGUF file, or not all of it."""
+    with _reading(file):
+        return read_gguf(file)
+
+
+def read_config(base: Fetched) -> Mapping[str, Any]:
+    """The config.json of a folder. Raises LoadError."""
+    if (base.folder / "config.json").is_file():
+        return _json(base.folder / "config.json")
+    if (base.folder / "adapter_config.json").is_file():
+        raise LoadError(f"{base} is an adapter, not a base model; list it under peft_adapters")
+    raise LoadError(f"{base.folder} has no config.json; is it the folder of a model that transformers has saved?")
+
+
+def has_weights(base: Fetched) -> bool:
+    """Whether a folder holds weights at all, or an index of some."""
+    return any((base.folder / f"{name}{ending}").is_file() for name in _WEIGHTS for ending in ("", ".index.json"))
+
+
+def read_weights(base: Fetched) -> dict[str, Stored] | None:
+    """The tensors of a folder's checkpoint, in all of its files; None for pickles, which have no header.
+
+    Raises LoadError for weights that are missing or damaged.
+    """
+    for name in _WEIGHTS:
+        if (base.folder / name).is_file():
+            return _tensors([base.folder / name])
+        index = base.folder / f"{name}.index.json"
+        if index.is_file():
+            listed = _json(index).get("weight_map")
+            if not isinstance(listed, dict):
+                raise LoadError(f"{index} lists no files (weight_map); download it again")
+            shards = sorted({base.folder / str(shard) for shard in listed.values()})
+            if missing := [shard.name for shard in shards if not shard.is_file()]:
+                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+                raise LoadError(f"{base.folder} has no {missing[0]}{more}, which {index.name} lists; download it too")
+            return _tensors(shards)
+    raise LoadError(f"{base.folder} has a config and no weights ({' or '.join(_WEIGHTS)}); download them too")
+
+
+def check_tokenizer(base: Fetched) -> None:
+    """Raises LoadError for a folder without any tokenizer."""
+    if not has_tokenizer(base):
+        raise LoadError(f"{base.folder} has no tokenizer ({_TOKENIZERS[0]}); copy it from the model's repository")
+
+
+def has_tokenizer(base: Fetched) -> bool:
+    return any(path.is_file() for pattern in _TOKENIZERS for path in base.folder.glob(pattern))
+
+
+def check_chat_template(base: Fetched) -> None:
+    """Raises LoadError for a base without one."""
+    inside = gguf_header(base.folder / base.file).chat_template if base.file is not None else None
+    if not (template_beside(base.folder) or inside):
+        raise LoadError(
+            f"{base} has no chat template, which task: chat-completion needs; put its chat_template.jinja beside "
+            "its other files, or use task: text-generation"
+        )
+
+
+def template_beside(folder: Path) -> str | dict[str, str] | None:
+    """The chat template that lies in a folder, or several by name, as transformers finds them."""
+    own = folder / "chat_template.jinja"
+    named = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("additional_chat_templates/*.jinja")}
+    if own.is_file():
+        text = own.read_text(encoding="utf-8")
+        return {"default": text, **named} if named else text
+    path = folder / "tokenizer_config.json"
+    found: Any = _json(path).get("chat_template") if path.is_file() else None
+    if isinstance(found, list):  # [{name, template}], as it was stored before there were files
+        found = {each["name"]: each["template"] for each in found}
+    return found or named or None
+
+
+def _tensors(files: list[Path]) -> dict[str, Stored] | None:
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        if file.suffix != ".safetensors":
+            return None
+        with _reading(file):
+            tensors |= read_safetensors(file)
+    return tensors
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    """Raises LoadError for what is no JSON object."""
+    with _reading(path):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise HeaderError(f"is not valid JSON ({error}); download it again") from None
+        if not isinstance(found, dict):
+            raise HeaderError("holds no JSON object; download it again")
+        return found
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises LoadError, with the file's path, for one that cannot be read."""
+    try:
+        yield
+    except HeaderError as error:
+        raise LoadError(f"{path} {error}") from None
+    except OSError as error:
+        raise LoadError(f"{path} cannot be read ({error.strerror})") from None

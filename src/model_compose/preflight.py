@@ -1,0 +1,227 @@
+"""What the files on this machine say about a configuration, before anything is fetched or loaded: all of it at once, each
+with its line. Never asks the network.
+
+Reads configs and headers (engines/on_disk.py), so that it takes milliseconds. Where headers do not say whether an adapter
+fits, since a checkpoint may name and fuse modules otherwise than the model does, the model is made without its weights:
+that takes torch, and seconds.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from model_compose.components import located
+from model_compose.engines import ModelOptions, on_disk
+from model_compose.engines.parts import check_device, check_quantization, check_tokens
+from model_compose.errors import ComposeError, SourceError
+from model_compose.headers import Gguf, Stored
+from model_compose.loading import Loaded
+from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
+from model_compose.lora.gguf import PERMUTED, PLAIN, Architecture
+from model_compose.lora.header import has_weights, read_header, shapes_in
+from model_compose.lora.peft_config import read_config
+from model_compose.nodes import Keys
+from model_compose.schema import has_expression
+from model_compose.sources import Fetched, ModelSource, at_hand, describe
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is known of a base. weights: the tensors of a folder's checkpoint, as far as it has headers; gguf: of a file."""
+
+    fetched: Fetched
+    config: Mapping[str, Any]
+    weights: Mapping[str, Stored] | None = None
+    gguf: Gguf | None = None
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The width of the logits."""
+        size = self.config.get("vocab_size")
+        if self.gguf is not None and "token_embd.weight" in self.gguf.tensors:
+            size = self.gguf.tensors["token_embd.weight"].shape[-1]
+        return size if isinstance(size, int) else None
+
+
+class Findings:
+    """What is wrong, each with the keys of the YAML that it is about."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[Keys, ComposeError]] = []
+
+    @contextmanager
+    def at(self, *keys: str | int) -> Iterator[None]:
+        """Keeps an error of the block; what follows the block goes on."""
+        try:
+            yield
+        except ComposeError as error:
+            self.found.append((keys, error))
+
+
+def check_files(loaded: Loaded, *, weights: bool = True) -> None:
+    """Raises the error of the first problem, with every problem in a line of its own.
+
+    weights: whether they must be there; without, configs are enough.
+    """
+    findings = Findings()
+    for at, component in located(loaded.config.component, loaded.config.components, "component"):
+        if isinstance(component, ModelOptions):
+            _check_model(findings, at, component, loaded, weights)
+    if findings.found:
+        lines = [f"{loaded.place(keys)}: {error}" for keys, error in findings.found]
+        raise type(findings.found[0][1])("\n".join(lines))
+
+
+def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Loaded, weights: bool) -> None:
+    with findings.at(*at, "device"):
+        check_device(options.device)
+        if options.device != "auto":
+            with findings.at(*at, "quantization"):
+                check_quantization(options.quantization, options.device)
+    base = None
+    with findings.at(*at, "model"):
+        base = _read_base(options, loaded, weights)
+    adapters: dict[int, LoraAdapter] = {}
+    for number, (name, adapter) in enumerate(zip(options.adapter_names, options.peft_adapters, strict=True)):
+        with findings.at(*at, "peft_adapters", number, "device"):
+            check_device(adapter.device or "auto")
+        with findings.at(*at, "peft_adapters", number, "model"):
+            if read := _read_adapter(name, adapter.model, loaded, weights):
+                adapters[number] = read
+    with findings.at(*at, "options"):
+        _check_driver(options, adapters, loaded)
+    if base is not None:
+        unsure = []
+        for number, read in adapters.items():
+            with findings.at(*at, "peft_adapters", number, "model"):
+                if not _check_shapes(base, read):
+                    unsure.append(number)
+        _check_exactly(findings, at, options, base, {number: adapters[number] for number in unsure})
+    _check_actions(findings, at, options, base)
+
+
+# The base.
+
+
+def _read_base(options: ModelOptions, loaded: Loaded, weights: bool) -> Base | None:
+    """None where only the network can tell. Raises SourceError, LoadError."""
+    fetched = at_hand(options.model, base_dir=loaded.base_dir)
+    if fetched is None:
+        return None
+    on_disk.check_kind(fetched, options.driver)
+    if fetched.file is not None:
+        parts = on_disk.gguf_parts(fetched.folder / fetched.file)
+        headers = [on_disk.gguf_header(part) for part in parts]
+        whole = replace(headers[0], tensors={name: each for part in headers for name, each in part.tensors.items()})
+        if options.chats:
+            on_disk.check_chat_template(fetched)
+        return Base(fetched, {}, gguf=whole)
+    config = on_disk.read_config(fetched)
+    elsewhere = options.options.model_dump().get("base_url")  # of a server that has the weights
+    tensors = None
+    if on_disk.has_weights(fetched) or (weights and not elsewhere):
+        tensors = on_disk.read_weights(fetched)
+    if weights:
+        on_disk.check_tokenizer(fetched)
+    if options.chats and on_disk.has_tokenizer(fetched):
+        on_disk.check_chat_template(fetched)
+    return Base(fetched, config, tensors)
+
+
+# Adapters.
+
+
+def _read_adapter(name: str, source: ModelSource, loaded: Loaded, weights: bool) -> LoraAdapter | None:
+    """Its shapes; None where only the network, or the weights themselves, can tell. Raises SourceError, AdapterError."""
+    try:
+        fetched = at_hand(source, base_dir=loaded.base_dir)
+    except SourceError as error:
+        raise SourceError(f"adapter '{name}': {error}") from error
+    if fetched is None:
+        return None
+    if not weights and not has_weights(fetched.folder):
+        read_config(fetched.folder, name)
+        return None
+    return read_header(fetched.folder, name)
+
+
+def _check_shapes(base: Base, adapter: LoraAdapter) -> bool:
+    """Whether the headers say that the adapter fits; False where they do not say. Raises AdapterError where it does not."""
+    if base.gguf is not None:
+        architecture = _architecture(base.gguf)
+        if architecture is None:
+            return True  # the driver refuses it, or knows more than we do
+        sizes = {name: stored.shape for name, stored in base.gguf.tensors.items() if len(stored.shape) == 2}
+        found = {path: architecture.shape(path, sizes) for path in adapter.modules}
+        check(adapter, {path: shape for path, shape in found.items() if shape is not None})
+        return True
+    shapes: dict[str, ModuleShape] = shapes_in(base.weights or {}, adapter)
+    told = {path: factors for path, factors in adapter.modules.items() if path in shapes}
+    check(replace(adapter, modules=told), shapes)
+    return len(told) == len(adapter.modules)
+
+
+def _architecture(gguf: Gguf) -> Architecture | None:
+    """None for one of which it is not known how its modules are named."""
+    name = gguf.fields.get("general.architecture")
+    layers, heads = (gguf.fields.get(f"{name}.{key}") for key in ("block_count", "attention.head_count"))
+    if name not in PERMUTED | PLAIN or not isinstance(layers, int) or not isinstance(heads, int):
+        return None
+    return Architecture(name, layers, heads, heads, tied="output.weight" not in gguf.tensors)
+
+
+def _check_exactly(
+    findings: Findings, at: Keys, options: ModelOptions, base: Base, adapters: Mapping[int, LoraAdapter]
+) -> None:
+    """By the modules of the model itself, made from its config without weights."""
+    if not adapters or base.gguf is not None or options.options.model_dump().get("trust_remote_code"):
+        return
+    import torch
+
+    from model_compose.engines.huggingface import model as engine
+    from model_compose.lora.layers import module_shapes
+
+    shapes: Mapping[str, ModuleShape] = {}
+    with findings.at(*at, "model"), engine.load_errors(describe(options.model), torch.device("meta")):
+        shapes = module_shapes(engine.on_meta(engine.base_config(base.fetched, False), False))
+    for number, adapter in adapters.items() if shapes else ():
+        with findings.at(*at, "peft_adapters", number, "model"):
+            check(adapter, shapes)
+
+
+# What drivers and actions ask for.
+
+
+def _check_driver(options: ModelOptions, adapters: Mapping[int, LoraAdapter], loaded: Loaded) -> None:
+    """The programs that the file names, and the ranks that vLLM is started for. Raises LoadError."""
+    own = options.options.model_dump()
+    if own.get("server"):
+        from model_compose.engines.llamacpp.server import find
+
+        find(own["server"], loaded.base_dir)
+    if options.driver == "vllm":
+        from model_compose.engines.vllm.loading import choose_rank
+        from model_compose.engines.vllm.server import interpreter
+
+        if own["python"]:
+            interpreter(own["python"], loaded.base_dir)
+        if len(adapters) == len(options.peft_adapters):
+            choose_rank(options.to_blends(), {each.name: each for each in adapters.values()}, own["max_lora_rank"])
+
+
+def _check_actions(findings: Findings, at: Keys, options: Any, base: Base | None) -> None:
+    """Formats that no text can keep to, and tokens that the base has not got, where the YAML fixes them."""
+    own = options.options.model_dump()
+    for place, action in located(options.action, options.actions, "action"):
+        given = action.response_format
+        format = None if given is None or has_expression(given) else given.format
+        if format is not None and not own.get("base_url"):  # another server has its own grammars
+            from model_compose.engines.huggingface.grammar import check_format
+
+            with findings.at(*at, *place, "response_format"):
+                check_format(format)
+        bias = getattr(action.params, "logit_bias", None)
+        if isinstance(bias, Mapping) and base is not None and base.vocabulary is not None:
+            with findings.at(*at, *place, "params", "logit_bias"):
+                check_tokens([token for token in bias if isinstance(token, int)], base.vocabulary)

@@ -1,0 +1,477 @@
+"""Adapters as they are found: what is exact is taken as it stands, and everything else ends in one clear AdapterError."""
+
+import json
+import os
+import pickle
+import stat
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file, save, save_file
+from transformers import AutoModelForCausalLM, Gemma3Config
+
+from model_compose.errors import AdapterError
+from model_compose.lora.adapter import LoraAdapter, check, read_adapter
+from model_compose.lora.blend import Blend
+from model_compose.lora.layers import LoraModel, module_shapes
+from model_compose.lora.peft_config import read_config
+from tests import tiny
+from tests.lora.oracle import TOLERANCE, error
+
+IDS = torch.arange(3, 15)[None]
+MODULE = "model.layers.0.self_attn.q_proj"
+A, B = f"base_model.model.{MODULE}.lora_A.weight", f"base_model.model.{MODULE}.lora_B.weight"
+CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+TENSORS = {A: torch.full((4, 32), 0.5), B: torch.full((32, 4), 0.25)}
+EMBEDDING = "base_model.model.model.embed_tokens.weight"
+
+
+def folder(
+    path: Path, tensors: Mapping[str, torch.Tensor] = TENSORS, config: Mapping[str, Any] | None = None, **changes: Any
+) -> Path:
+    """An adapter of one module, with changes to its config."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps({**(config or CONFIG), **changes}), encoding="utf-8")
+    save_file({key: tensor.clone() for key, tensor in tensors.items()}, path / "adapter_model.safetensors")
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(AdapterError, match=r"^adapter 'x': ") as caught:
+        read_adapter(path, "x")
+    assert "weights_only" not in str(caught.value)
+    return str(caught.value)
+
+
+def taken(read: Callable[[], object]) -> bool:
+    """Whether it is read as it should be, or refused by name; anything else is raised."""
+    try:
+        return bool(read())
+    except AdapterError as error:
+        return str(error).startswith("adapter 'x': ")
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    at = tmp_path_factory.mktemp("bases")
+    tiny.save_base(at / "plain")
+    tiny.save_base(at / "tied", tiny.llama_config(tie_word_embeddings=True))
+    return at
+
+
+def logits(base: Path, adapter: LoraAdapter) -> torch.Tensor:
+    lora = LoraModel(AutoModelForCausalLM.from_pretrained(base).eval(), [adapter])
+    with torch.inference_mode(), lora.use([Blend({adapter.name: 1.0})]):
+        found: torch.Tensor = lora.model(IDS).logits
+    return found
+
+
+def pefts(base: Path, adapter: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.inference_mode():
+        found: torch.Tensor = PeftModel.from_pretrained(model, adapter).eval()(IDS).logits
+    return found
+
+
+# Two of what there may be one.
+
+
+def test_several_adapters_in_one_file_are_named(tmp_path: Path) -> None:
+    several = {
+        key.replace(".weight", f".{name}.weight"): tensor + number
+        for number, name in enumerate(("reference", "default"))
+        for key, tensor in TENSORS.items()
+    }
+    message = refusal(folder(tmp_path, several))
+    assert "holds several adapters: 'default', 'reference'; save the one that you want alone" in message
+    folder(tmp_path / "reference")  # as PEFT lays them out
+    assert f"name the folder of the one that you want: {tmp_path / 'reference'}" in refusal(tmp_path)
+    assert read_adapter(tmp_path / "reference", "x").modules
+    (tmp_path / "adapter_config.json").unlink()
+    assert "name one of the adapters in it: reference" in refusal(tmp_path)
+
+
+def test_an_adapter_with_and_without_a_name_is_two(tmp_path: Path) -> None:
+    both = TENSORS | {key.replace(".weight", ".default.weight"): tensor + 1 for key, tensor in TENSORS.items()}
+    assert "'default', one without a name" in refusal(folder(tmp_path, both))
+
+
+def test_a_module_spelt_in_two_ways_is_refused_with_both(tmp_path: Path) -> None:
+    short = A.removeprefix("base_model.model.")
+    message = refusal(folder(tmp_path, TENSORS | {short: TENSORS[A] + 1}))
+    assert f"'{A}'" in message
+    assert f"'{short}'" in message
+    embedding = TENSORS | {f"base_model.model.{MODULE}.lora_embedding_A": torch.zeros(4, 258)}
+    assert "lora_embedding_A' and" in refusal(folder(tmp_path, embedding)) or "and 'base_model" in refusal(tmp_path)
+
+
+def test_two_different_copies_of_one_weight(tmp_path: Path) -> None:
+    other = EMBEDDING.replace(".weight", ".base_layer.weight")
+    both = TENSORS | {EMBEDDING: torch.zeros(258, 32), other: torch.zeros(258, 32)}
+    assert list(read_adapter(folder(tmp_path, both), "x").copies) == ["model.embed_tokens.weight"]
+    assert "two different copies" in refusal(folder(tmp_path, both | {other: torch.ones(258, 32)}))
+
+
+def test_a_config_that_gives_a_key_twice(tmp_path: Path) -> None:
+    path = folder(tmp_path) / "adapter_config.json"
+    path.write_text(path.read_text().replace('"r": 4', '"r": 4, "lora_alpha": 16'))
+    assert "the key 'lora_alpha' stands in one object twice" in refusal(tmp_path)
+
+
+def test_a_rank_that_the_config_does_not_say(tmp_path: Path) -> None:
+    """PEFT refuses the shapes; alpha / r would be a guess."""
+    message = refusal(folder(tmp_path, r=8))
+    assert MODULE in message
+    assert "has rank 4" in message
+    assert "says 8 (r, rank_pattern)" in message
+    assert read_adapter(folder(tmp_path, r=8, rank_pattern={"q_proj": 4}), "x").modules[MODULE].scaling == 2
+    assert "says 6" in refusal(folder(tmp_path, rank_pattern={"layers.0.self_attn.q_proj": 6}))
+    assert read_adapter(folder(tmp_path, rank_pattern={r"layers\.[1-9]\..*": 6}), "x")
+    without = {key: value for key, value in CONFIG.items() if key != "r"}
+    assert "says 8" in refusal(folder(tmp_path, config=without))  # PEFT's default
+
+
+# Numbers as they are stored.
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_eight_bits_are_exact_in_float32(bases: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    drawn = torch.Generator().manual_seed(1)
+    small = {key: (torch.randn(tensor.shape, generator=drawn) / 8).to(dtype) for key, tensor in TENSORS.items()}
+    assert read_adapter(folder(tmp_path / "small", small), "x").modules[MODULE].a.dtype == torch.float32
+    wide = folder(tmp_path / "wide", {key: tensor.float() for key, tensor in small.items()})
+    ours = logits(bases / "plain", read_adapter(tmp_path / "small", "x"))
+    assert torch.equal(ours, logits(bases / "plain", read_adapter(wide, "x")))
+    bad = small | {A: torch.full((4, 32), float("nan")).to(dtype)}
+    assert "NaN" in refusal(folder(tmp_path / "bad", bad))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [
+        (torch.ones(4, 32, dtype=torch.int8), "holds int8, not floating-point numbers"),
+        (torch.ones(4, 32, dtype=torch.bool), "holds bool"),
+        (torch.ones(4, 32, dtype=torch.complex64), "holds complex64"),
+        (torch.full((4, 32), 1e300, dtype=torch.float64), "NaN or infinite"),  # finite, but no float32
+        (torch.full((4, 32), float("inf")), "NaN or infinite"),
+        (torch.ones(0, 32), "expected (r, in) and (out, r)"),
+        (torch.ones(4, 32, 1), "expected (r, in) and (out, r)"),
+        (torch.ones(128), "expected (r, in) and (out, r)"),
+        (torch.ones(3, 32), "expected (r, in) and (out, r)"),
+    ],
+    ids=str,
+)
+def test_factors_that_are_none(tmp_path: Path, tensor: torch.Tensor, words: str) -> None:
+    assert words in refusal(folder(tmp_path, TENSORS | {A: tensor}))
+
+
+def test_a_rank_of_nothing(tmp_path: Path) -> None:
+    nothing = {A: torch.ones(0, 32), B: torch.ones(32, 0)}
+    assert "expected (r, in) and (out, r)" in refusal(folder(tmp_path, nothing))
+
+
+def test_a_file_that_is_written_again_changes_nothing_that_is_loaded(tmp_path: Path) -> None:
+    """Mapped pages would: the answers under an identity of the old content, or a bus error."""
+    adapter = read_adapter(folder(tmp_path), "x")
+    with (tmp_path / "adapter_model.safetensors").open("r+b") as file:
+        file.truncate(0)
+        file.write(save({key: tensor * 2 for key, tensor in TENSORS.items()}))
+    assert torch.equal(adapter.modules[MODULE].a, TENSORS[A])
+
+
+# What is exact although its config sounds otherwise.
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_bias_that_is_not_there(bases: Path, tmp_path: Path, bias: Any) -> None:
+    """Llama has none, so PEFT saves none."""
+    path = tiny.save_adapter(tmp_path, bases / "plain", bias=bias)
+    ours = logits(bases / "plain", read_adapter(path, "x"))
+    assert error(ours, pefts(bases / "plain", path).double()) <= TOLERANCE
+    weights = path / "adapter_model.safetensors"
+    trained = f"base_model.model.{MODULE}.bias"
+    save_file(load_file(weights) | {trained: torch.ones(32)}, weights)
+    assert f"'{trained}' is a bias that was trained along" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("base", "targets"),
+    [
+        ("plain", ["q_proj"]), ("plain", ["q_proj", "embed_tokens"]), ("plain", ["embed_tokens", "lm_head"]),
+        ("tied", ["q_proj"]), ("tied", ["q_proj", "embed_tokens"]), ("tied", ["lm_head"]),
+    ],
+)  # fmt: skip
+def test_tied_factors_are_a_sum_of_their_own(bases: Path, tmp_path: Path, base: str, targets: list[str]) -> None:
+    """PEFT saves what ensure_weight_tying trained as one for both modules."""
+    path = tiny.save_adapter(tmp_path, bases / base, ensure_weight_tying=True, target_modules=targets)
+    ours = logits(bases / base, read_adapter(path, "x"))
+    assert error(ours, pefts(bases / base, path).double()) <= TOLERANCE
+
+
+def test_tied_factors_of_which_one_is_missing_or_another(bases: Path, tmp_path: Path) -> None:
+    path = tiny.save_adapter(tmp_path, bases / "tied", ensure_weight_tying=True, target_modules=["embed_tokens"])
+    weights = path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    head = next(key for key in tensors if "lm_head.lora_B" in key)
+    save_file(tensors | {head: tensors[head] + 1}, weights)
+    with pytest.raises(AdapterError, match=r"different factors for lm_head and model\.embed_tokens"):
+        logits(bases / "tied", read_adapter(path, "x"))
+    save_file({key: tensor for key, tensor in tensors.items() if "lm_head.lora" not in key}, weights)
+    with pytest.raises(
+        AdapterError, match=r"ties model\.embed_tokens to lm_head, for which the adapter brings nothing"
+    ):
+        logits(bases / "tied", read_adapter(path, "x"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_copy_of_the_bases_embedding_in_any_dtype(bases: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    own = load_file(bases / "plain/model.safetensors")["model.embed_tokens.weight"]
+    path = folder(tmp_path, TENSORS | {EMBEDDING: own.to(dtype)})
+    logits(bases / "plain", read_adapter(path, "x"))
+    trained = own.clone()
+    trained[7, 3] += 0.01
+    folder(tmp_path, TENSORS | {EMBEDDING: trained.to(dtype)})
+    with pytest.raises(AdapterError, match="differs from the base model's"):
+        logits(bases / "plain", read_adapter(path, "x"))
+
+
+GEMMA = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 258, "max_position_embeddings": 256,
+}  # fmt: skip
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+def test_gemma_3_under_its_older_names(tmp_path: Path) -> None:
+    config = Gemma3Config(text_config=GEMMA, vision_config=VISION, mm_tokens_per_image=4)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    shapes, inner = module_shapes(model), "layers.1.self_attn.q_proj"
+    assert f"model.language_model.{inner}" in shapes
+    for prefix in ("model.language_model.", "language_model.model.", "model.language_model.model.", "model."):
+        renamed = {key.replace(MODULE, prefix + inner): tensor for key, tensor in TENSORS.items()}
+        copy = {f"base_model.model.{prefix}embed_tokens.weight": torch.zeros(258, 32)}
+        adapter = check(read_adapter(folder(tmp_path, renamed | copy), "x"), shapes)
+        assert list(adapter.modules) == [f"model.language_model.{inner}"], prefix
+        assert list(adapter.copies) == ["model.language_model.embed_tokens.weight"]
+    twice = {
+        key.replace(MODULE, prefix + inner): tensor
+        for key, tensor in TENSORS.items()
+        for prefix in ("language_model.model.", "model.language_model.")
+    }
+    with pytest.raises(AdapterError, match=r"'language_model\.model\..*' and 'model\.language_model\..*' are the same"):
+        check(read_adapter(folder(tmp_path, twice), "x"), shapes)
+    with pytest.raises(AdapterError, match=r"no module 'model\.encoder"):
+        check(read_adapter(folder(tmp_path, {key.replace("layers", "encoder.layers"): tensor
+                                            for key, tensor in TENSORS.items()}), "x"), shapes)  # fmt: skip
+
+
+# Configs.
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    path = folder(tmp_path) / "adapter_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_adapter(tmp_path, "x").modules
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"peft_type": ' + "[" * 100_000 + "]" * 100_000 + "}", "not valid JSON (recursion limit exceeded"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, "not valid JSON (recursion limit exceeded"),
+        (json.dumps(CONFIG).replace("4", "1000000000"), "r is 1000000000: Input should be less than or equal to 65536"),
+        (json.dumps(CONFIG).replace("4", "9" * 5000), "not valid JSON"),
+        (json.dumps(CONFIG).replace("8", "NaN"), "not valid JSON"),
+        (json.dumps(CONFIG).replace("8", "1e999"), "not valid JSON"),
+        (json.dumps(CONFIG).replace("8", "true"), "lora_alpha is true"),
+        (json.dumps(CONFIG).replace("4", "0"), "r is 0"),
+        (json.dumps(CONFIG).replace("4", "4.5"), "r is 4.5"),
+        (json.dumps(CONFIG | {"rank_pattern": {"(?=q)q_proj": 4}}), "no pattern that can be matched (look-around"),
+        (json.dumps(CONFIG | {"rank_pattern": {"q_proj[": 4}}), "no pattern that can be matched (unterminated"),
+        (json.dumps(CONFIG | {"alpha_pattern": {f"(q{n})+": 4 for n in range(20)}}), "more than 16 patterns"),
+        (json.dumps(CONFIG | {"target_modules": "(q_proj"}), "target_modules"),
+        (json.dumps(CONFIG | {"bias": "some"}), 'bias is "some"; known are'),
+        (json.dumps(CONFIG | {"x" * 10_000: "y" * 10_000}), "does not know this option"),
+        ("[]", "must hold a JSON object"), ("null", "must hold a JSON object"), ("", "not valid JSON"),
+        ("\ud800", "not valid JSON"),
+    ],
+    ids=range(19),
+)  # fmt: skip
+def test_configs_that_are_none(tmp_path: Path, text: str, words: str) -> None:
+    path = folder(tmp_path) / "adapter_config.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    message = refusal(tmp_path)
+    assert words in message
+    assert len(message) < 1000
+
+
+def test_a_pattern_that_python_would_match_for_years(tmp_path: Path) -> None:
+    module = "model." + "a" * 60
+    long = {key.replace(MODULE, module): tensor for key, tensor in TENSORS.items()}
+    assert read_adapter(folder(tmp_path, long, rank_pattern={"(a|aa)+b": 9}), "x").modules[module].rank == 4
+    assert "says 9" in refusal(folder(tmp_path, long, rank_pattern={"(a|aa)+": 9}))
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    | st.sampled_from([10**30, -1, 1e308, "q_proj", "all-linear", "LORA", "(", {"q_proj": 4}, [1], ["q_proj"]]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+KEYS = [*CONFIG, "rank_pattern", "alpha_pattern", "use_rslora", "bias", "ensure_weight_tying", "init_lora_weights",
+        "base_model_name_or_path", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora", "loftq_config",
+        "modules_to_save", "auto_mapping"]  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), ANY, max_size=3))
+def test_any_value_under_any_key(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
+    """Taken or refused, by every reader of a config: the adapter's, and the planner's, which asks PEFT."""
+    from model_compose.engines.huggingface.sizes import adapter_size
+
+    path = folder(tmp_path_factory.getbasetemp() / "any", config=CONFIG | changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny.llama_config())
+    assert taken(lambda: read_adapter(path, "x").modules[MODULE].rank == 4)
+    assert taken(lambda: adapter_size(read_config(path, "x"), model, "x").ranks)
+
+
+# Files.
+
+SAFE = save(TENSORS)
+
+
+def header(content: Any, length: int | None = None) -> bytes:
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\0", SAFE[:7], SAFE[:8], SAFE[:40], SAFE[:-1], SAFE + b"\0",
+        header({}, 2**63), header({}, 100_000_001), header(b"[" * 100_000), header(b'{"a":' * 10_000),
+        header({A: {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 0]}}),
+        header({A: {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}),
+        header({A: {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}) + b"\0" * 4,
+        header({A: {"dtype": "F33", "shape": [1], "data_offsets": [0, 4]}}) + b"\0" * 4,
+        header({A: {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}) + b"\0" * 4,
+        header({A: 5}), header({}), header("text"), header(None), pickle.dumps({}), b"<html>not found</html>" * 99,
+    ],
+    ids=range(22),
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_files_that_are_none(tmp_path: Path, name: str, data: bytes) -> None:
+    path = folder(tmp_path)
+    (path / "adapter_model.safetensors").unlink()
+    (path / name).write_bytes(data)
+    assert len(refusal(path)) < 500
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(data=st.data(), name=st.sampled_from(["adapter_model.safetensors", "adapter_model.bin"]))
+def test_any_bytes_changed(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, name: str) -> None:
+    path = folder(tmp_path_factory.mktemp("bytes"))
+    (path / "adapter_model.safetensors").unlink()
+    if name.endswith(".bin"):
+        torch.save(TENSORS, path / name)
+    else:
+        (path / name).write_bytes(SAFE)
+    content = bytearray((path / name).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, min(len(content) - 1, 700)))] = data.draw(st.integers(0, 255))
+    (path / name).write_bytes(
+        content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
+    )
+    assert taken(lambda: read_adapter(path, "x").modules)
+
+
+def pickled(path: Path, content: Any, **options: Any) -> Path:
+    path = folder(path)
+    (path / "adapter_model.safetensors").unlink()
+    torch.save(content, path / "adapter_model.bin", **options)
+    return path
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.getpid, ()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (TENSORS | {"x": Evil()}, "it would call posix.getpid when it is read"),
+        ([1, 2], "mapping of names to tensors"),
+        ({1: torch.ones(2)}, "mapping of names to tensors"),
+        ({"x": {"y": torch.ones(2)}}, "holds dict as 'x', which is no tensor"),
+        (TENSORS | {"epoch": 3}, "holds int as 'epoch', which is no tensor"),
+        ({A: torch.ones(4, 32).to_sparse()}, "of a kind that no adapter has"),
+        ({A: torch.ones(4, 32, device="meta")}, "of a kind that no adapter has"),
+        ({A: torch.quantize_per_tensor(torch.ones(4, 32), 1.0, 0, torch.qint8)}, "of a kind that no adapter has"),
+        ({A: torch.ones(1).expand(10**6, 10**6), B: TENSORS[B]}, "unpacks to more than it holds"),
+        ({}, "no lora_A and lora_B"),
+    ],
+    ids=range(10),
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_pickles_of_other_things(tmp_path: Path, content: Any, words: str, legacy: bool) -> None:
+    assert words in refusal(pickled(tmp_path, content, _use_new_zipfile_serialization=not legacy))
+
+
+def test_a_pickle_that_grows_when_it_is_unpacked(tmp_path: Path) -> None:
+    path = pickled(tmp_path, {A: torch.zeros(4, 1 << 20), B: TENSORS[B]}) / "adapter_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    assert path.stat().st_size < 1 << 20
+    assert "it is compressed, which torch.save never does" in refusal(tmp_path)
+
+
+def test_parameters_are_tensors_and_shared_ones_too(tmp_path: Path) -> None:
+    """Old trainers pickled nn.Parameter, and an embedding with the head that is tied to it."""
+    tied = torch.zeros(258, 32)
+    content = {key: torch.nn.Parameter(tensor) for key, tensor in TENSORS.items()}
+    path = pickled(tmp_path, content | {EMBEDDING: tied, "base_model.model.lm_head.weight": tied})
+    adapter = read_adapter(path, "x")
+    assert len(adapter.copies) == 2
+    assert not adapter.modules[MODULE].a.requires_grad
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_things_in_place_of_files(tmp_path: Path, name: str) -> None:
+    path = folder(tmp_path) / name
+    path.unlink()
+    path.mkdir()
+    refusal(tmp_path)
+    path.rmdir()
+    os.mkfifo(path)
+    refusal(tmp_path)
+    for target in ("nowhere", path, "/dev/zero", "/proc/self/mem"):
+        path.unlink()
+        path.symlink_to(target)
+        refusal(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "."])
+def test_files_that_may_not_be_read(tmp_path: Path, name: str) -> None:
+    path = folder(tmp_path / "inner") / name
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.chmod(0)
+    try:
+        assert "(Permission denied)" in refusal(tmp_path / "inner")
+    finally:
+        path.chmod(mode)
