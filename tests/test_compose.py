@@ -18,9 +18,11 @@ from model_compose.errors import (
     InputError,
     NotFound,
     NotReady,
+    Overloaded,
     RunError,
     SourceError,
 )
+from model_compose.generation import Completion, Request, collect
 from model_compose.loading import load
 from model_compose.workflow import runner, variables
 from model_compose.workflow.jobs import WorkflowOptions
@@ -475,6 +477,64 @@ async def test_conversion_that_fails_in_a_job_fails_the_run(opening: Open) -> No
         with pytest.raises(RunError, match=r"\$\{output as integer\}: .* is not an integer"):
             await compose.answer(PROMPT)
         assert compose.busy == 0
+
+
+# Room.
+
+
+async def test_an_accepted_run_is_not_refused_later_and_others_are_at_once(both: Compose) -> None:
+    room = both.models["a"].engine.room
+    room.rows, room.queue = 1, 0
+    accepted = asyncio.create_task(both.answer({}, workflow="twice"))  # two texts
+    await until(lambda: room.texts == 2)
+    with pytest.raises(Overloaded):
+        await both.answer({}, workflow="long")
+    output = (await accepted).output
+    assert output["left"] == output["right"]
+    assert (room.texts, room.promised) == (0, 0)
+
+
+async def test_a_run_that_finds_one_of_its_models_full_takes_no_place_with_the_others(both: Compose) -> None:
+    rooms = {id: model.engine.room for id, model in both.models.items()}
+    place = rooms["b"].take()
+    rooms["b"].rows, rooms["b"].queue = 1, 0
+    with pytest.raises(Overloaded):
+        await both.answer(PROMPT, workflow="both")
+    assert (rooms["a"].texts, rooms["b"].texts) == (0, 1)
+    place.give_back()
+    assert await both.answer(PROMPT, workflow="both")
+    assert (rooms["a"].texts, rooms["b"].texts) == (0, 0)
+
+
+async def test_who_waits_for_a_component_that_runs_few_at_once_has_a_place(opening: Open) -> None:
+    limits = "  max_concurrent_count: 1\n  options: {max_batch_size: 2, max_queue: 1}\n"
+    yaml = tiny.YAML.replace("  action:", f"{limits}  action:")
+    async with opening(yaml) as compose:
+        model = compose.models["__component__"]
+        request = Request("Hello", model.blends.default, model.sampling())
+
+        async def complete() -> Completion:
+            return await collect(compose.generate("__component__", request))
+
+        calls = [compose.answer(PROMPT), compose.answer(PROMPT), complete(), compose.answer(PROMPT), complete()]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        refused = [isinstance(result, Overloaded) for result in results]
+        assert refused == [False, False, False, True, True]
+        assert not [result for result in results[:3] if isinstance(result, Exception)]
+        assert (model.engine.room.texts, model.engine.room.promised) == (0, 0)
+
+
+async def test_a_run_of_many_prompts_has_few_texts_at_once(both: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = both.models["a"].engine.room
+    room.rows, room.queue = 1, 0
+    most = 0
+    running = asyncio.create_task(both.answer({"prompts": ["a"] * 6, "n": 2}, workflow="several"))
+    monkeypatch.setattr("model_compose.components.model.MOST_TEXTS", 2)  # for a batch_size of 2
+    while not running.done():
+        most = max(most, room.texts)
+        await asyncio.sleep(0)
+    assert most == 2
+    assert len(running.result().output["texts"]) == 12
 
 
 # What cannot be loaded.

@@ -11,6 +11,7 @@ import codecs
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -237,7 +238,7 @@ def convert(value: Any, to: Type, source: str = "the value") -> Any:
         return None
     if to.is_list:
         if not isinstance(value, list | tuple):
-            raise RunError(f"{source}: `{to.name}[]` needs a list, got {_kind(value)} {value!r}")
+            raise RunError(f"{source}: `{to.name}[]` needs a list, got {_kind(value)} {SHORT.repr(value)}")
         element = Type(to.name, False, to.subtype, to.format)
         return [convert(item, element, source) for item in value]
     try:
@@ -246,8 +247,13 @@ def convert(value: Any, to: Type, source: str = "the value") -> Any:
         conversion = _CONVERSIONS.get(to.name)
         return conversion(value, to) if conversion else value
     except (ValueError, TypeError, OverflowError) as error:
-        raise RunError(f"{source}: {value!r} is not {_ARTICLES.get(to.name, to.name)} ({error})") from error
+        what, why = _ARTICLES.get(to.name, to.name), str(error)[: SHORT.maxstring]  # some of Python's quote the value
+        raise RunError(f"{source}: {SHORT.repr(value)} is not {what} ({why})") from error
 
+
+SHORT = reprlib.Repr()
+"""How messages show a caller's value, which may have any size."""
+SHORT.maxstring = SHORT.maxother = 200
 
 MOST_VALUES = 1 << 18
 """Of one JSON text. An empty list is two bytes there and a hundred as an object."""

@@ -129,11 +129,13 @@ class Live:
         await self.until(lambda: len(self.steps) > before + 3, "making tokens")
 
     async def stopped(self) -> None:
-        """Soon nothing is busy, no token is made any more, and no asyncio task of ours is left."""
+        """Soon nothing is busy, no place is taken, no token is made any more, and no asyncio task of ours is left."""
         engine: Any = self.compose.models["__component__"].engine
         await self.until(lambda: self.compose.busy == 0, "idle")
         if engine._loop is not None:  # as it is once the service has closed
             await self.until(lambda: not engine._loop.running, "making no tokens")
+        rooms = [model.engine.room for model in self.compose.models.values()]
+        await self.until(lambda: not any(room.texts or room.promised for room in rooms), "free of places")
         assert len(self.steps) < LENGTH, "a text came to its own end"
         await self.until(lambda: not self.leftovers(), "free of tasks")
 

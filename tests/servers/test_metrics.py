@@ -115,7 +115,12 @@ def test_an_engine_tells_of_its_prefixes_its_adapters_and_its_rest(fresh: str) -
     hits = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages)
     assert found["prefix_cache_hits_total"] == {("default",): hits}
     assert hits >= 58
-    # Kept prefixes give way to requests, so they are no use of the cache.
+    # Kept prefixes give way to requests, so they are no use of the cache; what they hold is told apart.
+    cache, kept = found["kv_cache_bytes"]["default",], found["prefix_cache_usage_perc"]["default",]
+    assert before["prefix_cache_usage_perc"] == {("default",): 0}
+    token = 2 * 2 * 2 * 8 * 4  # bytes: layers, keys and values, heads, head_dim, float32
+    first, second = (usage["total_tokens"] - 1 for usage in usages)  # the last token of a text is never computed
+    assert kept * cache == pytest.approx(token * (first + second))
     for name in ("num_requests_running", "num_requests_waiting", "num_preemptions_total", "kv_cache_usage_perc"):
         assert found[name] == {("default",): 0}
 

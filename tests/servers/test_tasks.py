@@ -1,14 +1,20 @@
 """Tasks: asked for, cancelled, left alone; and what they must not hold on to."""
 
 import asyncio
+import gc
+import weakref
+from collections.abc import AsyncGenerator
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
 
-from model_compose.errors import Conflict, NotFound
+from model_compose.compose import Compose
+from model_compose.errors import ComposeError, Conflict, NotFound, RunError
 from model_compose.servers import tasks as tasks_module
-from model_compose.servers.tasks import Tasks
+from model_compose.servers.tasks import Task, Tasks
+from model_compose.workflow.runner import Done
 from tests.servers.conftest import Live
 from tests.servers.test_http import PROMPT, events, is_problem, post
 from tests.waiting import wait_until
@@ -135,6 +141,84 @@ async def test_text_that_nobody_reads_is_not_kept(live: Live) -> None:
             break
     assert silent._deltas.empty()
     await asyncio.gather(tasks.cancel(silent), tasks.cancel(read))
+
+
+async def settled(task: Task) -> None:
+    while task.work is not None:
+        await asyncio.sleep(0)
+
+
+class Held(dict[str, Any]):
+    """An input that can be watched."""
+
+
+@pytest.mark.parametrize(("prompt", "end"), [("Hello", "completed"), ("x" * 300, "failed"), ("Hello", "cancelled")])
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_finished_task_holds_no_input(compose: Compose, prompt: Any, end: str, streaming: bool) -> None:
+    tasks = Tasks(compose)
+    given, metadata = Held(prompt=prompt), Held(a=[[]])
+    watched = [weakref.ref(given), weakref.ref(metadata)]
+    task = tasks.start(None, given, None, {"metadata": metadata, "session_id": None}, streaming=streaming)
+    del given, metadata
+    if end == "cancelled":
+        await tasks.cancel(task)
+    for _ in range(2):  # an error that is raised again has gathered no frames of those who waited
+        with suppress(ComposeError):
+            await task.wait()
+    await tasks.abandon(task)
+    await settled(task)
+    assert task.status == end
+    for _ in range(500):  # the thread that tokenized may be just about to let go of it
+        gc.collect()
+        if not any(ref() for ref in watched):
+            break
+        await asyncio.sleep(0.01)
+    assert [ref() for ref in watched] == [None, None]
+    state = tasks.find(task.id).state()
+    assert state["status"] == end
+    assert state["metadata"] == {"a": [[]]}
+    assert "session_id" not in state
+    assert task._deltas.empty()
+
+
+async def test_finished_tasks_are_forgotten_by_their_bytes_the_oldest_first(compose: Compose) -> None:
+    tasks = Tasks(compose, 5_000)
+    ids = []
+    for number in range(4):
+        task = tasks.start(None, HELLO, None, {"metadata": {"a": f"{number}" * 2_000}})
+        await task.wait()
+        await settled(task)
+        ids.append(task.id)
+    with pytest.raises(NotFound, match=r"kept for 1 h, at most 10000 and 5000 bytes of them \(max_tasks_size\)"):
+        tasks.find(ids[1])
+    assert [tasks.find(id).id for id in ids[2:]] == ids[2:]
+    large = tasks.start(None, HELLO, None, {"metadata": {"a": "x" * 9_000}})
+    await large.wait()
+    await settled(large)
+    assert tasks.find(large.id) is large  # the last one stays, whatever its size
+    with pytest.raises(NotFound):
+        tasks.find(ids[3])
+
+
+async def test_an_output_that_is_no_json_fails_the_run(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = Tasks(compose)
+
+    async def run(*_: Any, **__: Any) -> AsyncGenerator[Done]:
+        yield Done({"generated": float("nan")})
+
+    monkeypatch.setattr(compose, "run", run)
+    task = tasks.start(None, HELLO, None, {})
+    with pytest.raises(RunError, match="the run failed"):
+        await task.wait()
+    assert task.state()["status"] == "failed"
+
+
+async def test_a_run_that_is_cancelled_before_its_first_step_gives_its_place_back(live: Live) -> None:
+    tasks, room = Tasks(live.compose), live.compose.models["__component__"].engine.room
+    task = tasks.start(None, HELLO, None, {})
+    assert (room.texts, room.promised) == (1, 1)
+    await tasks.cancel(task)
+    assert (room.texts, room.promised) == (0, 0)
 
 
 async def test_finished_tasks_are_forgotten_by_age_and_number(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

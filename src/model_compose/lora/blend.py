@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from model_compose.errors import InputError
 from model_compose.lora.adapter import Factors, LoraAdapter
 from model_compose.lora.methods import METHODS, FullRank, LowRank, Method
-from model_compose.schema import finite_number
+from model_compose.schema import LONGEST_NAME, finite_number
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ class Blends:
 
     @staticmethod
     def _unknown(name: str, place: str, known: Iterable[str], what: str) -> InputError:
-        known = list(known)
+        known, name = list(known), name[:LONGEST_NAME]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         listing = f"known: {', '.join(known)}" if known else f"this component has no {what}s"

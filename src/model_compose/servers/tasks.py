@@ -214,7 +214,9 @@ class Tasks:
             task.finish("completed", done=done)  # now that its place is free
         except ComposeError as error:
             level = logging.ERROR if error.status >= 500 else logging.INFO
-            log.log(level, "[task-%s] %s", task.id, error, exc_info=error.__cause__ if error.status >= 500 else None)
+            # The message, not the error: a log that keeps its records would keep the frames that raised it.
+            cause = error.__cause__ if error.status >= 500 else None
+            log.log(level, "[task-%s] %s", task.id, str(error), exc_info=cause)
             task.finish("failed", error=error)
         except Exception:
             log.exception("[task-%s] failed", task.id)

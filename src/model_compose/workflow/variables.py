@@ -7,7 +7,7 @@ from typing import Any, Literal
 from model_compose.components import ActionOptions, ComponentOptions, pick
 from model_compose.components.model import EXPECTED_MESSAGES
 from model_compose.errors import FieldError, InputError, RunError
-from model_compose.expressions import Path, Reference, Splice, Template, Type, convert, parse, strict_json
+from model_compose.expressions import SHORT, Path, Reference, Splice, Template, Type, convert, parse, strict_json
 from model_compose.schema import nearest, shown
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
@@ -117,7 +117,7 @@ def _problem(variable: Variable, value: Any) -> FieldError | None:
     except RunError as error:
         return FieldError(field, str(error))
     if variable.options and converted not in variable.options:
-        return FieldError(field, f"{field} is {given!r}; allowed: {', '.join(variable.options)}")
+        return FieldError(field, f"{field} is {SHORT.repr(given)}; allowed: {', '.join(variable.options)}")
     return None
 
 

@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 # One gap of white space at most this wide: a small model may else fill its whole budget with newlines.
 _GAP = r"[\x20\x0A\x0D\x09]{1,40}"
-_CACHED_FORMATS = 64
+_CACHED_FORMATS = 8
+"""A compiled one takes up to 50 MB; compiling takes milliseconds for most."""
+_COMPILING_FUEL = 300_000
+"""A schema of 60 KB needs a third of it. Without it, a regex such as ((a{100}){100}){99} takes three seconds and 200 MB."""
+
+
+_LIMITS = LLParserLimits(verbose_errors=False, initial_lexer_fuel=_COMPILING_FUEL)
 
 
 class Grammars:
@@ -97,7 +103,7 @@ def check_format(format: ResponseFormat) -> None:
 
 def _compile(tokens: Callable[[], LLTokenizer], format: ResponseFormat) -> LLMatcher:
     try:
-        matcher = LLMatcher(tokens(), _grammar(format), log_level=0, limits=LLParserLimits(verbose_errors=False))
+        matcher = LLMatcher(tokens(), _grammar(format), log_level=0, limits=_LIMITS)
     except ValueError as error:  # the text is no JSON, or llguidance cannot read such a tokenizer
         raise _refusal(str(error)) from None
     matcher.compute_bitmask()

@@ -131,11 +131,46 @@ class Transcript:
         return self._stops.flush() + self._text.rest
 
 
+class _Stop:
+    """One stop string, and how many of its first characters the text ends with.
+
+    Each character is looked at about once, however often the string repeats itself (Knuth, Morris and Pratt): every token
+    is compared with all stop strings of its request, in the thread that all requests share.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text, self.matched = text, 0
+        self._borders = [0, 0]
+        """Of the first n characters: how many of them stand at the end of these again. Found when they are needed."""
+
+    def follow(self, text: str, matched: int) -> tuple[int, int | None]:
+        """After this text: how much is matched then, and, where the whole is, after how many characters."""
+        stop = self.text
+        if not matched and stop[0] not in text:
+            return 0, None
+        for number, character in enumerate(text, 1):
+            while matched and stop[matched] != character:
+                matched = self._border(matched)
+            matched += stop[matched] == character
+            if matched == len(stop):
+                return matched, number
+        return matched, None
+
+    def _border(self, size: int) -> int:
+        stop, borders = self.text, self._borders
+        while len(borders) <= size:
+            character, border = stop[len(borders) - 1], borders[-1]
+            while border and stop[border] != character:
+                border = borders[border]
+            borders.append(border + (stop[border] == character))
+        return borders[size]
+
+
 class StopStrings:
     """Holds back text that may be the start of a stop string, also where the string spans tokens."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._stops = [_Stop(stop) for stop in stops]
         self._held = ""
 
     def push(self, text: str, ahead: Callable[[], str] = str) -> tuple[str, bool]:
@@ -145,17 +180,18 @@ class StopStrings:
         """
         if not self._stops:
             return text, False
+        tail, before, found = ahead(), len(self._held), []
         self._held += text
-        whole = self._held + ahead()
-        found = [at for stop in self._stops if (at := whole.find(stop)) >= 0]
+        for stop in self._stops:
+            stop.matched, end = stop.follow(text, stop.matched)
+            if end is None:
+                _, end = stop.follow(tail, stop.matched)
+                end = None if end is None else len(text) + end
+            if end is not None:
+                found.append(before + end - len(stop.text))
         if found:
-            return whole[: min(found)], True
-        keep = max(
-            size
-            for stop in self._stops
-            for size in range(min(len(stop) - 1, len(self._held)) + 1)
-            if self._held.endswith(stop[:size])
-        )
+            return (self._held + tail)[: min(found)], True
+        keep = max(stop.matched for stop in self._stops)
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return ready, False
 
