@@ -61,6 +61,15 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "state_size": 8, "n_groups": 1},
+    "ministral3": {  # queries grow with their position, from the 8th on
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 16.0,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.5,
+        }
+    },
     "phimoe": {"sliding_window": None},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
     "prophetnet": {"num_encoder_layers": 2, "num_decoder_layers": 2},

@@ -9,7 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PhimoeConfig
 
 from model_compose.engines.huggingface.forward import NAME, TransformersForward
-from model_compose.errors import LoadError
+from model_compose.errors import AdapterError, LoadError
+from model_compose.lora.adapter import Factors, LoraAdapter
+from model_compose.lora.layers import LoraModel
 from tests.architectures import SIZES, tiny_config
 
 CPU = torch.device("cpu")
@@ -76,6 +78,15 @@ def test_a_module_that_is_given_some_of_the_tokens_takes_no_adapter() -> None:
     unfit = TransformersForward(model, CPU, "tiny").unfit
     assert set(unfit) == {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")}
     assert set(unfit.values()) == {"it was given 4 tokens of 5"}
+
+
+def test_an_adapter_for_such_a_module_is_refused_at_runtime_too() -> None:
+    lora, path = LoraModel(gemma()), "model.layers.1.mlp.up_proj"
+    lora.refuse({path: "it was given 4 tokens of 5"})
+    late = LoraAdapter("late", {path: Factors(torch.ones(2, 32), torch.ones(48, 2), 1.0)}, "")
+    with pytest.raises(AdapterError, match=r"'late': it acts on model\.layers\.1\.mlp\.up_proj.*given 4 tokens of 5"):
+        lora.load(late)
+    assert lora.names == ()
 
 
 def test_masks_are_as_before_when_the_probe_is_over() -> None:
