@@ -103,7 +103,8 @@ def test_what_the_first_example_needs_is_what_plan_says(path: Path, tmp_path: Pa
     ]
     assert len(rows) == 6
     for memory, setting, base, tokens in rows:
-        options = yaml.safe_load((re.match(r"`(.+?)`", setting) or [None, "{}"])[1])
+        written = re.match(r"`(.+?)`", setting)
+        options = yaml.safe_load(written[1]) if written else {}
         extra = "\n  ".join(f"{key}: {value}" for key, value in options.items()) or "max_concurrent_count: 1"
         made = as_json(plan(load([write_llama(tmp_path, extra)], {}), parse_memory([memory.strip("`")])))
         needs = made["components"][0]["devices"][0]
