@@ -71,7 +71,9 @@ class RunBody(Options):
         default=None, max_length=LONGEST_NAME, description="The default workflow if left out"
     )
     input: Any = Field(
-        default=None, description="The workflow's input, usually an object", examples=[{"prompt": "Hello"}]
+        default=None,
+        description="The workflow's input, usually an object; keys that nothing reads are refused",
+        examples=[{"prompt": "Hello"}],
     )
     blend: str | dict[str, Any] | None = Field(
         default=None, description="A blend's name, {adapter: weight}, or {component: blend}", examples=[{"alpaca": 0.7}]
