@@ -120,7 +120,7 @@ def up(
         pairs = dict(pair.split("=", 1) for pair in env or ())
         _detach(loaded, [*arguments, *(["--verbose"] if verbose else [])], pairs)
     else:
-        log_to_stderr(verbose, logging.INFO, REQUEST_FORMAT)
+        log_to_stderr(verbose, format=REQUEST_FORMAT)
         _serve(loaded)
 
 

@@ -50,7 +50,7 @@ def parse_json(text: str, option: str) -> Any:
         raise InputError(f'{option} is not valid JSON: {error}; example: \'{{"prompt": "Hello"}}\'') from None
 
 
-def log_to_stderr(verbose: bool, level: int = logging.WARNING, format: str = "%(levelname)-8s %(message)s") -> None:
+def log_to_stderr(verbose: bool, level: int = logging.INFO, format: str = "%(levelname)-8s %(message)s") -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(RequestFilter())
     logging.basicConfig(level=logging.WARNING, format=format, handlers=[handler])
