@@ -182,7 +182,9 @@ def test_names_and_ranks_are_told_by_the_header(app: Path) -> None:
     weights = app / "alpaca/adapter_model.safetensors"
     tensors = load_file(weights)
     name = next(name for name in tensors if name.endswith("lora_A.weight"))
-    save_file({**tensors, name.removeprefix("base_model.model."): tensors[name] + 1}, weights, metadata={"format": "pt"})
+    save_file(
+        {**tensors, name.removeprefix("base_model.model."): tensors[name] + 1}, weights, metadata={"format": "pt"}
+    )
     rank = json.loads((app / "pirate/adapter_config.json").read_text())["r"]
     put(app / "pirate/adapter_config.json", r=rank + 1)
     twice, other_rank = problems(app, error=AdapterError)

@@ -126,7 +126,7 @@ def up(
         pairs = dict(pair.split("=", 1) for pair in env or ())
         _detach(loaded, [*arguments, *(["--verbose"] if verbose else [])], pairs)
     else:
-        log_to_stderr(verbose, logging.INFO, REQUEST_FORMAT, kept_in=log)
+        log_to_stderr(verbose, format=REQUEST_FORMAT, kept_in=log)
         _serve(loaded)
 
 

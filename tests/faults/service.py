@@ -1,5 +1,6 @@
 """A service as a user starts it: `model-compose up` in a process of its own, with its log."""
 
+import json
 import os
 import resource
 import subprocess
@@ -8,7 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -68,6 +71,17 @@ def up(path: Path, folder: Path, files: int | None = None) -> Iterator[Service]:
     finally:
         child.kill()
         child.wait()
+
+
+def seconds_of_health(port: int, source: str = "127.0.0.1") -> tuple[float, Any]:
+    """How long the health took on a connection of its own, and what it says. httpx would need longer than the service."""
+    started = time.monotonic()
+    connection = HTTPConnection("127.0.0.1", port, timeout=20, source_address=(source, 0))
+    connection.request("GET", "/api/health")
+    text = connection.getresponse().read()
+    seconds = time.monotonic() - started
+    connection.close()
+    return seconds, json.loads(text)
 
 
 def post(service: Service, path: str, body: object) -> httpx.Response:

@@ -74,7 +74,7 @@ def parse_blend(given: str | None) -> Any:
 
 def log_to_stderr(
     verbose: bool,
-    level: int = logging.WARNING,
+    level: int = logging.INFO,
     format: str = "%(levelname)-8s %(message)s",
     kept_in: Path | None = None,
 ) -> None:
