@@ -140,11 +140,11 @@ def test_metadata_leaves_no_memory_behind(service: Service, record: Record) -> N
 def test_a_finished_task_keeps_no_input(service: Service, record: Record) -> None:
     before, ids = service.memory(), []
     for number in range(10):
-        for prompt in ("a", "a" * (1 << 15)):  # the second does not fit
-            more = {"input": {"prompt": prompt, "more": f"{number}" * 4 * MIB}}
-            answer = service.post(more)
+        for workflow in ("cut", "plain"):  # the second does not fit
+            run = {"workflow_id": workflow, "input": {"prompt": f"{number}" * 4 * MIB}}
+            answer = service.post(run)
             ids.append(answer.json()["task_id"])
-            ids.append(service.post({**more, "wait_for_completion": False}).json()["task_id"])
+            ids.append(service.post({**run, "wait_for_completion": False}).json()["task_id"])
     for id in ids:
         while (state := httpx.get(f"{service.url}/api/tasks/{id}").json())["status"] in ("pending", "processing"):
             time.sleep(0.01)
