@@ -100,20 +100,22 @@ async def test_a_cancel_need_not_be_waited_for(live: Live) -> None:
 
 
 async def test_whoever_waits_for_a_cancelled_task_is_told(live: Live) -> None:
-    async def cancel_it() -> None:
-        await live.running()
+    def cancel() -> None:
         running = [t for t in asyncio.all_tasks() if "Tasks._work" in str(t.get_coro())]
         running[0].cancel()
 
-    canceller = asyncio.create_task(cancel_it())
-    document = is_problem(await live.client.post(live.url + RUN, json={"input": HELLO}), 409)
-    assert document["title"] == "Cancelled"
-    await canceller
-    canceller = asyncio.create_task(cancel_it())
-    streamed = await live.client.post(live.url + RUN, json={"input": HELLO, "stream": True})
-    name, data = events(streamed.text)[-1]
+    waiting = asyncio.create_task(live.client.post(live.url + RUN, json={"input": HELLO}))
+    await live.running()
+    cancel()
+    assert is_problem(await waiting, 409)["title"] == "Cancelled"
+    async with live.client.stream("POST", live.url + RUN, json={"input": HELLO, "stream": True}) as streamed:
+        parts = streamed.aiter_text()
+        text = await anext(parts)  # a stream that has begun, so that its end is an event
+        cancel()
+        async for part in parts:
+            text += part
+    name, data = events(text)[-1]
     assert (name, data["status"], data["title"]) == ("error", 409, "Cancelled")
-    await canceller
 
 
 # From within.
