@@ -24,6 +24,7 @@ from tests import tiny
 from tests.faults.service import COMMAND, Service, environment, post, up
 from tests.servers.conftest import ENDLESS
 from tests.servers.test_http import events
+from tests.waiting import wait_until
 
 Record = Callable[[str, int, str], None]
 RUN = {"input": {"prompt": "a"}, "stream": True}
@@ -35,6 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signals")
     tiny.save_base(folder / "endless", tiny.llama_config(max_position_embeddings=1 << 16))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def hangup() -> Iterator[None]:
+    """Services inherit the default of SIGHUP; tests that are run by nohup would have them ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def written(folder: Path, shutdown_timeout: str) -> Path:
@@ -99,22 +108,19 @@ def test_a_signal_gives_running_requests_their_time_and_then_a_reason(
 
 
 def test_a_second_signal_ends_at_once_and_nohup_is_respected(folder: Path, tmp_path: Path, record: Record) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
-    try:
-        with streaming(folder, tmp_path, "1h") as (service, stream):
-            service.process.send_signal(signal.SIGHUP)
-            read = len(stream.text)
-            service.until(lambda: len(stream.text) > read + 1000, "going on")
-            assert health(service) == {"status": "ok"}
-            service.process.send_signal(signal.SIGTERM)
-            service.until(lambda: health(service) == {"status": "shutting_down"}, "draining")
-            sent = time.monotonic()
-            service.process.send_signal(signal.SIGTERM)
-            assert stream.last()[0] == "error"
-            assert service.process.wait(20) == 0
-            record("second signal, 1 h allowed", 1, f"ended after {time.monotonic() - sent:.1f} s")
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    with streaming(folder, tmp_path, "1h") as (service, stream):
+        service.process.send_signal(signal.SIGHUP)
+        read = len(stream.text)
+        service.until(lambda: len(stream.text) > read + 1000, "going on")
+        assert health(service) == {"status": "ok"}
+        service.process.send_signal(signal.SIGTERM)
+        service.until(lambda: health(service) == {"status": "shutting_down"}, "draining")
+        sent = time.monotonic()
+        service.process.send_signal(signal.SIGTERM)
+        assert stream.last()[0] == "error"
+        assert service.process.wait(20) == 0
+        record("second signal, 1 h allowed", 1, f"ended after {time.monotonic() - sent:.1f} s")
 
 
 @contextmanager
@@ -165,14 +171,16 @@ def test_a_detached_service_outlives_its_terminal_and_drains_too(folder: Path, t
         assert child.wait(20) == 0
         os.close(outer)
         (state,) = (tmp_path / "model-compose").glob("*.json")
-        told = json.loads(state.read_text())
-        stream = Stream(told["api"])
-        sent = time.monotonic()
-        os.kill(pid, signal.SIGHUP)
-        assert stream.last()[0] == "error"
-        assert stream.ended - sent >= 2
-        while state.exists():
-            time.sleep(0.05)
+        try:
+            stream = Stream(json.loads(state.read_text())["api"])
+            sent = time.monotonic()
+            os.kill(pid, signal.SIGHUP)
+            assert stream.last()[0] == "error"
+            assert stream.ended - sent >= 2
+            wait_until(lambda: not state.exists(), "ended")
+        finally:
+            if state.exists():
+                os.kill(pid, signal.SIGKILL)
         record("SIGHUP to up -d, 2 s allowed", 1, f"ended after {time.monotonic() - sent:.1f} s")
 
 
