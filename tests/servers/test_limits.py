@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from model_compose import expressions
-from model_compose.components.model import MOST_BIASES, MOST_MESSAGES, MOST_PROMPTS, MOST_STOPS
+from model_compose.components.model_actions import MOST_BIASES, MOST_MESSAGES, MOST_PROMPTS, MOST_STOPS
 from model_compose.components.response_format import LARGEST_SCHEMA
 from model_compose.expressions import strict_json
 from model_compose.schema import LONGEST_NAME

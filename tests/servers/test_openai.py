@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai import OpenAI
 
-from model_compose.components.model import Params
+from model_compose.components.model_actions import Params
 from model_compose.engines.huggingface.sequence import Sequence
 from model_compose.errors import InputError
 from model_compose.generation import ResponseFormat, Sampling

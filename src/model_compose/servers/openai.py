@@ -15,7 +15,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from model_compose.components.model import MOST_MESSAGES, LogitBias, ModelComponent, Stops
+from model_compose.components.model import ModelComponent
+from model_compose.components.model_actions import MOST_MESSAGES, LogitBias, Stops
 from model_compose.components.response_format import AnyFormat
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError, NotFound

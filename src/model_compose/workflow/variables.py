@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from model_compose.components import ActionOptions, ComponentOptions, pick
-from model_compose.components.model import EXPECTED_MESSAGES
+from model_compose.components.model_actions import EXPECTED_MESSAGES
 from model_compose.errors import FieldError, InputError, RunError
 from model_compose.expressions import SHORT, Path, Reference, Splice, Template, Type, convert, parse, strict_json
 from model_compose.schema import nearest, shown

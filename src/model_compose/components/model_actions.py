@@ -1,0 +1,197 @@
+"""What an action of `type: model` takes: its fields, how much of each, and the form of it that may hold expressions."""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from model_compose.components import ActionOptions
+from model_compose.components.response_format import AnyFormat
+from model_compose.expressions import strict_json
+from model_compose.generation import Message, Sampling
+from model_compose.schema import Options, at_most, templated
+
+MOST_MESSAGES = 4096
+MOST_PROMPTS = 4096
+"""Of one request; each is a request to the engine."""
+
+MOST_TEXTS = 256
+"""Of one run that are with the engine at the same time."""
+
+MOST_BIASES = 4096
+MOST_STOPS = 64
+LONGEST_STOP = 1024
+"""In bytes. Every token that is made is compared with all stop strings."""
+
+
+def _short_stops(stops: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    for stop in (stops,) if isinstance(stops, str) else stops or ():
+        if (size := len(stop.encode(errors="surrogatepass"))) > LONGEST_STOP:
+            raise PydanticCustomError(
+                "stop_too_long", "a stop string of {size} bytes, and it may have at most {most}",
+                {"size": size, "most": LONGEST_STOP},
+            )  # fmt: skip
+    return stops
+
+
+def _one_bias_a_token(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    """In JSON a token may be spelt "5" and "05"."""
+    biases = read(value)
+    spelt = dict[int, str]()
+    for name, bias in value.items() if len(biases) < len(value) else ():
+        (token,) = read({name: bias})
+        if token in spelt:
+            names = f"'{spelt[token]}' and '{name}'"
+            raise PydanticCustomError(
+                "token", "the token {token} is named twice: {names}", {"token": token, "names": names}
+            )
+        spelt[token] = str(name)
+    return biases
+
+
+LogitBias = Annotated[
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]],
+    WrapValidator(_one_bias_a_token),
+    at_most(MOST_BIASES, "tokens"),
+]
+Stops = Annotated[str | tuple[str, ...] | None, at_most(MOST_STOPS, "stop strings"), AfterValidator(_short_stops)]
+
+EXPECTED_MESSAGES = 'expected a list of messages, such as [{"role": "user", "content": "Hello"}]'
+STRUCTURED = ("response_format", "params.logit_bias")
+
+
+class Params(Options):
+    """How tokens are drawn; the dialect's defaults, and our own keys after OpenAI's."""
+
+    later: ClassVar[Mapping[str, Any]] = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": True}
+    do_sample: bool = True
+    temperature: float = Field(default=0.7, ge=0, description="0 is greedy")
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    top_k: int = Field(default=50, ge=0, description="0 is off")
+    min_p: float = Field(default=0.0, ge=0, le=1, description="0 is off")
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="0 is off")
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="0 is off")
+    logit_bias: LogitBias = Field(default={}, description="{token id: what is added to its score, -100 to 100}")
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+
+class Generation(Options):
+    """What an action of a language model takes besides its prompt. Lengths are in tokens."""
+
+    blend: str | dict[str, Any] | None = Field(default=None, description="A named blend, or {adapter: weight}")
+    max_input_length: int | None = Field(default=None, ge=1, description="Truncates longer prompts")
+    max_output_length: int | None = Field(default=None, ge=1, description="Until EOS or the context's end if unset")
+    min_output_length: int = Field(default=1, ge=0)
+    num_return_sequences: int = Field(default=1, ge=1, le=64)
+    stop_sequences: Stops = None
+    batch_size: int = Field(default=1, ge=1, le=MOST_TEXTS, description="Prompts of a list that run at the same time")
+    streaming: bool = Field(default=False, description="With output_only, answer as the dialect's event stream")
+    response_format: AnyFormat | None = Field(
+        default=None, description="What the whole text must be: JSON, or a pattern"
+    )
+    params: Params = Params()
+
+    @property
+    def sampling(self) -> Sampling:
+        params = self.params.model_dump()
+        stops = (self.stop_sequences,) if isinstance(self.stop_sequences, str) else self.stop_sequences or ()
+        return Sampling(
+            max_output_length=self.max_output_length,
+            min_output_length=self.min_output_length,
+            num_return_sequences=self.num_return_sequences,
+            stop_sequences=tuple(stop for stop in stops if stop),
+            response_format=self.response_format.format if self.response_format else None,
+            logit_bias=tuple(sorted(params.pop("logit_bias").items())),
+            **params,
+        )
+
+
+Prompts = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)] | None, at_most(MOST_PROMPTS, "prompts")]
+
+
+class TextGeneration(Generation):
+    """`task: text-generation`: a raw prompt. `text` is the same as `prompt`."""
+
+    prompt: Prompts = None
+    text: Prompts = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.text is None):
+            raise ValueError("give one of 'prompt' and 'text'")
+        return self
+
+    @property
+    def takes_many(self) -> bool:
+        """Whether the prompt is a list, so that the result is one too."""
+        return isinstance(self.prompt if self.prompt is not None else self.text, tuple)
+
+    def prompts(self) -> tuple[str, ...]:
+        prompt = self.prompt if self.prompt is not None else self.text
+        assert prompt is not None
+        return (prompt,) if isinstance(prompt, str) else prompt
+
+
+class ChatMessage(Options):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+def _turns(value: Any) -> Any:
+    """One turn as a list of one; JSON text as what it says, since forms send it so. Raises ValueError."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = strict_json(value)
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list | tuple) or not turns or isinstance(turns[0], str):
+        raise PydanticCustomError("messages", EXPECTED_MESSAGES)
+    return turns
+
+
+class ChatCompletion(Generation):
+    """`task: chat-completion`: messages, through the base's chat template."""
+
+    messages: Annotated[
+        tuple[ChatMessage, ...],
+        at_most(MOST_MESSAGES, "messages"),
+        BeforeValidator(_turns, json_schema_input_type=ChatMessage | tuple[ChatMessage, ...]),
+    ]
+
+    @property
+    def takes_many(self) -> bool:
+        return False
+
+    def prompts(self) -> tuple[tuple[Message, ...]]:
+        return (tuple(Message(turn.role, turn.content) for turn in self.messages),)
+
+
+class TextGenerationTemplate(ActionOptions):
+    needs: ClassVar[tuple[str, ...]] = ("prompt", "text")
+    structured: ClassVar[tuple[str, ...]] = STRUCTURED
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if len({"prompt", "text"} & self.model_fields_set) != 1:
+            raise ValueError("an action of a text-generation model needs exactly one of 'prompt' and 'text'")
+        return self
+
+
+class ChatCompletionTemplate(ActionOptions):
+    needs: ClassVar[tuple[str, ...]] = ("messages",)
+    structured: ClassVar[tuple[str, ...]] = ("messages", *STRUCTURED)
+
+
+TextGenerationAction = templated(TextGeneration, TextGenerationTemplate)
+ChatCompletionAction = templated(ChatCompletion, ChatCompletionTemplate)
