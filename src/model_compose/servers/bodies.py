@@ -95,7 +95,7 @@ BODIES = 32
 
 
 @dataclass
-class Room:
+class Allowance:
     """What bodies may take, in bytes. of_body: one of them. taken: by those that are here now, for each client."""
 
     of_body: int
@@ -110,10 +110,10 @@ class Room:
 
 
 class Bounded:
-    """One body within its room. Beyond that the answer is 413 or 429, and the application is told that its client left."""
+    """One body within the allowance. Beyond that the answer is 413 or 429, and the application is told that its client left."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, room: Room) -> None:
-        self._scope, self._receive, self._send, self._room = scope, receive, send, room
+    def __init__(self, scope: Scope, receive: Receive, send: Send, allowance: Allowance) -> None:
+        self._scope, self._receive, self._send, self._allowance = scope, receive, send, allowance
         self._client = network_of(peer_of(scope))
         self._taken = 0
         self._answered = self._refused = False
@@ -121,7 +121,7 @@ class Bounded:
     def check_length(self) -> None:
         """Raises PayloadTooLarge where the headers say it already."""
         length = Headers(scope=self._scope).get("content-length", "0")
-        if length.isdecimal() and int(length) > self._room.of_body:
+        if length.isdecimal() and int(length) > self._allowance.of_body:
             raise self._too_large()
 
     async def receive(self) -> Message:
@@ -130,7 +130,7 @@ class Bounded:
         message = await self._receive()
         arrived = len(message.get("body", b""))
         self._taken += arrived
-        self._room.taken[self._client] += arrived
+        self._allowance.taken[self._client] += arrived
         error = self._refusal() if arrived else None
         if error is None:
             return message
@@ -146,23 +146,23 @@ class Bounded:
         await self._send(message)
 
     def leave(self) -> None:
-        """The request has ended: gives its room back."""
-        self._room.taken[self._client] -= self._taken
-        if not self._room.taken[self._client]:
-            del self._room.taken[self._client]
+        """The request has ended: gives its part back."""
+        self._allowance.taken[self._client] -= self._taken
+        if not self._allowance.taken[self._client]:
+            del self._allowance.taken[self._client]
 
     def _refusal(self) -> ComposeError | None:
-        if self._taken > self._room.of_body:
+        if self._taken > self._allowance.of_body:
             return self._too_large()
-        if self._room.is_exceeded(self._client):
+        if self._allowance.is_exceeded(self._client):
             return Overloaded(
-                f"the bodies of running requests have reached {self._room.of_all} bytes ({BODIES} times max_body_size), or "
-                "yours half of that; try again in a moment"
+                f"the bodies of running requests have reached {self._allowance.of_all} bytes ({BODIES} times "
+                "max_body_size), or yours half of that; try again in a moment"
             )
         return None
 
     def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(f"the request body is larger than {self._room.of_body} bytes (max_body_size)")
+        return PayloadTooLarge(f"the request body is larger than {self._allowance.of_body} bytes (max_body_size)")
 
 
 async def refuse(scope: Scope, send: Send, error: ComposeError) -> None:

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_compose.errors import ComposeError, Crowded, Forbidden, Misdirected, Overloaded, Unauthorized
 from model_compose.servers.access import client_of, peer_of
-from model_compose.servers.bodies import Bounded, Room
+from model_compose.servers.bodies import Allowance, Bounded
 from model_compose.servers.connections import network_of
 from model_compose.servers.wire import content_type, error_response
 
@@ -37,14 +37,14 @@ class Guard:
         self, app: ASGIApp, hosts: "Hosts", max_body: int,
         keys: "Keys | None" = None, open_paths: Iterable[str] = (), origins: Sequence[str] = (),
     ) -> None:  # fmt: skip
-        self._app, self._hosts, self._room = app, hosts, Room(max_body)
+        self._app, self._hosts, self._allowance = app, hosts, Allowance(max_body)
         self._keys, self._open, self._origins = keys, frozenset(open_paths), origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
         request = Request(scope)
-        body = Bounded(scope, receive, send, self._room)
+        body = Bounded(scope, receive, send, self._allowance)
         try:
             await self._check(request)
             body.check_length()
