@@ -110,7 +110,7 @@ class Allowance:
 
 
 class Bounded:
-    """One body within the allowance. Beyond that the answer is 413 or 429, and the application is told that its client left."""
+    """One body within the allowance. Beyond that the answer is 413 or 429, and for the application the client has left."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, allowance: Allowance) -> None:
         self._scope, self._receive, self._send, self._allowance = scope, receive, send, allowance
