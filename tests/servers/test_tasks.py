@@ -5,16 +5,18 @@ import gc
 import weakref
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from model_compose.compose import Compose
-from model_compose.errors import ComposeError, Conflict, NotFound, RunError
+from model_compose.errors import ComposeError, Conflict, NotFound, Overloaded, RunError
 from model_compose.servers import tasks as tasks_module
 from model_compose.servers.tasks import Task, Tasks
 from model_compose.workflow.runner import Done
+from tests.conftest import serving
 from tests.servers.conftest import Live
 from tests.servers.test_http import PROMPT, events, is_problem, post
 from tests.waiting import wait_until
@@ -200,6 +202,31 @@ async def test_finished_tasks_are_forgotten_by_their_bytes_the_oldest_first(comp
     assert tasks.find(large.id) is large  # the last one stays, whatever its size
     with pytest.raises(NotFound):
         tasks.find(ids[3])
+
+
+async def test_the_inputs_of_running_tasks_have_a_bound_in_bytes(live: Live) -> None:
+    tasks = Tasks(live.compose, 5_000)
+    first = tasks.start(None, HELLO, None, {}, size=6_000)  # one may always run
+    with pytest.raises(Overloaded, match=r"inputs of running tasks have reached 5000 bytes \(max_tasks_size\)"):
+        tasks.start(None, HELLO, None, {}, size=1)
+    await tasks.cancel(first)
+    second, third = (tasks.start(None, HELLO, None, {}, size=2_500) for _ in range(2))
+    await asyncio.gather(tasks.cancel(second), tasks.cancel(third))
+
+
+def test_a_run_counts_with_the_size_of_its_body(endless_file: Path) -> None:
+    path = endless_file.with_name("small.yml")
+    adapter = "controller: {type: http-server, port: 0, max_tasks_size: 60kB}\n"
+    path.write_text(adapter + endless_file.read_text(encoding="utf-8"), encoding="utf-8")
+    body = {"input": {"prompt": "x" * 40_000}, "wait_for_completion": False}
+    with serving(path) as url:
+        first = post(url, body).json()
+        for refused in (post(url, body), httpx.post(url + RUN, data={"input[prompt]": "x" * 40_000})):
+            assert "max_tasks_size" in is_problem(refused, 429)["detail"]
+        cancelled = httpx.post(f"{url}/api/tasks/{first['task_id']}/cancel").json()
+        assert cancelled["status"] == "cancelled"
+        again = post(url, body).json()
+        assert httpx.post(f"{url}/api/tasks/{again['task_id']}/cancel").status_code == 200
 
 
 async def test_an_output_that_is_no_json_fails_the_run(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,7 +187,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
     )
     async def runs(request: Request) -> Response:
         """Runs a workflow. Forms nest their keys: input[prompt] or input.prompt; files are read as text."""
-        body = await _read_body(request, options.max_body_size)
+        body, size = await _read_body(request, options.max_body_size)
         callback = None
         if body.callback_url is not None:
             headers = body.callback_headers or {}
@@ -198,7 +198,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
         raw = body.output_only and (body.stream or any(compose.streams(job) for job in workflow.terminal_jobs))
         extras = {"session_id": body.session_id, "metadata": body.metadata}
         streaming = raw or body.stream
-        task = tasks.start(workflow.id, body.input, body.blend, extras, streaming=streaming)
+        task = tasks.start(workflow.id, body.input, body.blend, extras, streaming=streaming, size=size)
         if not body.wait_for_completion:
             if callback:
                 task.follow(callback.send_when_done(task))
@@ -296,29 +296,28 @@ def _show(delta: Delta) -> str:
     return ".".join(map(str, delta.path))
 
 
-async def _read_body(request: Request, largest: int) -> RunBody:
-    """The run, whatever form it came in. Raises InputError."""
+async def _read_body(request: Request, largest: int) -> tuple[RunBody, int]:
+    """The run, whatever form it came in, and its size in bytes. Raises InputError."""
     kind = content_type(request)
     if kind == "application/json":
-        body = await read_body(RunBody, request)
+        body, size = await read_body(RunBody, request), len(await request.body())
     elif kind in FORMS:
-        body = await _read_form(request, largest)
+        body, size = await _read_form(request, largest)
     else:
         raise InputError(
             f"Content-Type '{kind[:64]}' is not supported; send application/json, {' or '.join(FORMS)}",
             field="Content-Type",
         )
     body.check()
-    return body
+    return body, size
 
 
-async def _read_form(request: Request, largest: int) -> RunBody:
+async def _read_form(request: Request, largest: int) -> tuple[RunBody, int]:
     """Form keys nest: input[prompt] or input.prompt. Values that start like JSON are read as JSON; files are text."""
     async with request.form(max_part_size=largest) as form:
         fields = [(key, await _form_text(key, value)) for key, value in form.multi_items()]
-    return await beside(
-        lambda: parse_body(RunBody, _nested(fields)), sum(len(key) + len(value) for key, value in fields)
-    )
+    size = sum(len(key) + len(value.encode()) for key, value in fields)
+    return await beside(lambda: parse_body(RunBody, _nested(fields)), size), size
 
 
 async def _form_text(key: str, value: UploadFile | str) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from model_compose.components import Answer, Delta
 from model_compose.compose import Compose
-from model_compose.errors import Cancelled, ComposeError, Conflict, NotFound, RunError
+from model_compose.errors import Cancelled, ComposeError, Conflict, NotFound, Overloaded, RunError
 from model_compose.lora.blend import Blend
 from model_compose.room import Admission
 from model_compose.servers import DEFAULT_MAX_TASKS_SIZE
@@ -148,20 +148,30 @@ class Tasks:
     """The tasks of one server."""
 
     def __init__(self, compose: Compose, kept_bytes: int = DEFAULT_MAX_TASKS_SIZE) -> None:
-        """kept_bytes: for the documents of finished ones; the last of them is always kept."""
+        """kept_bytes: for the inputs of running ones, and for the documents of finished ones, the last of which is always
+        kept."""
         self._compose, self._kept_bytes = compose, kept_bytes
         self._tasks: dict[str, Task] = {}
         self._ended: deque[Task] = deque()
         """The finished ones, the oldest first."""
         self._size = 0
         """Of their documents, in bytes."""
+        self._inputs = 0
+        """Of running ones, in bytes."""
 
     def start(
-        self, workflow: str | None, input: Any, blend: Any, extras: Mapping[str, Any], *, streaming: bool = False
-    ) -> Task:
-        """Starts a run that has a place with every model it uses. Raises NotFound for an unknown workflow, InputError,
-        Overloaded."""
+        self, workflow: str | None, input: Any, blend: Any, extras: Mapping[str, Any], *, streaming: bool = False,
+        size: int = 0,
+    ) -> Task:  # fmt: skip
+        """Starts a run that has a place with every model it uses. size: of its input, in bytes.
+
+        Raises NotFound for an unknown workflow, InputError, Overloaded.
+        """
         self._drop_old()
+        if self._inputs and self._inputs + size > self._kept_bytes:
+            raise Overloaded(
+                f"the inputs of running tasks have reached {self._kept_bytes} bytes (max_tasks_size); try again in a moment"
+            )
         chosen, blends = self._compose.check_input(input, workflow, blend)
         admission = self._compose.admit(chosen, blends)
         shown = {key: value for key, value in extras.items() if value is not None}
@@ -169,7 +179,8 @@ class Tasks:
         context = {"task_id": task.id, "session_id": extras.get("session_id"), "metadata": extras.get("metadata")}
         events = self._compose.run(input, workflow=chosen.id, blend=blend, context=context, admission=admission)
         task.work = asyncio.create_task(self._work(task, events))
-        task.work.add_done_callback(partial(self._settle, task, admission))
+        task.work.add_done_callback(partial(self._settle, task, admission, size))
+        self._inputs += size
         self._tasks[task.id] = task
         return task
 
@@ -224,12 +235,13 @@ class Tasks:
                 "failed", error=RunError("the run failed; the server's log has the details under the task's id")
             )
 
-    def _settle(self, task: Task, admission: Admission, work: "asyncio.Task[None]") -> None:
+    def _settle(self, task: Task, admission: Admission, size: int, work: "asyncio.Task[None]") -> None:
         """The end of a task's work; also of work that was cancelled before its first step."""
         if work.cancelled() and not task.finished:
             task.finish("cancelled", error=Cancelled(f"task '{task.id}' was cancelled"))
         task.work = None  # it holds on to what it ran
         admission.give_back()
+        self._inputs -= size
         log.info("[task-%s] %s", task.id, task.status)
         self._ended.append(task)
         self._size += len(task.document)
