@@ -80,7 +80,7 @@ class HttpServerOptions(Options):
     max_tasks_size: ByteSize = Field(
         default=ByteSize(DEFAULT_MAX_TASKS_SIZE),
         ge=1,
-        description="Bytes for the inputs of running tasks (then 429), and again for answers of finished ones (the oldest go)",
+        description="Bytes for inputs of running tasks (then 429), and again for answers of finished ones (the oldest go)",
     )
     max_connections: int | None = Field(
         default=None, ge=1, description="Connections at once; by default what the limit on open files allows"
