@@ -246,11 +246,14 @@ async def test_an_adapter_that_is_gone_is_the_request_s_fault(opened: Opened) ->
         await text(engine, "Hello", blend)
 
 
-async def test_close_ends_what_runs(opened: Opened) -> None:
-    """The last one, as nothing runs on this engine afterwards."""
-    chunks = opened.engine.generate(Request("Hello", BLENDS[1], Sampling(min_output_length=10_000)))
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_close_ends_what_runs(driver: str, tmp_path: Path) -> None:
+    folder = tiny.save_project(tmp_path, config=tiny.llama_config(**KNOWN[driver].sizes)).parent
+    engine = make(driver, folder)
+    await engine.open(silent)
+    chunks = engine.generate(Request("Hello", BLENDS[1], Sampling(min_output_length=10_000)))
     await anext(chunks)
-    await opened.engine.close()
+    await engine.close()
     with pytest.raises(Exception, match="shutting down"):
         async for _ in chunks:
             pass
