@@ -350,6 +350,25 @@ async def test_input_that_nothing_reads_is_named(
     assert str(caught.value) == "; ".join(problems.values())
 
 
+async def test_of_many_keys_that_nothing_reads_some_are_told(both: Compose) -> None:
+    with pytest.raises(InputError) as caught:
+        await both.answer({"prompt": "x", **{f"promp{number}": 1 for number in range(1_000)}}, workflow="both")
+    assert len(caught.value.fields) == 64
+
+
+async def test_what_an_actions_output_reads_is_an_input(opening: Open) -> None:
+    text = "text: ${input.prompt as text}"
+    assert text in tiny.YAML
+    changed = tiny.YAML.replace(text, f'{text}\n    output: "${{result}} in ${{input.language | German}}"')
+    async with opening(changed) as compose:
+        done = await compose.answer({"prompt": "Hello", "language": "French"})
+        assert done.output["generated"].endswith(" in French")
+        assert [variable.name for variable in compose.inputs(compose.config.all_workflows[0].id)] == [
+            "prompt",
+            "language",
+        ]
+
+
 READING = """\
 workflows:
   - {id: nested, job: {output: {text: "${output}", hints: "${input.how.hints}", turn: "${input.turns[0].text}"}}}

@@ -82,7 +82,8 @@ class Lane:
             future = next(iter(self._waiting))
             work = self._waiting.pop(future)
             self._running = future
-        if future.set_running_or_notify_cancel():
+            wanted = future.set_running_or_notify_cancel()  # before `close` may end it
+        if wanted:
             _settle(future, work)
         return True
 

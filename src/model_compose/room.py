@@ -42,7 +42,7 @@ class Room:
 
 
 class Place:
-    """What one run, or one request, has of a room: its texts, and at least one as long as it is not given back.
+    """What one run, or one request, has of a room. It counts as many texts as it has, and as one while it has none.
 
     All texts of its owner go into it, also those of later jobs: who was let in is not refused later.
     """

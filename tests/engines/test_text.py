@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from model_compose.engines.huggingface.text import Detokenizer, Transcript, token_bytes
+from model_compose.engines.huggingface.text import LONGEST_RUN, Detokenizer, Transcript, token_bytes
 from model_compose.engines.text import ServedText
 from model_compose.generation import Sampling
 
@@ -219,6 +219,23 @@ def test_a_run_of_bytes_may_follow_bytes_of_the_prompt(kind: str) -> None:
     vocabulary = VOCABULARIES[kind]
     prompt = vocabulary.ids("▁ab", "<0x0A>")
     assert streamed(Detokenizer(vocabulary.tokenizer, prompt), vocabulary.ids("<0x41>", "▁a", "<0x41>")) == "A aA"
+
+
+BYTEWISE = pytest.mark.parametrize("kind", ["byte-fallback", "byte-fallback-unstripped", "sentencepiece-bytes"])
+
+
+@BYTEWISE
+@given(
+    text=st.text(st.sampled_from("aé€👍ก \n"), min_size=1, max_size=120), prompt=st.sampled_from(["", "a", "<0x41>"])
+)
+def test_a_long_run_of_bytes_comes_in_parts_and_is_the_same_text(kind: str, text: str, prompt: str) -> None:
+    vocabulary = VOCABULARIES[kind]
+    before = vocabulary.ids(prompt) if prompt else []
+    tokens = vocabulary.ids(*(f"<0x{byte:02X}>" for byte in text.encode()))
+    detokenizer = Detokenizer(vocabulary.tokenizer, before)
+    parts = [detokenizer.push(token) for token in tokens]
+    assert "".join(parts) + detokenizer.rest == vocabulary.whole(before, tokens)
+    assert len(detokenizer.rest.encode()) < LONGEST_RUN
 
 
 @KINDS

@@ -48,6 +48,12 @@ class Service:
         _, hard = resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (files, hard))
 
+    def connections(self) -> int:
+        """Those that are open, or that only the other side has closed."""
+        lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+        own = [line.split() for line in lines]
+        return sum(one[1].endswith(f":{self.port:04X}") and one[3] in ("01", "08") for one in own)
+
     def files(self) -> int:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 

@@ -53,6 +53,7 @@ def test_idle_sockets_keep_nobody_out(few_files: Service, record: Record) -> Non
 
 
 def test_connections_that_cannot_be_accepted_are_a_line_a_second(few_files: Service, record: Record) -> None:
+    few_files.until(lambda: not few_files.connections(), "rid of earlier connections")
     few_files.limit_files(few_files.files())  # as if the program had opened as many of its own
     before = few_files.log.stat().st_size
     with ExitStack() as sockets:
@@ -209,6 +210,34 @@ async def test_an_answer_that_nobody_reads_is_given_up(monkeypatch: pytest.Monke
         writer.close()
 
 
+async def test_a_slow_reader_gets_all_of_a_large_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes longer than all limits, and reads all the time."""
+    monkeypatch.setattr(connections, "WRITE_SECONDS", 0.3)
+    size = 8 << 20
+
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return await lifespan(receive, send)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % size)]})
+        await send({"type": "http.response.body", "body": b"x" * size})
+        return None
+
+    async with edge(large) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 15)
+        writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"200" in head
+        read = 0
+        while read < size:
+            piece = await asyncio.wait_for(reader.read(1 << 16), 10)
+            assert piece, f"{read} of {size} bytes came"
+            read += len(piece)
+            await asyncio.sleep(0.01)
+        writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")  # and its connection goes on
+        assert b"200" in await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+
 # Bodies that are too large, or that nobody wants.
 
 ENDLESS = b"Host: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -267,6 +296,14 @@ def test_the_connection_goes_on_after_a_body_that_was_read(unloaded: str) -> Non
             assert "connection" not in response.headers
 
 
+def test_the_connection_goes_on_after_a_small_body_that_nobody_asked_for(unloaded: str) -> None:
+    with httpx.Client() as client:
+        for _ in range(2):
+            response = client.post(f"{unloaded}/nowhere", json={"a": 1})
+            assert response.status_code == 404
+            assert "connection" not in response.headers
+
+
 @pytest.fixture(scope="module")
 def unloaded(project: Path) -> Iterator[str]:
     """A server whose models never load."""
@@ -309,6 +346,7 @@ def test_a_client_may_not_take_all_connections(limited: str) -> None:
         refused = get(f"{limited}/v1/models", "127.0.0.2")
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "too_many_connections")
         assert refused.headers["retry-after"]
+        assert refused.headers["connection"] == "close"  # it is one of the few for the health
         assert get(f"{limited}/api/workflows").status_code == 200
     wait_until(lambda: get(f"{limited}/api/workflows", "127.0.0.2").status_code == 200)
 

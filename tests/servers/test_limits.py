@@ -34,6 +34,15 @@ def refused(response: httpx.Response, field: str, said: str) -> None:
         assert said in document["error"]["message"]
 
 
+@pytest.mark.parametrize("charset", ["unicode_escape", "punycode", "utf-16", "nonsense"])
+def test_a_form_is_utf8(server: str, charset: str) -> None:
+    """Other codecs can make texts that no JSON holds."""
+    part = b'--B\r\nContent-Disposition: form-data; name="metadata[\\ud800]"\r\n\r\nx\r\n--B--\r\n'
+    headers = {"Content-Type": f"multipart/form-data; boundary=B; charset={charset}"}
+    answer = httpx.post(f"{server}/api/workflows/runs", content=part, headers=headers)
+    refused(answer, "Content-Type", "a form must be UTF-8; leave 'charset' out")
+
+
 def text_of(size: int) -> str:
     """So many bytes, of which a character takes two."""
     return "é" * (size // 2) + "x" * (size % 2)

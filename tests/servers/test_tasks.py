@@ -250,6 +250,13 @@ async def test_a_run_that_is_cancelled_before_its_first_step_gives_its_place_bac
     assert (room.texts, room.promised) == (0, 0)
 
 
+async def test_a_run_that_cannot_be_shown_takes_no_place(live: Live) -> None:
+    room = live.compose.models["__component__"].engine.room
+    with pytest.raises(UnicodeEncodeError):
+        Tasks(live.compose).start(None, HELLO, None, {"metadata": {"a": "\ud800"}})
+    assert (room.texts, room.promised) == (0, 0)
+
+
 async def test_finished_tasks_are_forgotten_by_age_and_number(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = Tasks(live.compose)
     monkeypatch.setattr(tasks_module, "KEPT_TASKS", 2)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
+from model_compose.daemon import in_daemon_thread
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, stack
 
@@ -36,7 +37,7 @@ class LowRank:
         """The same function as one adapter at weight 1, which stays for a caller who awaits nothing until it is in use."""
         async with self._one_at_a_time:
             if identity not in self._names:
-                adapter = await asyncio.to_thread(stack, blend, self._adapters())
+                adapter = await in_daemon_thread(lambda: stack(blend, self._adapters()))
                 # No adapter of the file has a ':' in its name; the number tells it from one that is about to leave.
                 adapter = replace(adapter, name=f"{identity}:{next(self._made)}")
                 await asyncio.wrap_future(self._loop.call(lambda: self._load(adapter)))

@@ -154,5 +154,5 @@ class SteppingEngine:
         if self._running is not None:
             self._running.prompts.close()
         if self._loop is not None:
-            await asyncio.to_thread(self._loop.close)
+            await in_daemon_thread(self._loop.close)
         self._loop = self._running = None

@@ -22,6 +22,11 @@ LINGER_BYTES = 4 << 20
 """What is still read of a body after its answer. A client that is sending would otherwise meet a reset connection in the
 place of the answer."""
 
+SMALL_BYTES = 64 << 10
+SMALL_SECONDS = 0.05
+"""A body that is announced to be small is waited for so long before an answer that does without it, since the connection
+can only serve a next request once the body is read."""
+
 DISCONNECT: Message = {"type": "http.disconnect"}
 
 
@@ -44,7 +49,7 @@ class _Arriving:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
-        self._whole = self._answered = self._late = False
+        self._whole = self._answered = self._late = self._refused = False
 
     async def receive(self) -> Message:
         if self._late:
@@ -57,8 +62,9 @@ class _Arriving:
         except TimeoutError:
             self._late = True
             if not self._answered:
+                self._refused = True
                 rate = f"less than {BYTES_PER_SECOND} bytes/s over {BODY_SECONDS:.0f} s"
-                await refuse(self._scope, self._send, SlowBody(f"the request body came too slowly: {rate}"))
+                await refuse(self._scope, self._answer, SlowBody(f"the request body came too slowly: {rate}"))
             return DISCONNECT
 
     async def _next(self) -> Message:
@@ -69,10 +75,14 @@ class _Arriving:
         return message
 
     async def send(self, message: Message) -> None:
-        if self._late and not self._answered:
-            return  # the 408 was the answer
+        if not self._refused:  # else the 408 was the answer
+            await self._answer(message)
+
+    async def _answer(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._answered = True
+            if not self._late:
+                await self._finish()
             if not self._whole:
                 MutableHeaders(scope=message)["Connection"] = "close"
         elif not self._whole and not message.get("more_body", False):
@@ -80,6 +90,17 @@ class _Arriving:
             await self._linger()
             message = {"type": "http.response.body", "body": b""}
         await self._send(message)
+
+    async def _finish(self) -> None:
+        """Reads the rest of a small body that is not asked for."""
+        headers = Headers(scope=self._scope)
+        length = headers.get("content-length", "")
+        if not length.isdecimal() or int(length) > SMALL_BYTES or "expect" in headers:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SMALL_SECONDS):
+                while not self._whole:
+                    await self._next()
 
     async def _linger(self) -> None:
         """Reads on for a moment and a few bytes."""
@@ -157,7 +178,7 @@ class Bounded:
         if self._allowance.is_exceeded(self._client):
             return Overloaded(
                 f"the bodies of running requests have reached {self._allowance.of_all} bytes ({BODIES} times "
-                "max_body_size), or yours half of that; try again in a moment"
+                "max_body_size), or those of your address half of that; try again in a moment"
             )
         return None
 

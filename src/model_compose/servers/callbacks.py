@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import httpx
 from pydantic import SecretStr
 
+from model_compose.daemon import in_daemon_thread
 from model_compose.errors import ComposeError, InputError
 from model_compose.servers.tasks import Task
 
@@ -109,8 +110,10 @@ class Callback:
         if url.port is not None and not 0 < url.port < 65536:
             raise _wrong(f"has the port {url.port}; ports end at 65535")
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                # In a thread of its own: names that do not resolve would fill the pool that asyncio has for all.
+                found = await in_daemon_thread(lambda: socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError):  # TimeoutError is an OSError
             raise _wrong(f"names the host '{url.host}', which cannot be resolved") from None
         addresses = [str(address[0]) for *_, address in found]
         if not self.allow_private and (hidden := next((one for one in addresses if not _is_public(one)), None)):

@@ -26,7 +26,7 @@ IDLE_SECONDS = 30
 """Between two requests. Longer than the 5 s after which httpx and the openai package give up a connection of theirs: they
 would now and then send a request just as it is closed."""
 WRITE_SECONDS = 30
-"""How long a client may leave an answer unread, once all buffers on the way are full."""
+"""How long a client may read nothing of an answer, once all buffers on the way are full."""
 
 MOST_FILES = 1 << 16
 MOST_CONNECTIONS = 4096
@@ -64,7 +64,7 @@ class Limits:
         """What fits into `files` open files beside the program's own, within what the YAML says."""
         at_once = max(1, min(64, files // 64))
         own = max(48, files // 16)
-        # The connections that one round accepts are known to us three rounds later.
+        # asyncio may have accepted three more rounds before we hear of the first one's connections.
         room = max(1, files - own - SPARE - 4 * at_once)
         most = min(most or MOST_CONNECTIONS, room)
         return cls(most, min(of_client or max(1, most // 2), most), at_once)
@@ -114,7 +114,7 @@ class Connections:
             self._counts[client] += 1
             self.rest(connection)
             return True
-        self._seldom.warn("%s, all of them busy: a new one is refused", full)
+        self._seldom.warn("%s, all of them busy: a new one may ask for the health alone", full)
         self._spare[connection] = None
         if len(self._spare) > SPARE:
             self._drop(next(iter(self._spare)))
@@ -186,21 +186,45 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self._busy:
+        if self._unread:
+            self._watch()
+        elif not self._busy:
             self._all.rest(self)
-        if self.transport.is_closing() and self.transport.get_write_buffer_size():
-            self.pause_writing()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._start("reading", WRITE_SECONDS)
+        self._watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stop("reading")
+        if self._busy:
+            self._stop("reading")
 
     def timeout_keep_alive_handler(self) -> None:
-        self.transport.abort()  # not close(), which waits until the client has read what is left
+        if self._unread:  # it is not idle: the client is still reading
+            self.timeout_keep_alive_task = self.loop.call_later(IDLE_SECONDS, self.timeout_keep_alive_handler)
+        else:
+            self.transport.abort()
+
+    @property
+    def _unread(self) -> int:
+        """What is written and the client has not taken yet, in bytes."""
+        return self.transport.get_write_buffer_size()
+
+    def _watch(self) -> None:
+        """Nothing is written meanwhile, so what is unread gets less if the client reads at all."""
+        if "reading" not in self._timers:
+            self._timers["reading"] = self.loop.call_later(WRITE_SECONDS, self._look, self._unread)
+
+    def _look(self, before: int) -> None:
+        del self._timers["reading"]
+        if not self._unread:
+            if not self._busy:
+                self._all.rest(self)
+        elif self._unread < before:
+            self._watch()
+        else:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._all.remove(self)

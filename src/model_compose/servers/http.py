@@ -9,6 +9,7 @@ from fastapi import APIRouter, FastAPI, Path, Query, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import Field
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from model_compose import __version__
@@ -192,6 +193,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
         if body.callback_url is not None:
             headers = body.callback_headers or {}
             callback = Callback(body.callback_url, headers, options.callback_private_hosts, options.callback_secret)
+            compose.check_ready()
             await callback.check()
         compose.check_ready()
         workflow = compose.config.find_workflow(body.workflow_id)
@@ -314,6 +316,9 @@ async def _read_body(request: Request, largest: int) -> tuple[RunBody, int]:
 
 async def _read_form(request: Request, largest: int) -> tuple[RunBody, int]:
     """Form keys nest: input[prompt] or input.prompt. Values that start like JSON are read as JSON; files are text."""
+    _, options = parse_options_header(request.headers["content-type"])
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise InputError("a form must be UTF-8; leave 'charset' out", field="Content-Type")
     async with request.form(max_part_size=largest) as form:
         fields = [(key, await _form_text(key, value)) for key, value in form.multi_items()]
     size = sum(len(key) + len(value.encode()) for key, value in fields)

@@ -1,6 +1,5 @@
 """Adapters that come and go while the service runs, in the shape of vLLM's /v1/load_lora_adapter and its counterpart."""
 
-import asyncio
 import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
@@ -11,6 +10,7 @@ from pydantic import Field
 
 from model_compose.components.model import ModelComponent
 from model_compose.compose import Compose
+from model_compose.daemon import in_daemon_thread
 from model_compose.errors import AdapterError, Forbidden, InputError, NotFound, SourceError
 from model_compose.schema import Options
 from model_compose.servers.documents import body_schema, openai_errors, text_answer
@@ -59,7 +59,7 @@ def create_router(compose: Compose) -> APIRouter:
         component = _find(compose, body.component)
         compose.check_ready()
         try:
-            options = await asyncio.to_thread(component.runtime_adapter, body.lora_name, body.lora_path)
+            options = await in_daemon_thread(lambda: component.runtime_adapter(body.lora_name, body.lora_path))
             await component.load_adapter(options, in_place=body.load_inplace)
         except (AdapterError, SourceError) as error:  # a fault of what the client named, not of the server
             raise InputError(str(error), field="lora_path") from error

@@ -173,9 +173,9 @@ class Tasks:
                 f"the inputs of running tasks have reached {self._kept_bytes} bytes (max_tasks_size); try again in a moment"
             )
         chosen, blends = self._compose.check_input(input, workflow, blend)
-        admission = self._compose.admit(chosen, blends)
         shown = {key: value for key, value in extras.items() if value is not None}
         task = Task(uuid.uuid4().hex, chosen.id, _json(shown), streaming)
+        admission = self._compose.admit(chosen, blends)  # the last that may fail: `_settle` gives it back
         context = {"task_id": task.id, "session_id": extras.get("session_id"), "metadata": extras.get("metadata")}
         events = self._compose.run(input, workflow=chosen.id, blend=blend, context=context, admission=admission)
         task.work = asyncio.create_task(self._work(task, events))

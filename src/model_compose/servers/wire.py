@@ -80,6 +80,8 @@ def error_response(request: Request, error: ComposeError, task_id: str | None = 
     headers = {}
     if isinstance(error, Crowded | NotReady | Overloaded):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    if isinstance(error, Crowded):
+        headers["Connection"] = "close"  # there may be room for the client's next one
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     path = request.url.path

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 from model_compose.components import ActionOptions, ComponentOptions, pick
@@ -10,6 +11,9 @@ from model_compose.errors import FieldError, InputError, RunError
 from model_compose.expressions import SHORT, Path, Reference, Splice, Template, Type, convert, parse, strict_json
 from model_compose.schema import nearest, shown
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
+
+MOST_STRAYS = 64
+"""Of one input, that are told: to look for the nearest name takes a while."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def check(variables: Sequence[Variable], value: Any, *, hands_out_all: bool = Fa
     """
     problems = [problem for variable in variables if (problem := _problem(variable, value))]
     if not hands_out_all:
-        problems += _strays([variable.path for variable in variables], value, ("input",))
+        problems += islice(_strays([variable.path for variable in variables], value, ("input",)), MOST_STRAYS)
     if problems:
         raise InputError("; ".join(problem.message for problem in problems), problems)
 
@@ -195,6 +199,9 @@ def _action_inputs(component: ComponentOptions, action: ActionOptions) -> Iterat
                 elif at == "messages" and isinstance(leaf, Reference):
                     variable = replace(variable, role="messages")
                 yield variable
+    if action.output is not None:
+        for _, leaf in parse(action.output).leaves():
+            yield from _mentions(leaf, required=False)
 
 
 def _variable(reference: Reference, *, required: bool) -> Variable:

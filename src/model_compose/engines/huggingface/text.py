@@ -13,6 +13,12 @@ _ALPHABET = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + n): byte for
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
+ANY = "a"
+"""A token that stands for whatever came before."""
+
+LONGEST_RUN = 64
+"""Tokens of single bytes that are held back. All of them are decoded again for each that comes."""
+
 
 class Spelling:
     """How a vocabulary spells what its tokens say. A byte-level one spells bytes of UTF-8. Any other one spells pieces of
@@ -56,7 +62,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
         return (tokenizer.backend_tokenizer.id_to_token(token) or "").encode()
     if spelling.is_byte_level:
         return spelling.utf8(name)
-    return spelling.byte(name) or spelling.text([name], before=["a"]).encode()
+    return spelling.byte(name) or spelling.text([name], before=[ANY]).encode()
 
 
 class Detokenizer:
@@ -64,7 +70,8 @@ class Detokenizer:
     that a last character is left out where its bytes are incomplete.
 
     Tokens of single bytes are held back until another token ends their run: tokenizers decode a run as a whole, and one
-    byte that is no part of a character turns all of its bytes into U+FFFD.
+    byte that is no part of a character turns all of its bytes into U+FFFD. Of a run of more than LONGEST_RUN tokens each
+    part is decoded by itself, which differs only where the run holds such a byte.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
@@ -75,17 +82,18 @@ class Detokenizer:
         # The token before a text decides about a leading space.
         before = next((name for token in reversed(prompt) if (name := self._spelling.name(token)) is not None), None)
         # Bytes of the prompt are no part of a run in the text, so another token stands for them.
-        self._before = [] if before is None else ["a" if self._spelling.byte(before) else before]
+        self._before = [] if before is None else [ANY if self._spelling.byte(before) else before]
 
     @property
     def rest(self) -> str:
         """What the tokens that are held back say where the text ends with them."""
-        if not self._held:
-            return ""
+        return self._spelling.text(self._held[: self._complete()], self._before) if self._held else ""
+
+    def _complete(self) -> int:
+        """How many of the tokens that are held back belong to whole characters."""
         run = Utf8Decoder("replace")
         run.decode(b"".join(map(self._spelling.byte, self._held)))
-        incomplete = len(run.getstate()[0])
-        return self._spelling.text(self._held[: len(self._held) - incomplete], self._before)
+        return len(self._held) - len(run.getstate()[0])
 
     @property
     def position(self) -> int:
@@ -104,7 +112,10 @@ class Detokenizer:
             return self._utf8.decode(self._spelling.utf8(name))
         self._held.append(name)
         if self._spelling.byte(name):
-            return ""
+            if len(self._held) < LONGEST_RUN:
+                return ""
+            text, self._held, self._before = self.rest, self._held[self._complete() :], [ANY]
+            return text
         text = self._spelling.text(self._held, self._before)
         self._held, self._before = [], [name]
         return text
