@@ -363,10 +363,7 @@ async def test_what_an_actions_output_reads_is_an_input(opening: Open) -> None:
     async with opening(changed) as compose:
         done = await compose.answer({"prompt": "Hello", "language": "French"})
         assert done.output["generated"].endswith(" in French")
-        assert [variable.name for variable in compose.inputs(compose.config.all_workflows[0].id)] == [
-            "prompt",
-            "language",
-        ]
+        assert "language" in [variable.name for variable in compose.inputs(compose.config.all_workflows[0].id)]
 
 
 READING = """\
