@@ -153,8 +153,7 @@ def _check_shapes(base: Base, adapter: LoraAdapter) -> bool:
         if architecture is None:
             return True  # the driver refuses it, or knows more than we do
         sizes = {name: stored.shape for name, stored in base.gguf.tensors.items() if len(stored.shape) == 2}
-        found = {path: architecture.shape(path, sizes) for path in adapter.modules}
-        check(adapter, {path: shape for path, shape in found.items() if shape is not None})
+        check(adapter, architecture.shapes(adapter.modules, sizes))
         return True
     shapes: dict[str, ModuleShape] = shapes_in(base.weights or {}, adapter)
     told = {path: factors for path, factors in adapter.modules.items() if path in shapes}
