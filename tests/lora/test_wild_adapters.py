@@ -315,6 +315,27 @@ def test_configs_that_are_none(tmp_path: Path, text: str, words: str) -> None:
     assert len(message) < 1000
 
 
+def test_what_peft_converts_is_a_plain_lora(tmp_path: Path) -> None:
+    """PEFT's conversion of CorDA and LoRA-GA keeps what they were initialised with beside init_lora_weights: true."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    model = AutoModelForCausalLM.from_config(tiny.llama_config())
+    config = LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights="corda", corda_config=CordaConfig())
+    preprocess_corda(model, config, run_model=lambda: [model(IDS + number) for number in range(20)])
+    trained: Any = get_peft_model(model, config)
+    trained.peft_config["default"].init_lora_weights = True
+    trained.save_pretrained(tmp_path / "first")
+    trained.peft_config["default"].init_lora_weights = "corda"
+    trained.save_pretrained(tmp_path / "own")
+    assert "(PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); convert it" in refusal(tmp_path / "own")
+    trained.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    assert read_config(tmp_path / "plain", "x")["corda_config"]
+    assert len(read_adapter(tmp_path / "plain", "x").modules) == 2
+    read_adapter(folder(tmp_path / "ga", lora_ga_config={"direction": "ArB2r"}), "x")
+
+
 def test_a_pattern_that_python_would_match_for_years(tmp_path: Path) -> None:
     module = "model." + "a" * 60
     long = {key.replace(MODULE, module): tensor for key, tensor in TENSORS.items()}

@@ -45,6 +45,8 @@ HARMLESS = frozenset(
         "megatron_core",
         "loftq_config",
         "eva_config",
+        "corda_config",
+        "lora_ga_config",
         "qalora_group_size",
         "runtime_config",
     ]
@@ -112,7 +114,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
             raise AdapterError(
                 f"init_lora_weights is {_short(init)}, which changes the base model's own weights when it is loaded "
-                "(PiSSA, OLoRA, CorDA, LoftQ); convert it to a plain LoRA first (PEFT: "
+                "(PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); convert it to a plain LoRA first (PEFT: "
                 "save_pretrained(path_initial_model_for_weight_conversion=...))"
             )
         _check_types(config)
