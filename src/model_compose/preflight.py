@@ -40,7 +40,7 @@ class Base:
         """The width of the logits."""
         size = self.config.get("vocab_size")
         if self.gguf is not None and "token_embd.weight" in self.gguf.tensors:
-            size = self.gguf.tensors["token_embd.weight"].shape[-1]
+            size = next(reversed(self.gguf.tensors["token_embd.weight"].shape), None)
         return size if isinstance(size, int) else None
 
 
