@@ -374,6 +374,13 @@ def test_the_parts_of_a_gguf(app: Path) -> None:
     assert f"there is no {last.name} beside it; download it too" in problem
 
 
+def test_the_only_part_of_a_gguf_is_the_whole(app: Path) -> None:
+    (app / "models").mkdir()
+    gguf_base.save_gguf(app / "base", app / "models/base-00001-of-00001.gguf")
+    edit(app, "./base", "./models")
+    assert problems(app) == []
+
+
 def test_a_chat_template_may_lie_beside_a_gguf(app: Path) -> None:
     (app / "models").mkdir()
     template = app / "base/chat_template.jinja"

@@ -37,7 +37,7 @@ def check_kind(base: Fetched, driver: str) -> None:
         )
     if not base.file.endswith(".gguf"):
         raise LoadError(f"{base.file} is not a GGUF file; leave 'filename' out to load a checkpoint folder")
-    if driver == "huggingface" and _PART.fullmatch(base.file):
+    if driver == "huggingface" and (part := _PART.fullmatch(base.file)) and int(part[3]) > 1:
         raise LoadError(
             f"{base.file} is one of several parts, of which transformers reads this one alone; make them one file "
             "(llama-gguf-split --merge), or use driver: llamacpp"
