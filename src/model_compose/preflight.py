@@ -115,7 +115,7 @@ def _read_base(options: ModelOptions, loaded: Loaded, weights: bool) -> Base | N
         headers = [on_disk.gguf_header(part) for part in parts]
         whole = replace(headers[0], tensors={name: each for part in headers for name, each in part.tensors.items()})
         if options.chats:
-            on_disk.check_chat_template(fetched)
+            on_disk.check_chat_template(fetched, whole)
         return Base(fetched, {}, gguf=whole)
     config = on_disk.read_config(fetched)
     elsewhere = options.options.model_dump().get("base_url")  # of a server that has the weights

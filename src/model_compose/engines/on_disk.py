@@ -112,10 +112,9 @@ def has_tokenizer(base: Fetched) -> bool:
     return any(path.is_file() for pattern in _TOKENIZERS for path in base.folder.glob(pattern))
 
 
-def check_chat_template(base: Fetched) -> None:
-    """Raises LoadError for a base without one."""
-    inside = gguf_header(base.folder / base.file).chat_template if base.file is not None else None
-    if not (template_beside(base.folder) or inside):
+def check_chat_template(base: Fetched, header: Gguf | None = None) -> None:
+    """header: of the base's GGUF file. Raises LoadError for a base without one."""
+    if not (template_beside(base.folder) or (header and header.chat_template)):
         raise LoadError(
             f"{base} has no chat template, which task: chat-completion needs; put its chat_template.jinja beside "
             "its other files, or use task: text-generation"
