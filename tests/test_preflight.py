@@ -227,6 +227,9 @@ def shard(base: Path) -> Path:
          "model.safetensors is a git-lfs pointer"),
         (lambda base: (base / "tokenizer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
          "tokenizer.json is a git-lfs pointer"),
+        (lambda base: (base / "model.safetensors").write_bytes(
+            b"\x41\0\0\0\0\0\0\0" + b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}'.ljust(65) + b"1234"),
+         "model.safetensors is damaged, or no safetensors file"),
         (lambda base: shard(base).unlink(),
          "base has no model-00002-of-00002.safetensors, which model.safetensors.index.json lists; download it too"),
     ],
@@ -269,6 +272,43 @@ def test_a_chat_task_needs_a_template(app: Path) -> None:
     assert problems(app) == []
     put(app / "base/tokenizer_config.json", chat_template=[{"name": "default", "template": template}])
     assert problems(app) == []
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ([{"template": "y"}], "whose entries are not {name, template}"),
+        ([{"name": [], "template": "y"}], "whose entries are not {name, template}"),
+        (["x"], "whose entries are not {name, template}"),
+        ([{"name": "default"}], "a chat_template that is no text"), ({"default": 1}, "a chat_template that is no text"),
+        (7, "a chat_template that is no text"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_chat_template_that_is_none_hides_nothing_else(app: Path, template: object, words: str) -> None:
+    (app / "model-compose.yml").write_text(CHAT + "  peft_adapters: [{type: lora, name: x, model: ./nowhere}]\n")
+    (app / "base/chat_template.jinja").unlink()
+    put(app / "base/tokenizer_config.json", chat_template=template)
+    base, adapter = problems(app)
+    assert base.startswith(f"model-compose.yml:4: component.model: {app / 'base/tokenizer_config.json'} has")
+    assert words in base
+    assert "./nowhere" in adapter
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])
+def test_a_chat_template_in_another_encoding(app: Path, name: str) -> None:
+    (app / "model-compose.yml").write_text(CHAT)
+    (app / "base/additional_chat_templates").mkdir()
+    (app / "base" / name).write_bytes(b"\xff\xfe\x00")
+    (problem,) = problems(app, error=LoadError)
+    assert f"{app / 'base' / name} is not UTF-8 text (invalid start byte at byte 0); download it again" in problem
+
+
+def test_an_index_of_names_that_no_file_has(app: Path) -> None:
+    (app / "base/model.safetensors").unlink()
+    (app / "base/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "y" * 300}}))
+    (problem,) = problems(app, error=LoadError)
+    assert "model.safetensors.index.json cannot be read (File name too long)" in problem
 
 
 # GGUF.
@@ -332,6 +372,13 @@ def test_the_parts_of_a_gguf(app: Path) -> None:
     last.unlink()
     (problem,) = problems(app, error=LoadError)
     assert f"there is no {last.name} beside it; download it too" in problem
+
+
+def test_the_only_part_of_a_gguf_is_the_whole(app: Path) -> None:
+    (app / "models").mkdir()
+    gguf_base.save_gguf(app / "base", app / "models/base-00001-of-00001.gguf")
+    edit(app, "./base", "./models")
+    assert problems(app) == []
 
 
 def test_a_chat_template_may_lie_beside_a_gguf(app: Path) -> None:

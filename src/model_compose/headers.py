@@ -46,7 +46,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
             for name, tensor in header.items()
         }
         end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         raise HeaderError("is damaged, or no safetensors file; download it again") from None
     if 8 + length + end > size:
         raise HeaderError(f"is cut off: {size:,} of {8 + length + end:,} bytes are here; download it again")

@@ -40,7 +40,7 @@ class Base:
         """The width of the logits."""
         size = self.config.get("vocab_size")
         if self.gguf is not None and "token_embd.weight" in self.gguf.tensors:
-            size = self.gguf.tensors["token_embd.weight"].shape[-1]
+            size = next(reversed(self.gguf.tensors["token_embd.weight"].shape), None)
         return size if isinstance(size, int) else None
 
 
@@ -115,7 +115,7 @@ def _read_base(options: ModelOptions, loaded: Loaded, weights: bool) -> Base | N
         headers = [on_disk.gguf_header(part) for part in parts]
         whole = replace(headers[0], tensors={name: each for part in headers for name, each in part.tensors.items()})
         if options.chats:
-            on_disk.check_chat_template(fetched)
+            on_disk.check_chat_template(fetched, whole)
         return Base(fetched, {}, gguf=whole)
     config = on_disk.read_config(fetched)
     elsewhere = options.options.model_dump().get("base_url")  # of a server that has the weights
@@ -153,8 +153,7 @@ def _check_shapes(base: Base, adapter: LoraAdapter) -> bool:
         if architecture is None:
             return True  # the driver refuses it, or knows more than we do
         sizes = {name: stored.shape for name, stored in base.gguf.tensors.items() if len(stored.shape) == 2}
-        found = {path: architecture.shape(path, sizes) for path in adapter.modules}
-        check(adapter, {path: shape for path, shape in found.items() if shape is not None})
+        check(adapter, architecture.shapes(adapter.modules, sizes))
         return True
     shapes: dict[str, ModuleShape] = shapes_in(base.weights or {}, adapter)
     told = {path: factors for path, factors in adapter.modules.items() if path in shapes}

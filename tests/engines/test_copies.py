@@ -15,6 +15,8 @@ from model_compose.engines import AdapterOptions
 from model_compose.engines.huggingface import HuggingfaceEngine
 from model_compose.engines.llamacpp.base import read_base
 from model_compose.errors import AdapterError, LoadError
+from model_compose.export import checkpoint
+from model_compose.export.checkpoint import open_checkpoint
 from model_compose.lora.adapter import LoraAdapter, check_copies, read_adapter
 from model_compose.lora.blend import Blend
 from model_compose.lora.gguf import is_stored
@@ -75,6 +77,24 @@ async def test_whatever_became_of_the_weights(tmp_path: Path, family: str, chang
         assert await text(engine, "Hello", Blend({"new": 1.0})) == await text(engine, "Hello", Blend({"alpaca": 1.0}))
     with pytest.raises(AdapterError, match=r"brings its own '.*', which differs from the base model's"):
         await load(engine, trained)
+    await engine.close()
+
+
+async def test_a_base_is_opened_once_for_all_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GGUF file's vocabulary takes seconds to read."""
+    opened_bases = []
+
+    def opens(base: Any, model: Any) -> Any:
+        opened_bases.append(base)
+        return open_checkpoint(base, model)
+
+    monkeypatch.setattr(checkpoint, "open_checkpoint", opens)
+    project(tmp_path, tiny.llama_config(**SIZES))
+    gguf_base.save_gguf(tmp_path / "base", tmp_path / "base.gguf")
+    engine = await opened(tmp_path, model="./base.gguf")
+    for _ in range(2):
+        await load(engine, tmp_path / "again")
+    assert len(opened_bases) == 1
     await engine.close()
 
 

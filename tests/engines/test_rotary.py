@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Phi3Config, PhimoeConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Phi3Config, PhimoeConfig
 
 from model_compose.engines.huggingface.model import Loaded, load
 from model_compose.engines.huggingface.sequence import Sequence
@@ -49,6 +49,12 @@ CONFIGS: dict[str, Any] = {
     "phi3": Phi3Config(**SIZES, original_max_position_embeddings=SWITCH, rope_parameters=longrope(8)),
     "phimoe": PhimoeConfig(
         **SIZES, num_local_experts=2, rope_parameters=longrope(8, short_mscale=1.1, long_mscale=1.3)
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, head_dim=8, sliding_window=64, layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0}, "full_attention": longrope(8)
+        },
     ),
     "dynamic": tiny.llama_config(
         max_position_embeddings=256, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}

@@ -19,6 +19,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from model_compose.engines.llamacpp.base import read_base
 from model_compose.errors import AdapterError
 from model_compose.lora.adapter import LoraAdapter, read_adapter
 from model_compose.lora.blend import Blend, delta, stack
@@ -117,6 +118,33 @@ def test_a_stacked_blend_is_written_like_any_adapter(tmp_path: Path) -> None:
     expected = delta(blend, both, "model.layers.1.self_attn.q_proj")
     assert expected is not None
     assert torch.allclose(torch.from_numpy(product), permute(expected, 4), atol=1e-6)
+
+
+def test_two_spellings_of_a_module_are_one(tmp_path: Path) -> None:
+    """The same module is named otherwise by another version of transformers, and by a model that sees pictures too."""
+    one, architecture = made(tmp_path, LlamaConfig(**SIZES), target_modules=["q_proj"])
+    base = read_base(gguf_base.save_gguf(tmp_path / "base", tmp_path / "base.gguf"), "x")
+    own, around = "model.layers.", ("language_model.model.layers.", "model.language_model.layers.")
+    old, new = (
+        replace(one, name=each, modules={path.replace(own, each): pair for path, pair in one.modules.items()})
+        for each in around
+    )
+    by_name = {adapter.name: base.check(adapter) for adapter in (one, old, new)}
+    assert {tuple(adapter.modules) for adapter in by_name.values()} == {tuple(one.modules)}
+    blend = Blend({"it": 0.5, around[0]: 2.0, around[1]: -1.0})
+    write_gguf(stack(blend, by_name), architecture, tmp_path / "blend.gguf")
+    found = tensors(tmp_path / "blend.gguf")
+    product = found["blk.1.attn_q.weight.lora_b"] @ found["blk.1.attn_q.weight.lora_a"]
+    expected = delta(Blend({"it": 1.5}), {"it": one}, "model.layers.1.self_attn.q_proj")
+    assert expected is not None
+    assert torch.allclose(torch.from_numpy(product), permute(expected, 4), atol=1e-6)
+    both = replace(one, modules={**old.modules, **new.modules})
+    with pytest.raises(
+        AdapterError, match=r"'language_model.model.layers.0.*' and '.*' are the same module 'model.layers"
+    ):
+        base.check(both)
+    with pytest.raises(AdapterError, match=r"adapter 'it': two of its modules are one, blk.0.attn_q.weight"):
+        write_gguf(both, architecture, tmp_path / "both.gguf")
 
 
 def test_architectures_and_modules_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:

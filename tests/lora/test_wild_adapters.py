@@ -5,6 +5,8 @@ import os
 import pickle
 import stat
 import struct
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -296,16 +298,19 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
         (json.dumps(CONFIG).replace("8", "true"), "lora_alpha is true"),
         (json.dumps(CONFIG).replace("4", "0"), "r is 0"),
         (json.dumps(CONFIG).replace("4", "4.5"), "r is 4.5"),
-        (json.dumps(CONFIG | {"rank_pattern": {"(?=q)q_proj": 4}}), "no pattern that can be matched (look-around"),
+        (json.dumps(CONFIG | {"rank_pattern": {"(?=q)q_proj": 4}}), "uses look-around, which is not evaluated, since"),
         (json.dumps(CONFIG | {"rank_pattern": {"q_proj[": 4}}), "no pattern that can be matched (unterminated"),
-        (json.dumps(CONFIG | {"alpha_pattern": {f"(q{n})+": 4 for n in range(20)}}), "more than 16 patterns"),
+        (json.dumps(CONFIG | {"alpha_pattern": {f"(q{n})+": 4 for n in range(2000)}}), "more than 1,024 patterns"),
+        (json.dumps(CONFIG | {"rank_pattern": {f"q*{'x' * 70_000}": 4}}), "more than 65,536 characters"),
+        (json.dumps(CONFIG | {"rank_pattern": {r"(q)\1": 4}}), "uses backreferences, which"),
+        (json.dumps(CONFIG | {"rank_pattern": {"(q": 4}}), "no pattern that can be matched (unclosed group"),
         (json.dumps(CONFIG | {"target_modules": "(q_proj"}), "target_modules"),
         (json.dumps(CONFIG | {"bias": "some"}), 'bias is "some"; known are'),
         (json.dumps(CONFIG | {"x" * 10_000: "y" * 10_000}), "does not know this option"),
         ("[]", "must hold a JSON object"), ("null", "must hold a JSON object"), ("", "not valid JSON"),
         ("\ud800", "not valid JSON"),
     ],
-    ids=range(19),
+    ids=range(22),
 )  # fmt: skip
 def test_configs_that_are_none(tmp_path: Path, text: str, words: str) -> None:
     path = folder(tmp_path) / "adapter_config.json"
@@ -315,11 +320,105 @@ def test_configs_that_are_none(tmp_path: Path, text: str, words: str) -> None:
     assert len(message) < 1000
 
 
+def test_what_peft_converts_is_a_plain_lora(tmp_path: Path) -> None:
+    """PEFT's conversion of CorDA and LoRA-GA keeps what they were initialised with beside init_lora_weights: true."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    model = AutoModelForCausalLM.from_config(tiny.llama_config())
+    config = LoraConfig(target_modules=["q_proj"], r=4, init_lora_weights="corda", corda_config=CordaConfig())
+    preprocess_corda(model, config, run_model=lambda: [model(IDS + number) for number in range(20)])
+    trained: Any = get_peft_model(model, config)
+    trained.peft_config["default"].init_lora_weights = True
+    trained.save_pretrained(tmp_path / "first")
+    trained.peft_config["default"].init_lora_weights = "corda"
+    trained.save_pretrained(tmp_path / "own")
+    assert "(PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); convert it" in refusal(tmp_path / "own")
+    trained.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    assert read_config(tmp_path / "plain", "x")["corda_config"]
+    assert len(read_adapter(tmp_path / "plain", "x").modules) == 2
+    read_adapter(folder(tmp_path / "ga", lora_ga_config={"direction": "ArB2r"}), "x")
+
+
 def test_a_pattern_that_python_would_match_for_years(tmp_path: Path) -> None:
     module = "model." + "a" * 60
     long = {key.replace(MODULE, module): tensor for key, tensor in TENSORS.items()}
     assert read_adapter(folder(tmp_path, long, rank_pattern={"(a|aa)+b": 9}), "x").modules[module].rank == 4
     assert "says 9" in refusal(folder(tmp_path, long, rank_pattern={"(a|aa)+": 9}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rank_pattern": {"(.|..|...)+X": 4}}, {"target_modules": "(.|..|...)+X"}, {"exclude_modules": "(.|..|...)+X"},
+        {"layers_pattern": "(.|..|...)+X", "layers_to_transform": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_planner_takes_no_years_either(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """In a process of its own, as Python holds all threads while it matches."""
+    program = """
+import sys, torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from model_compose.engines.huggingface.sizes import adapter_size
+from model_compose.errors import AdapterError
+from model_compose.lora.peft_config import read_config
+from tests import tiny
+with torch.device("meta"):
+    model = AutoModelForCausalLM.from_config(tiny.llama_config())
+try:
+    print(adapter_size(read_config(Path(sys.argv[1]), "x"), model, "x").ranks)
+except AdapterError as error:
+    print(error)
+"""
+    path = folder(tmp_path, **changes)
+    command = [sys.executable, "-c", program, str(path)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    if "target_modules" in changes:
+        assert "has none of its target_modules" in said
+    elif "layers_pattern" in changes:
+        assert "has wildcards" in said
+    else:
+        assert MODULE in said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r"model\.layers\.\d+\.(self_attn|mlp)\.(q_proj|up_proj)"}, {"target_modules": "q_proj"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.1\..*"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+        {"target_modules": r".*_proj", "exclude_modules": r".*\.[vq]_proj", "rank_pattern": {r".*\.1\..*": 2}},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_planner_chooses_modules_and_ranks_as_peft_does(changes: dict[str, Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from model_compose.engines.huggingface.sizes import adapter_size
+
+    model = AutoModelForCausalLM.from_config(tiny.llama_config())
+    config = LoraConfig(**{**CONFIG, "peft_type": None, **changes})
+    try:
+        ranks = adapter_size({**CONFIG, **changes}, model, "x").ranks
+    except AdapterError:
+        with pytest.raises(ValueError, match="not found in the base model"):
+            get_peft_model(model, config)
+        return
+    trained: Any = get_peft_model(model, config)
+    own = {path: module for path, module in trained.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert ranks == {path: module.r["default"] for path, module in own.items()}
+
+
+def test_layerwise_ranks_by_patterns(tmp_path: Path) -> None:
+    """A pattern for each of 200 layers. Where they would take too much memory, they are refused in a moment."""
+    ranks = {rf".*layers\.{number}\..*": 4 + number for number in range(200)}
+    assert read_adapter(folder(tmp_path, rank_pattern=ranks), "x").modules[MODULE].rank == 4
+    huge = {rf"\w{{50}}{number}": 4 for number in range(200)}
+    assert "exceeds size limit" in refusal(folder(tmp_path, rank_pattern=huge))
 
 
 ANY = st.recursive(

@@ -37,7 +37,7 @@ def check_kind(base: Fetched, driver: str) -> None:
         )
     if not base.file.endswith(".gguf"):
         raise LoadError(f"{base.file} is not a GGUF file; leave 'filename' out to load a checkpoint folder")
-    if driver == "huggingface" and _PART.fullmatch(base.file):
+    if driver == "huggingface" and (part := _PART.fullmatch(base.file)) and int(part[3]) > 1:
         raise LoadError(
             f"{base.file} is one of several parts, of which transformers reads this one alone; make them one file "
             "(llama-gguf-split --merge), or use driver: llamacpp"
@@ -93,7 +93,9 @@ def read_weights(base: Fetched) -> dict[str, Stored] | None:
             if not isinstance(listed, dict):
                 raise LoadError(f"{index} lists no files (weight_map); download it again")
             shards = sorted({base.folder / str(shard) for shard in listed.values()})
-            if missing := [shard.name for shard in shards if not shard.is_file()]:
+            with _reading(index):  # a name may be too long for any file
+                missing = [shard.name for shard in shards if not shard.is_file()]
+            if missing:
                 more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
                 raise LoadError(f"{base.folder} has no {missing[0]}{more}, which {index.name} lists; download it too")
             return _tensors(shards)
@@ -110,10 +112,9 @@ def has_tokenizer(base: Fetched) -> bool:
     return any(path.is_file() for pattern in _TOKENIZERS for path in base.folder.glob(pattern))
 
 
-def check_chat_template(base: Fetched) -> None:
-    """Raises LoadError for a base without one."""
-    inside = gguf_header(base.folder / base.file).chat_template if base.file is not None else None
-    if not (template_beside(base.folder) or inside):
+def check_chat_template(base: Fetched, header: Gguf | None = None) -> None:
+    """header: of the base's GGUF file. Raises LoadError for a base without one."""
+    if not (template_beside(base.folder) or (header and header.chat_template)):
         raise LoadError(
             f"{base} has no chat template, which task: chat-completion needs; put its chat_template.jinja beside "
             "its other files, or use task: text-generation"
@@ -121,17 +122,31 @@ def check_chat_template(base: Fetched) -> None:
 
 
 def template_beside(folder: Path) -> str | dict[str, str] | None:
-    """The chat template that lies in a folder, or several by name, as transformers finds them."""
+    """The chat template that lies in a folder, or several by name, as transformers finds them. Raises LoadError."""
     own = folder / "chat_template.jinja"
-    named = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("additional_chat_templates/*.jinja")}
+    named = {path.stem: _text(path) for path in folder.glob("additional_chat_templates/*.jinja")}
     if own.is_file():
-        text = own.read_text(encoding="utf-8")
+        text = _text(own)
         return {"default": text, **named} if named else text
     path = folder / "tokenizer_config.json"
-    found: Any = _json(path).get("chat_template") if path.is_file() else None
-    if isinstance(found, list):  # [{name, template}], as it was stored before there were files
-        found = {each["name"]: each["template"] for each in found}
-    return found or named or None
+    found = _json(path).get("chat_template") if path.is_file() else None
+    with _reading(path):
+        return _templates(found) or named or None
+
+
+def _templates(found: Any) -> str | dict[str, str] | None:
+    """A template, or several by name, as a tokenizer_config.json has them. Raises HeaderError."""
+    if isinstance(found, list):  # as it was stored before there were files
+        if not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in found):
+            raise HeaderError(
+                "has a list as its chat_template, whose entries are not {name, template}; download it again"
+            )
+        found = {each["name"]: each.get("template") for each in found}
+    texts = found.values() if isinstance(found, dict) else () if found is None else (found,)
+    if not all(isinstance(text, str) for text in texts):
+        raise HeaderError("has a chat_template that is no text; download it again")
+    templates: str | dict[str, str] | None = found
+    return templates
 
 
 def _tensors(files: list[Path]) -> dict[str, Stored] | None:
@@ -154,6 +169,15 @@ def _json(path: Path) -> Mapping[str, Any]:
         if not isinstance(found, dict):
             raise HeaderError("holds no JSON object; download it again")
         return found
+
+
+def _text(path: Path) -> str:
+    """Raises LoadError for what is not UTF-8."""
+    with _reading(path):
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise HeaderError(f"is not UTF-8 text ({error.reason} at byte {error.start}); download it again") from None
 
 
 @contextmanager

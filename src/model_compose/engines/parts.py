@@ -10,6 +10,7 @@ from model_compose.engines import AdapterOptions, ModelOptions
 from model_compose.engines.on_disk import check_chat_template, gguf_header, template_beside
 from model_compose.errors import AdapterError, InputError, LoadError, SourceError
 from model_compose.generation import Message, Request
+from model_compose.headers import Gguf
 from model_compose.lora.adapter import WEIGHT_FILES, LoraAdapter, read_adapter
 from model_compose.lora.blend import Blend
 from model_compose.lora.peft_config import read_config
@@ -107,10 +108,11 @@ def load_tokenizer(base: Fetched, trust_remote_code: bool, *, chat: bool = False
     """
     from transformers import AutoTokenizer
 
+    header = None if base.file is None else gguf_header(base.folder / base.file)
     if chat:
-        check_chat_template(base)
-    if base.file is not None:
-        return _gguf_tokenizer(base, base.folder / base.file)
+        check_chat_template(base, header)
+    if header is not None:
+        return _gguf_tokenizer(base, header)
     tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code, local_files_only=True)
     if not tokenizer.is_fast:
         raise LoadError(
@@ -120,12 +122,11 @@ def load_tokenizer(base: Fetched, trust_remote_code: bool, *, chat: bool = False
     return tokenizer
 
 
-def _gguf_tokenizer(base: Fetched, file: Path) -> Any:
+def _gguf_tokenizer(base: Fetched, header: Gguf) -> Any:
     """The tokenizer.json beside a GGUF file where it has the file's own tokens: it is read faster and was not converted.
     Else the one inside. A chat template beside the file goes before the one inside."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    header = gguf_header(file)
     tokens = header.strings("tokenizer.ggml.tokens")
     tokenizer: Any = None
     if (base.folder / "tokenizer.json").is_file():
@@ -139,8 +140,9 @@ def _gguf_tokenizer(base: Fetched, file: Path) -> Any:
         with tempfile.TemporaryDirectory(
             prefix="model-compose-"
         ) as alone:  # transformers prefers a tokenizer.json beside
-            (Path(alone) / file.name).symlink_to(file.absolute())
-            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name, local_files_only=True)
+            name = header.path.name
+            (Path(alone) / name).symlink_to(header.path.absolute())
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=name, local_files_only=True)
     tokenizer.chat_template = template_beside(base.folder) or header.chat_template
     return tokenizer
 

@@ -6,7 +6,6 @@ it. Nothing here serves anything.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +168,7 @@ def _gather(
     from model_compose.engines.huggingface import HuggingfaceOptions
     from model_compose.engines.huggingface import model as engine
     from model_compose.engines.parts import CONFIG_FILES, fetch_adapter
-    from model_compose.export.checkpoint import holds
+    from model_compose.export.checkpoint import holder
     from model_compose.lora.adapter import check, check_copies
     from model_compose.lora.layers import module_shapes
 
@@ -192,6 +191,7 @@ def _gather(
         model: Any = engine.on_meta(engine.base_config(base, trusted), trusted)
     shapes = module_shapes(model)
     adapters = {name: check(adapter, shapes) for name, adapter in adapters.items()}
+    says = holder(base, model)
     for adapter in adapters.values():
-        check_copies(adapter, partial(holds, base, model))
+        check_copies(adapter, says)
     return Export(options, blend, adapters, sources, base, model, order, trusted)

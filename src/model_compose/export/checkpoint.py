@@ -4,8 +4,9 @@ A file is opened anew for each tensor: what has been read through a mapping coun
 mapping goes.
 """
 
+import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,15 +60,21 @@ def open_checkpoint(base: Fetched, model: "PreTrainedModel") -> Checkpoint:
     return FolderCheckpoint(files, model)
 
 
-def holds(base: Fetched, model: "PreTrainedModel", key: str, copy: Tensor) -> bool | None:
-    """Whether the base has `copy` as its parameter `key`, which may be tied to another; None where that cannot be said.
+def holder(base: Fetched, model: "PreTrainedModel") -> Callable[[str, Tensor], bool | None]:
+    """Says whether the base has a tensor as a parameter, which may be tied to another; None where that cannot be said. It
+    raises LoadError, as `open_checkpoint` does.
 
-    Raises LoadError.
+    A GGUF file takes seconds to open, so that is done once, for the first who asks.
     """
-    checkpoint, tied = open_checkpoint(base, model), model.all_tied_weights_keys
-    other = {**tied, **{source: target for target, source in tied.items()}}
-    stored = checkpoint.stored(key) or checkpoint.stored(other.get(key, key))
-    return False if stored is None else checkpoint.is_copy(copy, stored)
+    opened = functools.cache(lambda: open_checkpoint(base, model))
+
+    def holds(key: str, copy: Tensor) -> bool | None:
+        checkpoint, tied = opened(), model.all_tied_weights_keys
+        other = {**tied, **{source: target for target, source in tied.items()}}
+        stored = checkpoint.stored(key) or checkpoint.stored(other.get(key, key))
+        return False if stored is None else checkpoint.is_copy(copy, stored)
+
+    return holds
 
 
 def _files(folder: Path, stem: str) -> list[Path]:

@@ -6,7 +6,7 @@ architectures do is listed here, each tried against llama.cpp's own converter; a
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,8 +67,17 @@ class Architecture:
 
         None for what llama.cpp has not got, or cannot adapt.
         """
-        found = self._names.get_type_and_name(path) or self._names.get_type_and_name(f"model.{text_path(path)}")
-        return (found[0].name, f"{found[1]}.weight") if found and found[0].name in ADAPTED else None
+        found = self._find(path)
+        return None if found is None else found[1:]
+
+    def _find(self, path: str) -> tuple[str, str, str] | None:
+        """As `tensor`, after the path's one spelling here, whatever stood before the text decoder's own part."""
+        inner = text_path(path)
+        for own in (f"model.{inner}", inner):
+            found = self._names.get_type_and_name(own)
+            if found and found[0].name in ADAPTED:
+                return own, found[0].name, f"{found[1]}.weight"
+        return None
 
     @cached_property
     def _names(self) -> Any:
@@ -78,25 +87,25 @@ class Architecture:
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
         return gguf.get_tensor_name_map(arch, self.layers)
 
-    def shape(self, path: str, matrices: Mapping[str, tuple[int, ...]]) -> ModuleShape | None:
-        """What a base of this architecture has at a module's path in transformers; None where it has nothing.
+    def shapes(self, paths: Iterable[str], matrices: Mapping[str, tuple[int, ...]]) -> dict[str, ModuleShape]:
+        """What a base of this architecture has at modules' paths in transformers, each by one spelling of its path, so
+        that two spellings of a module are seen to be one. Without those where it has nothing.
 
         matrices: its matrices' dimensions by GGUF name, from the innermost.
         """
-        if (found := self.tensor(path)) is None:
-            return None
-        kind, name = found
-        # The head has a tensor of its own only where it is not the embedding's.
-        own = "token_embd.weight" if kind == "OUTPUT" and self.tied else name
-        if own not in matrices:
-            return None
-        inputs, outputs = matrices[own]
-        # An embedding's matrix has a row for each token.
-        return (
-            ModuleShape("embedding", outputs, inputs)
-            if kind == "TOKEN_EMBD"
-            else ModuleShape("linear", inputs, outputs)
-        )
+        shapes = {}
+        for path, kind, name in filter(None, map(self._find, paths)):
+            # The head has a tensor of its own only where it is not the embedding's.
+            own = "token_embd.weight" if kind == "OUTPUT" and self.tied else name
+            if own in matrices:
+                inputs, outputs = matrices[own]
+                # An embedding's matrix has a row for each token.
+                shapes[path] = (
+                    ModuleShape("embedding", outputs, inputs)
+                    if kind == "TOKEN_EMBD"
+                    else ModuleShape("linear", inputs, outputs)
+                )
+        return shapes
 
 
 def write_gguf(adapter: "LoraAdapter", base: Architecture, path: Path) -> None:
@@ -109,7 +118,13 @@ def write_gguf(adapter: "LoraAdapter", base: Architecture, path: Path) -> None:
     """
     import gguf
 
-    tensors = dict(_tensors(adapter, base))
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
+    for name, values in _tensors(adapter, base):
+        if name in tensors:
+            raise AdapterError(
+                f"adapter '{adapter.name}': two of its modules are one, {name.rpartition('.')[0]}, in GGUF"
+            )
+        tensors[name] = values
     partial = path.with_name(f".{path.name}.partial")
     writer = gguf.GGUFWriter(partial, base.name)
     try:

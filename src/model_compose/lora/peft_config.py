@@ -45,6 +45,8 @@ HARMLESS = frozenset(
         "megatron_core",
         "loftq_config",
         "eva_config",
+        "corda_config",
+        "lora_ga_config",
         "qalora_group_size",
         "runtime_config",
     ]
@@ -112,7 +114,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
             raise AdapterError(
                 f"init_lora_weights is {_short(init)}, which changes the base model's own weights when it is loaded "
-                "(PiSSA, OLoRA, CorDA, LoftQ); convert it to a plain LoRA first (PEFT: "
+                "(PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); convert it to a plain LoRA first (PEFT: "
                 "save_pretrained(path_initial_model_for_weight_conversion=...))"
             )
         _check_types(config)
@@ -153,22 +155,41 @@ def _check_types(config: Mapping[str, Any]) -> None:
     if checked.bias not in ("none", "all", "lora_only", None):
         raise AdapterError(f"bias is {_short(checked.bias)}; known are 'none', 'all' and 'lora_only'")
     for key in ("rank_pattern", "alpha_pattern"):
-        patterns = list(getattr(checked, key) or ())
-        if sum(_COSTLY.search(pattern) is not None for pattern in patterns) > MAX_COSTLY:
-            raise AdapterError(f"{key} has more than {MAX_COSTLY} patterns with wildcards; write the modules' names")
-        for pattern in patterns:
-            _check_pattern(key, pattern, lambda pattern: _matches(pattern, ""))
+        _check_patterns(key, list(getattr(checked, key) or ()))
     for key in ("target_modules", "exclude_modules"):  # PEFT matches these
         if isinstance(pattern := getattr(checked, key), str):
-            _check_pattern(key, pattern, re.compile)
+            with _of_pattern(key, pattern):
+                re.compile(pattern)
 
 
-def _check_pattern(key: str, pattern: str, use: Callable[[str], object]) -> None:
+def _check_patterns(key: str, patterns: list[str]) -> None:
+    costly = [pattern for pattern in patterns if _COSTLY.search(pattern)]
+    if len(costly) > MAX_COSTLY or sum(map(len, costly)) > MAX_PATTERN:
+        raise AdapterError(
+            f"{key} has more than {MAX_COSTLY:,} patterns with wildcards, or more than {MAX_PATTERN:,} characters of them; "
+            "write the modules' names"
+        )
+    for pattern in patterns:
+        with _of_pattern(key, pattern):
+            _matcher(f"(?:{pattern}){{0}}" if pattern in costly else pattern)  # is parsed and takes no memory
+    with _of_pattern(key, "".join(costly)):
+        _matcher("".join(f"(?:{pattern})" for pattern in costly))  # is refused where all of them together take too much
+
+
+@contextmanager
+def _of_pattern(key: str, pattern: str) -> Iterator[None]:
     try:
-        use(pattern)
+        yield
     except (re.error, RecursionError, OverflowError, SchemaError) as error:
-        reason = str(error).splitlines()[-1].removeprefix("error: ")
-        raise AdapterError(f"{key}: {_short(pattern)} is no pattern that can be matched ({reason})") from None
+        reason = str(error).splitlines()[-1].strip().removeprefix("SchemaError: ").removeprefix("error: ")
+        said = f"{key}: {_short(pattern)}"
+        for what in ("look-around", "backreferences"):
+            if reason.startswith(what):
+                raise AdapterError(
+                    f"{said} uses {what}, which is not evaluated, since it may take for ever; write the modules' names, "
+                    "such as model.layers.0.self_attn.q_proj"
+                ) from None
+        raise AdapterError(f"{said} is no pattern that can be matched ({reason})") from None
 
 
 # What it says of a module.
@@ -179,8 +200,7 @@ def scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
 
     rank: of the stored factors. Raises AdapterError where the config says another.
     """
-    told = int(_value(config.get("rank_pattern") or {}, path, config.get("r", 8)))
-    if rank != told:
+    if rank != (told := rank_of(config, path)):
         raise AdapterError(
             f"{path} has rank {rank} in its weights, and {CONFIG_FILE} says {told} (r, rank_pattern), so its scaling "
             "alpha / r is not known; take both files from the same training"
@@ -189,26 +209,55 @@ def scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
+def rank_of(config: Mapping[str, Any], path: str) -> int:
+    return int(_value(config.get("rank_pattern") or {}, path, config.get("r", 8)))
+
+
 def _value(patterns: Mapping[str, float], path: str, default: float) -> float:
     """The value of the first key that matches the end of the path, as PEFT's get_pattern_key decides it."""
-    return next((value for key, value in patterns.items() if _matches(key, path)), default)
+    matchers = zip(_at_the_end(tuple(patterns)), patterns.values(), strict=True)
+    return next((value for matches, value in matchers if matches(path)), default)
+
+
+def whole(key: str, pattern: str) -> Callable[[str], object]:
+    """Whether a path is all that a pattern says, as PEFT takes a text under target_modules. Raises AdapterError."""
+    if len(pattern) > MAX_PATTERN:
+        raise AdapterError(
+            f"{key}: {_short(pattern)} is longer than {MAX_PATTERN:,} characters; list the modules' names"
+        )
+    with _of_pattern(key, pattern):
+        return _matcher(pattern)
+
+
+def check_plain(key: str, patterns: list[str]) -> None:
+    """Raises AdapterError for patterns with wildcards: PEFT looks for these within a path."""
+    for pattern in patterns:
+        if _COSTLY.search(pattern):
+            raise AdapterError(f"{key}: {_short(pattern)} has wildcards, which are not evaluated there; write names")
+        with _of_pattern(key, pattern):
+            re.compile(pattern)
 
 
 _COSTLY = re.compile(r"[*+?{|(]")
-MAX_COSTLY = 16
+MAX_COSTLY = 1024
+MAX_PATTERN = 1 << 16
 
 
-def _matches(pattern: str, path: str) -> bool:
-    """Python tries a pattern like (a|aa)+ in every way there is, for years, so those with choices are matched in time that
-    grows with the path alone. Raises re.error, SchemaError."""
-    if _COSTLY.search(pattern):
-        return _in_linear_time(pattern).isinstance_python(path)
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+@functools.lru_cache(maxsize=4)  # the patterns of ranks and of alphas, of an adapter or two
+def _at_the_end(patterns: tuple[str, ...]) -> list[Callable[[str], object]]:
+    return [_matcher(pattern, r"(.*\.)?") for pattern in patterns]
 
 
-@functools.lru_cache(maxsize=MAX_COSTLY)
-def _in_linear_time(pattern: str) -> SchemaValidator:
-    return SchemaValidator(core_schema.str_schema(pattern=rf"^(.*\.)?({pattern})$", regex_engine="rust-regex"))
+def _matcher(pattern: str, before: str = "") -> Callable[[str], object]:
+    """Says whether all of a path matches.
+
+    Python tries a pattern like (a|aa)+ in every way there is, for years, so those with choices are matched in time that
+    grows with the path alone. Raises re.error, SchemaError.
+    """
+    if not _COSTLY.search(pattern):
+        return re.compile(f"{before}({pattern})").fullmatch
+    schema = core_schema.str_schema(pattern=f"^{before}({pattern})$", regex_engine="rust-regex")
+    return SchemaValidator(schema).isinstance_python
 
 
 def _short(value: object) -> str:

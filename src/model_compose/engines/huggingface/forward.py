@@ -46,7 +46,7 @@ class TransformersForward:
         self.switch = switch_length(model, name)
         if self.switch is not None:
             for module in longrope_modules(model):
-                module.forward = _rotary_by_row(module.forward, self.switch)
+                module.forward = _rotary_by_row(module, self.switch)
         title = f"{name} ({type(model).__name__})"
         try:
             probe = self._probe()
@@ -101,8 +101,16 @@ def own_attention(name: str, architecture: str) -> str:
     return f"{name} ({architecture}) has attention of its own, which the embedded engine cannot take over; use another base"
 
 
-def _rotary_by_row(rotary: Rotary, switch: int) -> Rotary:
-    def forward(x: Tensor, position_ids: Tensor, **options: Any) -> tuple[Tensor, ...]:
+def _rotary_by_row(module: nn.Module, switch: int) -> Rotary:
+    """layer_type: where a module computes for several kinds of layers, of which some may be as without longrope."""
+    rotary: Rotary = module.forward
+    kinds: Any = module.rope_type
+
+    def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None, **options: Any) -> tuple[Tensor, ...]:
+        if layer_type is not None:
+            options["layer_type"] = layer_type
+            if kinds[layer_type] != "longrope":
+                return rotary(x, position_ids, **options)
         return rotate_by_row(rotary, switch, _running.get().long, x, position_ids, **options)
 
     return forward

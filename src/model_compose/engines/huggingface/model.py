@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ def load(
         native = native_for(model, device)
         lora = LoraModel(
             model, adapters, placements, max_on_device=max_adapters, dtype=None if native is None else torch.float32,
-            holds=functools.partial(_holds, base, model),
+            holds=_holds(base, model),
         )  # fmt: skip
         report(Progress("attaching adapters", len(adapters), len(adapters), "adapters"))
         forward: Forward
@@ -280,14 +280,20 @@ def _load_model(
     return model.eval().requires_grad_(False)
 
 
-def _holds(base: Fetched, model: Any, name: str, tensor: torch.Tensor) -> bool | None:
-    """Whether the base's parameter is `tensor`. Its files tell, as the model's own weights may be packed or folded."""
-    from model_compose.export.checkpoint import holds
+def _holds(base: Fetched, model: Any) -> Callable[[str, torch.Tensor], bool | None]:
+    """Says whether the base's parameter of a name is a tensor. Its files tell, as the model's own weights may be packed or
+    folded."""
+    from model_compose.export.checkpoint import holder
 
-    try:
-        return holds(base, model, name, tensor)
-    except LoadError:  # stored quantised: embedding and head are plain there
-        return is_copy(tensor, dict(model.named_parameters(remove_duplicate=False)).get(name))
+    stored = holder(base, model)
+
+    def holds(name: str, tensor: torch.Tensor) -> bool | None:
+        try:
+            return stored(name, tensor)
+        except LoadError:  # stored quantised: embedding and head are plain there
+            return is_copy(tensor, dict(model.named_parameters(remove_duplicate=False)).get(name))
+
+    return holds
 
 
 def _bitsandbytes(options: ModelOptions) -> Any:

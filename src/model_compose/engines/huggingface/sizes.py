@@ -142,9 +142,8 @@ def adapter_size(config: Mapping[str, Any], model: "nn.Module", name: str, store
 
     Raises AdapterError where it has no module in common with the base.
     """
-    from peft.utils.other import get_pattern_key
-
     from model_compose.lora.layers import module_shapes
+    from model_compose.lora.peft_config import rank_of
 
     shapes = module_shapes(model)
     targets = _targets(config, model, shapes)
@@ -153,8 +152,7 @@ def adapter_size(config: Mapping[str, Any], model: "nn.Module", name: str, store
             f"adapter '{name}': the base model has none of its target_modules ({config.get('target_modules')}); was the "
             "adapter trained for another architecture?"
         )
-    default, patterns = int(config.get("r", 8)), config.get("rank_pattern") or {}
-    ranks = {path: int(patterns.get(get_pattern_key(patterns, path), default)) for path in targets}
+    ranks = {path: rank_of(config, path) for path in targets}
     return AdapterSize(ranks, parameters(ranks, shapes) * 4 if stored is None else stored)
 
 
@@ -174,11 +172,19 @@ def stored_bits(config: Any) -> int | None:
 
 
 def _targets(config: Mapping[str, Any], model: "nn.Module", shapes: Mapping[str, "ModuleShape"]) -> list[str]:
-    """The modules that the adapter acts on, chosen as peft chooses them."""
+    """The modules that the adapter acts on, chosen as peft chooses them, whose own matching of patterns may take for ever.
+
+    Raises AdapterError for a pattern that is not evaluated.
+    """
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    from model_compose.lora.peft_config import check_plain, whole
+
     targets: Any = config.get("target_modules")
+    excluded: Any = config.get("exclude_modules")
+    layers: Any = config.get("layers_pattern")
+    paths = list(shapes)
     if isinstance(targets, str) and targets.lower() == "all-linear":
         head = _head(model)
         return [
@@ -187,12 +193,17 @@ def _targets(config: Mapping[str, Any], model: "nn.Module", shapes: Mapping[str,
     if targets is None:
         own_config: Any = model.config
         targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(own_config.model_type, [])
+    if isinstance(targets, str):
+        paths = targets = list(filter(whole("target_modules", targets), paths))
+    if isinstance(excluded, str):
+        matches = whole("exclude_modules", excluded)
+        paths, excluded = [path for path in paths if not matches(path)], None
+    check_plain("layers_pattern", [layers] if isinstance(layers, str) else layers or [])
     asked = SimpleNamespace(
         target_modules=targets, target_parameters=None, modules_to_save=None,
-        exclude_modules=config.get("exclude_modules"), layers_to_transform=config.get("layers_to_transform"),
-        layers_pattern=config.get("layers_pattern"),
+        exclude_modules=excluded, layers_to_transform=config.get("layers_to_transform"), layers_pattern=layers,
     )  # fmt: skip
-    return [path for path in shapes if check_target_module_exists(asked, path)]
+    return [path for path in paths if check_target_module_exists(asked, path)]
 
 
 def weight_of(model: "nn.Module", path: str) -> "torch.Tensor":

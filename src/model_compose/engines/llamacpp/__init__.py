@@ -185,8 +185,7 @@ class LlamacppEngine(SteppingEngine):
         self._loaded = Loaded(llama, batch, token_bytes)
 
         def attach(adapter: LoraAdapter, key: str, options: AdapterOptions | None) -> None:
-            base.check(adapter)
-            _attach(llama, base, adapter, key)
+            _attach(llama, base, base.check(adapter), key)
 
         return Running(
             Prompts(tokenizer, context), llama.vocabulary, eos, base.identity, grammars, batch,

@@ -1,6 +1,6 @@
 """What a GGUF base says of itself: its architecture, its modules' shapes, its context. Reads headers, no weights."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,13 +48,13 @@ class Base:
         """Keys and values of one token in all layers."""
         return self.layers * self.kv_heads * self.head * item_bytes
 
-    def check(self, adapter: LoraAdapter) -> None:
-        """The preflight: every module of the adapter exists here and fits. Raises AdapterError."""
+    def check(self, adapter: LoraAdapter) -> LoraAdapter:
+        """The preflight: every module of the adapter exists here and fits. Returns it with one name for each module,
+        which others call alike, so that they can be summed. Raises AdapterError."""
         sizes = {name: tuple(map(int, matrix.shape)) for name, matrix in self.matrices.items()}
-        found = {path: self.architecture.shape(path, sizes) for path in adapter.modules}
-        shapes = {path: shape for path, shape in found.items() if shape is not None}
-        check(adapter, shapes)
+        adapter = check(adapter, self.architecture.shapes(adapter.modules, sizes))
         check_copies(adapter, self._holds)
+        return adapter
 
     def _holds(self, parameter: str, copy: "torch.Tensor") -> bool | None:
         """Whether the base's matrix is that tensor; None where that cannot be said."""
@@ -89,12 +89,6 @@ def read_base(file: Path, identity: str) -> Base:
         file, identity, name, _number(fields, f"{name}.block_count", file), heads, kv_heads, keys + values,
         _number(fields, f"{name}.context_length", file, 2048), matrices,
     )  # fmt: skip
-
-
-def check_all(base: Base, adapters: Iterable[LoraAdapter]) -> None:
-    """Raises AdapterError for the first adapter that does not fit."""
-    for adapter in adapters:
-        base.check(adapter)
 
 
 def _value(fields: Mapping[str, Any], key: str, file: Path) -> Any:

@@ -10,7 +10,7 @@ from model_compose.engines import ModelOptions
 from model_compose.engines.huggingface.free import free_memory
 from model_compose.engines.huggingface.memory import size_text
 from model_compose.engines.llamacpp import LlamacppOptions
-from model_compose.engines.llamacpp.base import Base, check_all, read_base
+from model_compose.engines.llamacpp.base import Base, read_base
 from model_compose.engines.llamacpp.llama import Settings
 from model_compose.engines.on_disk import check_kind
 from model_compose.engines.parts import fetch_adapters, load_tokenizer
@@ -29,7 +29,7 @@ def read(options: ModelOptions, base_dir: Path, report: Report) -> tuple[list[Lo
     check_kind(fetched, "llamacpp")
     assert fetched.file is not None
     base = read_base(fetched.folder / fetched.file, fetched.identity)
-    check_all(base, adapters)
+    adapters = [base.check(adapter) for adapter in adapters]
     return adapters, base, load_tokenizer(fetched, trust_remote_code=False, chat=options.chats)
 
 
