@@ -403,6 +403,8 @@ def test_a_chat_template_may_lie_beside_a_gguf(app: Path) -> None:
     [
         ("response_format: {type: json_schema, json_schema: {schema: {type: strng}}}",
          "component.action.response_format: the response_format cannot be kept to: "),
+        ("response_format: {type: json_schema, json_schema: {schema: {type: object, additionalProperties: no}}}",
+         "component.action.response_format: the response_format cannot be kept to: schema must be an object or boolean"),
         ("response_format: {type: regex, regex: '(a'}",
          "component.action.response_format: the response_format cannot be kept to: "),
         ("params: {logit_bias: {999: 1}}",
