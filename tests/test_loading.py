@@ -251,7 +251,7 @@ def test_ids_and_defaults(write: Write, yaml: str, expected: str) -> None:
     ("written", "shown"),
     [
         ("true", "true"), (".nan", "nan"), (".inf", "inf"), ("-.inf", "-inf"), ("heavy", "'heavy'"), ("[1]", "a list"),
-        ("{a: 1}", "a mapping"), ("", "null"), ("1e999", "'1e999'"),
+        ("{a: 1}", "a mapping"), ("", "null"), ("1e999", "inf"),
     ],
 )  # fmt: skip
 def test_weight_that_is_no_number(message: Message, written: str, shown: str) -> None:
@@ -701,7 +701,8 @@ def test_a_comma_between_two_keys_is_none_of_a_decimal(message: Message) -> None
 
 
 @pytest.mark.parametrize(
-    "written", ["no", "on", "y", "012", "1:30", "1_000", "0x1F", "2024-01-01", "1e3", "0123456", "=", "<<"]
+    "written",
+    ["no", "on", "y", "012", "1:30", "1_000", "0x1F", "2024-01-01", "e3", "1e", "1e3.5", "0123456", "=", "<<"],
 )
 def test_text_stays_as_it_is_written(read: Callable[..., Loaded], written: str) -> None:
     text = YAML.replace("text: ${input.prompt as text}", f"text: {written}").replace("title: Tiny", f"title: {written}")
@@ -709,6 +710,17 @@ def test_text_stays_as_it_is_written(read: Callable[..., Loaded], written: str) 
     assert (config.component.action.text, config.workflow.title) == (written, written)
     filled: Any = read(text.replace(f": {written}\n", ": ${env.X}\n"), X=written).config
     assert filled.workflow.title == written
+
+
+@pytest.mark.parametrize(
+    ("written", "number"), [("1e-3", 0.001), ("1.5e3", 1500.0), ("-2E+1", -20.0), (".5e1", 5.0), ("1.e2", 100.0)]
+)
+def test_an_exponent_makes_a_number_wherever_it_stands(
+    read: Callable[..., Loaded], written: str, number: float
+) -> None:
+    schema = f"response_format: {{type: json_schema, json_schema: {{schema: {{minimum: {written}}}}}}}"
+    config: Any = read(YAML.replace("params: {do_sample: false}", schema)).config
+    assert config.component.action.response_format.json_schema.schema_ == {"minimum": number}
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,17 @@ def test_adapters_are_compared_with_a_gguf(gguf: Path, app: Path) -> None:
     assert "the base model has no module 'model.layers.2.self_attn" in problem
 
 
+def test_two_spellings_of_a_module_of_a_gguf(gguf: Path, app: Path) -> None:
+    file = app / "alpaca/adapter_model.safetensors"
+    tensors = load_file(file)
+    around = {key.replace(".model.layers", ".language_model.model.layers"): tensor for key, tensor in tensors.items()}
+    save_file(around, file)
+    assert problems(app) == []
+    save_file({**tensors, **{key: tensor.clone() for key, tensor in around.items()}}, file)
+    (problem,) = problems(app, error=AdapterError)
+    assert "are the same module 'model.layers." in problem
+
+
 @pytest.mark.parametrize("size", [0, 3, 30, 3000])
 def test_a_gguf_that_is_cut_off(gguf: Path, app: Path, size: int) -> None:
     gguf.write_bytes(gguf.read_bytes()[:size])
@@ -403,6 +414,8 @@ def test_a_chat_template_may_lie_beside_a_gguf(app: Path) -> None:
     [
         ("response_format: {type: json_schema, json_schema: {schema: {type: strng}}}",
          "component.action.response_format: the response_format cannot be kept to: "),
+        ("response_format: {type: json_schema, json_schema: {schema: {type: object, additionalProperties: no}}}",
+         "component.action.response_format: the response_format cannot be kept to: schema must be an object or boolean"),
         ("response_format: {type: regex, regex: '(a'}",
          "component.action.response_format: the response_format cannot be kept to: "),
         ("params: {logit_bias: {999: 1}}",

@@ -30,7 +30,7 @@ MAX_DEPTH = 100
 
 
 class _Types(yaml.resolver.Resolver):
-    """Plain text is typed as JSON has it: null, true and false, decimal numbers.
+    """Plain text is typed as JSON has it: null, true and false, decimal numbers with or without an exponent.
 
     YAML 1.1 types more, and changes what was written: `no` is false there, 012 is 10, 1:30 is 90. As in YAML 1.2 these stay
     text here, which fields of another type may still take: `streaming: yes` is true.
@@ -45,7 +45,7 @@ for _name, _pattern, _first in (
     ("int", r"[-+]?(?:0|[1-9][0-9]*)", list("-+0123456789")),
     (
         "float",
-        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
         list("-+.0123456789"),
     ),
     ("merge", r"<<", ["<"]),
