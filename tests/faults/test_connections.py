@@ -19,6 +19,7 @@ from model_compose.servers.serve import bind, listening
 from tests.conftest import serving
 from tests.faults.service import Service, seconds_of_health, up
 from tests.tiny import YAML
+from tests.waiting import wait_until
 
 Record = Callable[[str, int, str], None]
 
@@ -362,14 +363,6 @@ def test_health_answers_when_all_connections_are_busy(limited: str, record: Reco
             slowest = max(slowest, took)
     record("health when all connections are busy", 20, f"slowest {1000 * slowest:.0f} ms")
     wait_until(lambda: get(f"{limited}/api/workflows").status_code == 200)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise AssertionError("waited 10 s in vain")
 
 
 @pytest.mark.parametrize("files", [64, 128, 256, 1024, 4096, 20_000, 1 << 16])

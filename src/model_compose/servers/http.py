@@ -193,7 +193,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
         if body.callback_url is not None:
             headers = body.callback_headers or {}
             callback = Callback(body.callback_url, headers, options.callback_private_hosts, options.callback_secret)
-            compose.check_ready()
+            compose.check_ready()  # before the name is looked up, and again after that took its time
             await callback.check()
         compose.check_ready()
         workflow = compose.config.find_workflow(body.workflow_id)
