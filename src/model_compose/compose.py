@@ -15,6 +15,7 @@ from typing import Any
 
 from model_compose.components import COMPONENTS, Component, Delta, Result, pick
 from model_compose.components.model import ModelComponent
+from model_compose.components.model_actions import SamplingOverrides
 from model_compose.config import Config
 from model_compose.daemon import in_daemon_thread
 from model_compose.errors import InputError, NotFound, NotReady
@@ -123,12 +124,14 @@ class Compose:
         *,
         workflow: str | None = None,
         blend: Any = None,
+        sampling: SamplingOverrides | None = None,
         context: Mapping[str, Any] | None = None,
         admission: Admission | None = None,
     ) -> AsyncGenerator[Delta | Done]:
         """Runs a workflow: deltas of its output as they are made, then Done. Closing the iterator stops the run.
 
-        blend: a name, {adapter: weight}, or {component: blend}; None leaves it to the actions. admission: from `admit`,
+        blend: a name, {adapter: weight}, or {component: blend}; None leaves it to the actions. sampling: in place of what
+        the actions say, for every model of the workflow. admission: from `admit`,
         given back at the end; None asks for one.
         Raises NotFound, InputError, NotReady, Overloaded, RunError.
         """
@@ -140,7 +143,7 @@ class Compose:
             component: str, action: str, sources: Mapping[str, Any]
         ) -> AsyncGenerator[Delta | Result]:
             id = pick(self.config.all_components, component, "component").id
-            of_component = self._components[id].run(action, sources, blends.get(id), admission.places.get(id))
+            of_component = self._components[id].run(action, sources, blends.get(id), admission.places.get(id), sampling)
             async with self._limits[id], aclosing(of_component) as items:
                 async for item in items:
                     yield item

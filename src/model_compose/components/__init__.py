@@ -109,12 +109,18 @@ class Component(Protocol):
     async def open(self, report: Report) -> None: ...
 
     def run(
-        self, action: str, context: Mapping[str, Any], blend: Any = None, place: Place | None = None
+        self,
+        action: str,
+        context: Mapping[str, Any],
+        blend: Any = None,
+        place: Place | None = None,
+        sampling: Any = None,
     ) -> AsyncGenerator[Delta | Result]:
         """Runs an action with `input` and `context` as sources. Deltas as they come, then one Result.
 
         blend: the caller's blend, which goes before the action's own; None leaves it to the action. place: what the run was
-        accepted with, None where it asks for each text.
+        accepted with, None where it asks for each text. sampling: what the caller says of it instead of the action
+        (SamplingOverrides); None leaves all of it to the action.
         """
 
     async def close(self) -> None: ...

@@ -17,6 +17,7 @@ from model_compose.components.model_actions import (
     ChatCompletionAction,
     Generation,
     Params,
+    SamplingOverrides,
     TextGeneration,
     TextGenerationAction,
 )
@@ -100,10 +101,12 @@ class ModelComponent:
         self.options = options
         self.blends = options.to_blends()
         self.engine: Engine = ENGINES[options.driver](options, self.blends, base_dir)
+        self.adapters = dict(zip(options.adapter_names, options.peft_adapters, strict=True))
+        """What the adapters are, those that clients have loaded included."""
         self.meter: Meter | None = None
         """Counts requests, where Compose has given one."""
         self._inputs = INPUTS[options.task]
-        self._base_dir = base_dir
+        self.base_dir = base_dir
         self._changing = asyncio.Lock()
         """Adapters come and go one after the other, so of two loads of one name the later one stays."""
 
@@ -113,10 +116,11 @@ class ModelComponent:
     async def close(self) -> None:
         await self.engine.close()
 
-    def sampling(self) -> Sampling:
-        """The default action's sampling as far as it is constant: what /v1 uses for fields that a request leaves out."""
+    def sampling(self, action: str = DEFAULT_ID) -> Sampling:
+        """An action's sampling as far as it is constant; the default action's is what /v1 uses for fields that a request
+        leaves out."""
         try:
-            given: Any = self.options.find_action(DEFAULT_ID).model_dump(exclude_unset=True, warnings=False)
+            given: Any = self.options.find_action(action).model_dump(exclude_unset=True, warnings=False)
         except NotFound:  # no action, or several and none is the default
             given = {}
         params = {name: value for name, value in given.get("params", {}).items() if not has_expression(value)}
@@ -143,6 +147,7 @@ class ModelComponent:
                     field="lora_name",
                 )
             await self.engine.load_adapter(options, report)
+            self.adapters[name] = options
             if name not in self.blends.adapters:
                 self.blends = replace(self.blends, adapters=(*self.blends.adapters, name))
 
@@ -154,6 +159,7 @@ class ModelComponent:
             if users := self.options.users(name):
                 raise Conflict(f"{users[0]} of the file uses the adapter '{name}'")
             self.blends = replace(self.blends, adapters=tuple(each for each in self.blends.adapters if each != name))
+            del self.adapters[name]
             await self.engine.unload_adapter(name)
 
     def check_runtime_adapters(self) -> None:
@@ -169,7 +175,7 @@ class ModelComponent:
         One of the file's names keeps its precision and device. Raises Forbidden, InputError.
         """
         self.check_runtime_adapters()
-        source = confine(reference, self.options.runtime_adapter_sources, self._base_dir, field="lora_path")
+        source = confine(reference, self.options.runtime_adapter_sources, self.base_dir, field="lora_path")
         files = dict(zip(self.options.adapter_names, self.options.peft_adapters, strict=True))
         given = files.get(name, AdapterOptions(type="lora", model=source))
         return given.model_copy(update={"name": name, "model": source})
@@ -189,20 +195,21 @@ class ModelComponent:
         return chunks if self.meter is None else self.meter.measure(request, self.blends, chunks)
 
     async def run(
-        self, action: str, context: Mapping[str, Any], blend: Any = None, place: Place | None = None
-    ) -> AsyncGenerator[Delta | Result]:
+        self, action: str, context: Mapping[str, Any], blend: Any = None, place: Place | None = None,
+        sampling: SamplingOverrides | None = None,
+    ) -> AsyncGenerator[Delta | Result]:  # fmt: skip
         chosen = self.options.find_action(action)
         inputs = self.evaluate(chosen, context)
         used = self.blends.resolve(inputs.blend if blend in (None, "") else blend)
-        prompts, sampling = inputs.prompts(), inputs.sampling
+        prompts, drawn = inputs.prompts(), (sampling or SamplingOverrides()).over(inputs.sampling)
         several = inputs.takes_many
-        requests = [Request(prompt, used, sampling, inputs.max_input_length, place) for prompt in prompts]
-        as_list = several or sampling.num_return_sequences > 1
+        requests = [Request(prompt, used, drawn, inputs.max_input_length, place) for prompt in prompts]
+        as_list = several or drawn.num_return_sequences > 1
         identity = self.engine.identity(used)  # now: the adapters may be others when the text ends
         output = parse(chosen.output)
         paths = output.places("result", ()) if chosen.output is not None else [()]
 
-        texts = [""] * (len(requests) * sampling.num_return_sequences)
+        texts = [""] * (len(requests) * drawn.num_return_sequences)
         finishes: list[Finish] = ["stop"] * len(texts)
         usage, start = Usage(), time.perf_counter()
         async with aclosing(_merge(self.generate, requests, inputs.batch_size)) as chunks:
@@ -218,7 +225,7 @@ class ModelComponent:
         if chosen.output is not None:
             value = output.evaluate({**context, "result": value})
         past_template = isinstance(prompts[0], str) and self.engine.has_chat_template
-        said = notes(texts, finishes, sampling, usage, past_template=past_template)
+        said = notes(texts, finishes, drawn, usage, past_template=past_template)
         finish = tuple(finishes) if as_list else finishes[0]
         yield Result(value, Answer(self.options.id, used, identity, usage, finish, said))
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
@@ -83,6 +84,23 @@ class Params(Options):
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="0 is off")
     logit_bias: LogitBias = Field(default={}, description="{token id: what is added to its score, -100 to 100}")
     seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+
+class SamplingOverrides(Options):
+    """What one run may say of sampling instead of the file. A field that is left out stays as the action has it."""
+
+    max_output_length: int | None = Field(default=None, ge=1, description="Most tokens of each text")
+    temperature: float | None = Field(
+        default=None, ge=0, description="0 is greedy; any other draws, as do_sample: true"
+    )
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+    def over(self, sampling: Sampling) -> Sampling:
+        """`sampling` with the given fields in place of its own."""
+        given = self.model_dump(exclude_none=True)
+        if self.temperature is not None:
+            given["do_sample"] = self.temperature > 0
+        return replace(sampling, **given)
 
 
 class Generation(Options):

@@ -1,4 +1,4 @@
-"""Servers: the faces of a Compose. Their options stand here, apart from the code that needs FastAPI and gradio."""
+"""Servers: the faces of a Compose. Their options stand here, apart from the code that needs FastAPI."""
 
 import re
 from collections.abc import Mapping
@@ -93,9 +93,9 @@ class HttpServerOptions(Options):
 
 
 class WebuiOptions(Options):
-    """The web page."""
+    """The web page. `driver` is accepted for files that say `driver: gradio`; every file gets the same page."""
 
-    driver: Literal["gradio"] = "gradio"
+    driver: Literal["gradio"] = Field(default="gradio", description="Has no effect: there is one page")
     host: str = "127.0.0.1"
     port: int = Field(default=8081, ge=0, le=65535, description="0 takes a free one")
     allowed_hosts: AllowedHosts = Field(default=(), description=ALLOWED_HOSTS)

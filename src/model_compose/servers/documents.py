@@ -323,8 +323,9 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": REFERENCE.format(model=model.__name__)}
 
 
-_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>model-compose</title><style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}
+_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"
+content="width=device-width"><title>model-compose</title><style>
+:root{color-scheme:light dark} body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}
 code{font-family:ui-monospace,monospace} h2{font-size:1.05rem;margin:2rem 0 0} td{padding:.1rem 1.2rem .1rem 0;
 vertical-align:top} p{margin:.3rem 0}</style>"""
 

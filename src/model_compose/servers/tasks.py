@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, Literal
 
 from model_compose.components import Answer, Delta
+from model_compose.components.model_actions import SamplingOverrides
 from model_compose.compose import Compose
 from model_compose.errors import Cancelled, ComposeError, Conflict, NotFound, Overloaded, RunError
 from model_compose.lora.blend import Blend
@@ -161,7 +162,7 @@ class Tasks:
 
     def start(
         self, workflow: str | None, input: Any, blend: Any, extras: Mapping[str, Any], *, streaming: bool = False,
-        size: int = 0,
+        size: int = 0, sampling: SamplingOverrides | None = None,
     ) -> Task:  # fmt: skip
         """Starts a run that has a place with every model it uses. size: of its input, in bytes.
 
@@ -177,7 +178,9 @@ class Tasks:
         task = Task(uuid.uuid4().hex, chosen.id, _json(shown), streaming)
         admission = self._compose.admit(chosen, blends)  # the last that may fail: `_settle` gives it back
         context = {"task_id": task.id, "session_id": extras.get("session_id"), "metadata": extras.get("metadata")}
-        events = self._compose.run(input, workflow=chosen.id, blend=blend, context=context, admission=admission)
+        events = self._compose.run(
+            input, workflow=chosen.id, blend=blend, sampling=sampling, context=context, admission=admission
+        )
         task.work = asyncio.create_task(self._work(task, events))
         task.work.add_done_callback(partial(self._settle, task, admission, size))
         self._inputs += size

@@ -1,0 +1,153 @@
+// The sliders of one model's blend, and the picker of its named blends. The number boxes hold the truth and take any
+// number; a slider follows as far as it reaches, and says where it does not.
+import { fail, h, newId } from "./dom.js";
+
+const RANGES = { "0 to 2": [0, 2], "−2 to 4": [-2, 4] };
+const STEP = 0.05;
+const CUSTOM = "custom";
+
+/** "alpaca 0.5 · pirate 1.25". weights: {adapter: weight}. */
+export const mixed = (weights) =>
+  Object.entries(weights).filter(([, weight]) => weight).map(([name, weight]) => `${name} ${+weight.toPrecision(6)}`)
+    .join(" · ") || "bare base";
+
+/** The entry of the picker that these weights mean: the picked one while they are its own, else the one whose sum they are.
+    Weights that were typed mean their sum, so a blend by another method is never found by its weights alone. */
+export function meant(choices, weights, picked) {
+  const alike = choices.filter((choice) => choice.weights.every((weight, at) => weight === weights[at]));
+  return alike.find((choice) => choice === picked) ?? alike.find((choice) => !choice.method) ?? null;
+}
+
+/** What a run is sent for these weights: null as the file says, a name, or {adapter: weight}. */
+export function toBlend(names, weights, choice) {
+  if (choice) return choice.value;
+  return Object.fromEntries(names.map((name, at) => [name, weights[at]]).filter(([, weight]) => weight));
+}
+
+/** {component, element, read, shown, write, check, fail}. titled: whether there are several models to tell apart. */
+export function mixer(model, { titled }) {
+  const { adapters, choices } = model;
+  const names = adapters.map((adapter) => adapter.name);
+  let picked = choices[0];
+  const rows = adapters.map((adapter, at) => row(adapter, choices[0].weights[at], show));
+  const weights = () => rows.map((each) => Number(each.number.value));
+  const choice = () => meant(choices, weights(), picked);
+
+  const picker = h("select", { id: newId(), onchange: pick },
+    choices.map((each, at) => h("option", { value: at }, each.label)),
+    h("option", { value: CUSTOM, disabled: true }, "Custom"),
+  );
+  const range = h("select", { className: "quiet", id: newId(), onchange: stretch },
+    Object.keys(RANGES).map((name) => h("option", {}, name)),
+  );
+
+  function pick() {
+    picked = choices[picker.value];
+    rows.forEach((each, at) => each.write(picked.weights[at]));
+    show();
+  }
+  function show() {
+    picked = choice();
+    picker.value = picked ? choices.indexOf(picked) : CUSTOM;
+  }
+  function stretch() {
+    const [low, high] = RANGES[range.value];
+    rows.forEach((each) => each.stretch(low, high));
+  }
+  stretch();
+
+  const title = titled ? `Blend of ${model.component}` : "Blend";
+  const base = [model.base.source, model.base.precision, model.base.driver].filter(Boolean).join(" · ");
+  const element = h("section", { className: "card mixer" },
+    h("div", { className: "field" }, h("label", { htmlFor: picker.id }, title), picker),
+    h("p", { className: "what" }, h("b", {}, "base"), h("span", { title: base }, base)),
+    rows.map((each) => each.element),
+    h("p", { className: "range" }, h("label", { htmlFor: range.id }, "Sliders reach"), range),
+  );
+  element.firstChild.dataset.field = "blend";
+  return {
+    component: model.component,
+    element,
+    read: () => toBlend(names, weights(), choice()),
+    /** What to write to get these sliders again: a name where only that says it, else all weights. */
+    state: () => (choice()?.method ? choice().value : Object.fromEntries(names.map((name, at) => [name, weights()[at]]))),
+    shown: () => mixed(Object.fromEntries(names.map((name, at) => [name, weights()[at]]))),
+    /** Sets the sliders. blend: null, a name, or {adapter: weight}. Returns the names that this model does not know. */
+    write(blend) {
+      const named = blend === null ? choices[0] : choices.find((each) => each.value === blend);
+      const wanted = typeof blend === "string" && !named ? { [blend]: 1 } : (blend ?? {});
+      rows.forEach((each, at) => each.write(named ? named.weights[at] : (wanted[names[at]] ?? 0)));
+      picked = named ?? picked;
+      show();
+      return named ? [] : Object.keys(wanted).filter((name) => !names.includes(name));
+    },
+    check() {
+      const empty = rows.filter((each) => each.number.value === "");
+      const message = (name) => `the weight of ${name} is empty; type a number, 0 leaves the adapter out`;
+      empty.forEach((each) => fail(each.number, message(each.name)));
+      empty[0]?.number.focus();
+      return empty.length === 0;
+    },
+    fail: (message) => fail(picker, message),
+  };
+}
+
+/** One adapter: what it is, its slider, its number. onWeight: called when a person moves either. */
+function row(adapter, weight, onWeight) {
+  const slider = h("input", { type: "range", step: STEP, "aria-label": adapter.name });
+  const number = h("input", { type: "number", step: STEP, "aria-label": `${adapter.name} weight`, value: weight });
+  const beyond = h("p", { className: "beyond soft", hidden: true });
+  const ticks = h("div", { className: "ticks", "aria-hidden": "true" });
+  const scale = h("div", { className: "track" }, ticks, slider);
+  let [low, high] = [0, 2];
+
+  function follow() {
+    const value = Number(number.value);
+    slider.value = value;
+    const place = (at) => (Math.min(Math.max(at, low), high) - low) / (high - low);
+    scale.style.setProperty("--from", Math.min(place(0), place(value)));
+    scale.style.setProperty("--to", Math.max(place(0), place(value)));
+    const outside = value < low || value > high;
+    slider.setAttribute("aria-valuetext", outside ? `${value}, beyond the slider` : String(value));
+    beyond.hidden = !outside;
+    beyond.textContent = outside ? `${value} is beyond this slider; the number counts.` : "";
+  }
+  slider.addEventListener("input", () => {
+    number.value = slider.value;
+    number.dispatchEvent(new Event("input"));
+  });
+  number.addEventListener("input", () => {
+    follow();
+    onWeight();
+  });
+
+  const rank = adapter.ranks.length ? `rank ${adapter.ranks.join(", ")}` : null;
+  const what = [rank, adapter.weight === null ? "loaded by a client" : `${adapter.weight} in the file`, adapter.source].filter(Boolean).join(" · ");
+  const element = h("div", { className: "weight" },
+    h("p", { className: "what" }, h("b", {}, adapter.name), h("span", { title: what }, what)),
+    scale, number, beyond,
+  );
+  element.dataset.field = `blend.${adapter.name}`;
+  return {
+    name: adapter.name,
+    number,
+    element,
+    write(value) {
+      number.value = value;
+      fail(number, null);
+      follow();
+    },
+    stretch(from, to) {
+      [low, high] = [from, to];
+      slider.min = low;
+      slider.max = high;
+      const marks = Array.from({ length: high - low + 1 }, (_, at) => low + at);
+      ticks.replaceChildren(...marks.map((mark) => {
+        const tick = h("i", { className: mark === 1 ? "one" : "" }, String(mark).replace("-", "−"));
+        tick.style.setProperty("--place", (mark - low) / (high - low));
+        return tick;
+      }));
+      follow();
+    },
+  };
+}
