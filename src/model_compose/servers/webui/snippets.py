@@ -1,4 +1,4 @@
-"""Calls that do the same as a run of the page: curl for the workflow API, Python for the openai client; and a blend's YAML."""
+"""Calls that do the same as a run of the page: curl for the workflow API, Python for OpenAI, YAML for a blend."""
 
 import json
 import shlex
