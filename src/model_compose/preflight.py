@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from model_compose.components import located
-from model_compose.engines import ModelOptions, on_disk
-from model_compose.engines.parts import check_device, check_quantization, check_tokens
+from model_compose.engines import on_disk
+from model_compose.engines.devices import check_device, check_quantization
+from model_compose.engines.options import ModelOptions
+from model_compose.engines.prompts import check_tokens
 from model_compose.errors import ComposeError, SourceError
 from model_compose.headers import Gguf, Stored
 from model_compose.loading import Loaded
@@ -23,7 +25,7 @@ from model_compose.lora.header import has_weights, read_header, shapes_in
 from model_compose.lora.peft_config import read_config
 from model_compose.nodes import Keys
 from model_compose.schema import has_expression
-from model_compose.sources import Fetched, ModelSource, at_hand, describe
+from model_compose.sources import Fetched, ModelSource, at_hand
 
 
 @dataclass(frozen=True)
@@ -174,16 +176,13 @@ def _check_exactly(
     findings: Findings, at: Keys, options: ModelOptions, base: Base, adapters: Mapping[int, LoraAdapter]
 ) -> None:
     """By the modules of the model itself, made from its config without weights."""
-    if not adapters or base.gguf is not None or options.options.model_dump().get("trust_remote_code"):
+    if not adapters or base.gguf is not None or options.trust_remote_code:
         return
-    import torch
-
-    from model_compose.engines.huggingface import model as engine
-    from model_compose.lora.layers import module_shapes
+    from model_compose.engines.blueprint import read_blueprint
 
     shapes: Mapping[str, ModuleShape] = {}
-    with findings.at(*at, "model"), engine.load_errors(describe(options.model), torch.device("meta")):
-        shapes = module_shapes(engine.on_meta(engine.base_config(base.fetched, False), False))
+    with findings.at(*at, "model"):
+        shapes = read_blueprint(options, base.fetched).shapes
     for number, adapter in adapters.items() if shapes else ():
         with findings.at(*at, "peft_adapters", number, "model"):
             check(adapter, shapes)
@@ -216,7 +215,7 @@ def _check_actions(findings: Findings, at: Keys, options: Any, base: Base | None
         given = action.response_format
         format = None if given is None or has_expression(given) else given.format
         if format is not None and not own.get("base_url"):  # another server has its own grammars
-            from model_compose.engines.huggingface.grammar import check_format
+            from model_compose.engines.stepping.grammar import check_format
 
             with findings.at(*at, *place, "response_format"):
                 check_format(format)

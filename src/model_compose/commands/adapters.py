@@ -24,7 +24,7 @@ from model_compose.errors import AdapterError, InputError, NotFound
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from model_compose.engines import ModelOptions
+    from model_compose.engines.options import ModelOptions
     from model_compose.inspection import Inspected, Inspection
     from model_compose.loading import Loaded
     from model_compose.lora.geometry import Overlap
@@ -246,7 +246,7 @@ def _print(inspection: "Inspection", console: "Console", *, deep: bool) -> None:
 def _print_adapters(inspection: "Inspection", console: "Console") -> None:
     geometry, blend, listed = inspection.geometry, inspection.blend, inspection.listed
     norms, shares = geometry.norms(), geometry.shares(blend.weights)
-    from model_compose.engines.huggingface.memory import size_text
+    from model_compose.engines.devices import size_text
 
     _print_table(
         console,

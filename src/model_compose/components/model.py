@@ -21,7 +21,8 @@ from model_compose.components.model_actions import (
     TextGenerationAction,
 )
 from model_compose.components.notes import notes
-from model_compose.engines import ENGINES, AdapterOptions, Engine, ModelOptions
+from model_compose.engines import ENGINES, Engine
+from model_compose.engines.options import AdapterOptions, ModelOptions
 from model_compose.errors import Conflict, FieldError, Forbidden, InputError, NotFound, Overloaded
 from model_compose.expressions import parse
 from model_compose.generation import Chunk, Finish, Request, Sampling, Usage

@@ -4,8 +4,7 @@ from typing import Literal, Self
 
 from pydantic import ByteSize, Field, SecretStr, model_validator
 
-from model_compose.engines import ModelOptions
-from model_compose.engines.parts import refuse_common, refuse_full_rank
+from model_compose.engines.options import ModelOptions, refuse_common, refuse_full_rank
 from model_compose.schema import Options, Seconds
 from model_compose.sources import LocalSource, PypiSource
 
