@@ -17,7 +17,7 @@ from model_compose.engines.devices import Devices, check_quantization, device_na
 from model_compose.engines.needs import Needs, check_fits
 from model_compose.engines.options import ModelOptions
 from model_compose.errors import InputError, LoadError, SourceError
-from model_compose.loading import Loaded
+from model_compose.loading import ComposeFile
 from model_compose.preflight import check_files
 from model_compose.progress import Report, silent
 from model_compose.sources import describe
@@ -101,7 +101,7 @@ class Memory(Devices):
         self._taken[needs.device] = self._taken.get(needs.device, 0) + needs.weights + needs.kv_cache
 
 
-def plan(loaded: Loaded, pretended: Mapping[str, int], report: Report = silent) -> Plan:
+def plan(loaded: ComposeFile, pretended: Mapping[str, int], report: Report = silent) -> Plan:
     """What every model component needs. pretended: bytes by device ("" is any), from `parse_memory`.
 
     Fetches configs. Raises SourceError, AdapterError, LoadError for what `up` would refuse for another reason than memory.

@@ -16,14 +16,13 @@ from model_compose.engines import on_disk
 from model_compose.engines.devices import check_device, check_quantization
 from model_compose.engines.options import ModelOptions
 from model_compose.engines.prompts import check_tokens
-from model_compose.errors import ComposeError, SourceError
+from model_compose.errors import ComposeError, Keys, SourceError
 from model_compose.headers import Gguf, Stored
-from model_compose.loading import Loaded
+from model_compose.loading import ComposeFile
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
 from model_compose.lora.gguf import PERMUTED, PLAIN, Architecture
 from model_compose.lora.header import has_weights, read_header, shapes_in
 from model_compose.lora.peft_config import read_config
-from model_compose.nodes import Keys
 from model_compose.schema import has_expression
 from model_compose.sources import Fetched, ModelSource, at_hand
 
@@ -61,7 +60,7 @@ class Findings:
             self.found.append((keys, error))
 
 
-def check_files(loaded: Loaded, *, weights: bool = True) -> None:
+def check_files(loaded: ComposeFile, *, weights: bool = True) -> None:
     """Raises the error of the first problem, with every problem in a line of its own.
 
     weights: whether they must be there; without, configs are enough.
@@ -75,7 +74,7 @@ def check_files(loaded: Loaded, *, weights: bool = True) -> None:
         raise type(findings.found[0][1])("\n".join(lines))
 
 
-def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Loaded, weights: bool) -> None:
+def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: ComposeFile, weights: bool) -> None:
     with findings.at(*at, "device"):
         check_device(options.device)
         if options.device != "auto":
@@ -106,7 +105,7 @@ def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Lo
 # The base.
 
 
-def _read_base(options: ModelOptions, loaded: Loaded, weights: bool) -> Base | None:
+def _read_base(options: ModelOptions, loaded: ComposeFile, weights: bool) -> Base | None:
     """None where only the network can tell. Raises SourceError, LoadError."""
     fetched = at_hand(options.model, base_dir=loaded.base_dir)
     if fetched is None:
@@ -134,7 +133,7 @@ def _read_base(options: ModelOptions, loaded: Loaded, weights: bool) -> Base | N
 # Adapters.
 
 
-def _read_adapter(name: str, source: ModelSource, loaded: Loaded, weights: bool) -> LoraAdapter | None:
+def _read_adapter(name: str, source: ModelSource, loaded: ComposeFile, weights: bool) -> LoraAdapter | None:
     """Its shapes; None where only the network, or the weights themselves, can tell. Raises SourceError, AdapterError."""
     try:
         fetched = at_hand(source, base_dir=loaded.base_dir)
@@ -191,7 +190,7 @@ def _check_exactly(
 # What drivers and actions ask for.
 
 
-def _check_driver(options: ModelOptions, adapters: Mapping[int, LoraAdapter], loaded: Loaded) -> None:
+def _check_driver(options: ModelOptions, adapters: Mapping[int, LoraAdapter], loaded: ComposeFile) -> None:
     """The programs that the file names, and the ranks that vLLM is started for. Raises LoadError."""
     own = options.options.model_dump()
     if own.get("server"):

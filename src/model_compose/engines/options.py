@@ -3,16 +3,17 @@
 Each driver's own `options` are a class beside the driver.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import PydanticCustomError
 
 from model_compose.engines import ENGINES
-from model_compose.engines.blends import BlendOptions, to_blend, weights_of
+from model_compose.engines.blends import BlendOptions, ByMethod, to_blend, weights_of
+from model_compose.errors import Keys
 from model_compose.lora.blend import Blend, Blends
-from model_compose.schema import Options, Weight
+from model_compose.schema import AnyOf, Options, Weight, invalid
 from model_compose.sources import ModelSource
 from model_compose.sources.confine import SourcePatterns
 
@@ -43,14 +44,14 @@ class AdapterOptions(Options):
     @classmethod
     def _no_colon(cls, name: str | None) -> str | None:
         if name is not None and ":" in name:
-            raise ValueError(f"an adapter's name holds no ':', which separates component and blend; got '{name}'")
+            raise invalid(f"an adapter's name holds no ':', which separates component and blend; got '{name}'")
         return name
 
     @field_validator("quantization")
     @classmethod
     def _no_quantization(cls, value: Any) -> Any:
         if value is not None:
-            raise ValueError("adapters are never quantised; remove 'quantization', or set precision: float16")
+            raise invalid("adapters are never quantised; remove 'quantization', or set precision: float16")
         return value
 
 
@@ -83,13 +84,15 @@ class ModelOptions(Options):
         description="What clients may load: folders with all below them, and repositories of the Hub (org/name, org/*); "
         "the folder of this file if unset",
     )
-    options: SerializeAsAny[Options] = Field(default_factory=Options, validate_default=True)
+    options: Annotated[SerializeAsAny[Options], AnyOf(lambda: [ENGINES[name].Options for name in ENGINES])] = Field(
+        default_factory=Options, validate_default=True
+    )
 
     @field_validator("driver")
     @classmethod
     def _known_driver(cls, driver: str) -> str:
         if driver not in ENGINES:
-            raise ValueError(f"unknown driver '{driver}'; available: {', '.join(ENGINES)}")
+            raise invalid(f"unknown driver '{driver}'; available: {', '.join(ENGINES)}")
         return driver
 
     @field_validator("options", mode="before")
@@ -103,35 +106,36 @@ class ModelOptions(Options):
     @model_validator(mode="after")
     def _sources_are_for_runtime_adapters(self) -> Self:
         if "runtime_adapter_sources" in self.model_fields_set and not self.allow_runtime_adapters:
-            raise ValueError(
-                "'runtime_adapter_sources' has no effect without allow_runtime_adapters: true; set that, or leave it out"
+            raise invalid(
+                "'runtime_adapter_sources' has no effect without allow_runtime_adapters: true; set that, or leave it out",
+                "runtime_adapter_sources",
             )
         return self
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         seen: set[str] = set()
-        for name in (*self.adapter_names, *self.blends):
+        adapters = [(name, ("peft_adapters", index, "name")) for index, name in enumerate(self.adapter_names)]
+        for name, at in (*adapters, *((blend, ("blends", blend)) for blend in self.blends)):
             if name in seen:
-                raise PydanticCustomError(
-                    "duplicate_name",
-                    "the name '{key}' is used twice; adapters and blends of a component share one namespace",
-                    {"key": name},
+                raise invalid(
+                    f"the name '{name}' is used twice; adapters and blends of a component share one namespace", *at
                 )
             if name == "default":
-                raise PydanticCustomError(
-                    "name", "the name '{key}' is taken by the blend of the adapters' own weights", {"key": name}
-                )
+                raise invalid(f"the name '{name}' is taken by the blend of the adapters' own weights", *at)
             if ":" in name:
-                raise PydanticCustomError("name", "a blend's name holds no ':'; got '{key}'", {"key": name})
+                raise invalid(f"a blend's name holds no ':'; got '{name}'", *at)
             seen.add(name)
         for blend, written in self.blends.items():
             for adapter in weights_of(written):
                 if adapter not in self.adapter_names:
-                    raise PydanticCustomError(
-                        "unknown_adapter",
-                        "blend '{blend}' names the unknown adapter '{key}'; known: {known}",
-                        {"blend": blend, "key": adapter, "known": ", ".join(self.adapter_names) or "none"},
+                    known = ", ".join(self.adapter_names) or "none"
+                    within = ("weights", adapter) if isinstance(written, ByMethod) else (adapter,)
+                    raise invalid(
+                        f"blend '{blend}' names the unknown adapter '{adapter}'; known: {known}",
+                        "blends",
+                        blend,
+                        *within,
                     )
         ENGINES[self.driver].refuse(self)
         return self
@@ -159,23 +163,35 @@ class ModelOptions(Options):
         return Blends(self.adapter_names, named, Blend(weights, "default"))
 
 
+def refuse_given(options: ModelOptions, refused: Mapping[Keys, tuple[bool, str]]) -> None:
+    """Raises ValueError for the first option that is given, of those that the driver cannot honour.
+
+    refused: for the keys of each option, whether it is given, and what to do instead.
+    """
+    for keys, (given, remedy) in refused.items():
+        if given:
+            name = ".".join(key for key in keys if isinstance(key, str) and key != "options")
+            raise invalid(f"driver {options.driver} cannot honour '{name}': {remedy}", *keys)
+
+
 def refuse_common(options: ModelOptions) -> None:
     """Raises ValueError for what no driver can honour."""
-    refused = {
-        "fast_tokenizer": (not options.fast_tokenizer, "streaming needs the fast tokenizer; leave it out"),
-        "preload": (not options.preload, "models load when the service starts; leave it out"),
-        "on_demand": (bool(options.on_demand), "models stay loaded; leave it out"),
-        "runtime_spec": (options.runtime_spec is not None, "it would have no effect; leave it out"),
-    }
-    for key, (given, remedy) in refused.items():
-        if given:
-            raise ValueError(f"driver {options.driver} cannot honour '{key}': {remedy}")
+    refuse_given(
+        options,
+        {
+            ("fast_tokenizer",): (not options.fast_tokenizer, "streaming needs the fast tokenizer; leave it out"),
+            ("preload",): (not options.preload, "models load when the service starts; leave it out"),
+            ("on_demand",): (bool(options.on_demand), "models stay loaded; leave it out"),
+            ("runtime_spec",): (options.runtime_spec is not None, "it would have no effect; leave it out"),
+        },
+    )
 
 
 def refuse_full_rank(options: ModelOptions) -> None:
     """Raises ValueError for a blend that is no LoRA, where the driver has nothing but LoRAs."""
     if blends := options.to_blends().full_rank:
-        raise ValueError(
+        raise invalid(
             f"driver {options.driver} cannot honour the blend {blends[0].described}, which has full rank and is no LoRA: "
-            "use driver: huggingface, or serve what `model-compose export --format merged` writes"
-        )
+            "use driver: huggingface, or serve what `model-compose export --format merged` writes",
+            "blends", blends[0].name or "",
+        )  # fmt: skip

@@ -13,7 +13,7 @@ from model_compose.config import Config
 from model_compose.engines.options import ModelOptions, Precision
 from model_compose.errors import InputError
 from model_compose.export.destination import whole
-from model_compose.loading import Loaded
+from model_compose.loading import ComposeFile
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend
 from model_compose.lora.peft_config import CONFIG_FILE
@@ -113,7 +113,7 @@ FORMATS: Registry[Format] = Registry(
 )
 
 
-def export(loaded: Loaded, order: Order, report: Report = silent) -> None:
+def export(loaded: ComposeFile, order: Order, report: Report = silent) -> None:
     """Writes what was ordered, whole or not at all. Blocking.
 
     Raises InputError (the order is wrong, or cannot be written), SourceError, AdapterError, LoadError.
@@ -160,7 +160,7 @@ def _component(config: Config, id: str | None) -> ModelOptions:
 
 
 def _gather(
-    loaded: Loaded, options: ModelOptions, blend: Blend, order: Order, format: Format, report: Report
+    loaded: ComposeFile, options: ModelOptions, blend: Blend, order: Order, format: Format, report: Report
 ) -> Export:
     """Fetches the blend's adapters and the base, and checks that they fit."""
     from model_compose.engines.adapters import fetch_adapter

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import ByteSize, Field
 
 from model_compose.engines.options import ModelOptions, refuse_common
-from model_compose.schema import Options
+from model_compose.schema import Options, invalid
 
 
 class HuggingfaceOptions(Options):
@@ -37,11 +37,15 @@ def refuse(options: ModelOptions) -> None:
     refuse_common(options)
     assert isinstance(options.options, HuggingfaceOptions)
     if options.allow_runtime_adapters and options.options.fold == "always":
-        raise ValueError(
-            "fold: always cannot be with 'allow_runtime_adapters': a folded model takes no others; leave fold out"
+        raise invalid(
+            "fold: always cannot be with 'allow_runtime_adapters': a folded model takes no others; leave fold out",
+            "allow_runtime_adapters",
         )
     if options.quantization is not None and options.options.fold == "always":
-        raise ValueError("fold: always cannot be with 'quantization': a quantised base is never folded; leave fold out")
+        raise invalid(
+            "fold: always cannot be with 'quantization': a quantised base is never folded; leave fold out",
+            "quantization",
+        )
     _refuse_full_rank(options, options.options.fold)
 
 
@@ -50,16 +54,20 @@ def _refuse_full_rank(options: ModelOptions, fold: str) -> None:
     blends = options.to_blends().full_rank
     if not blends:
         return
-    which = f"the blend {blends[0].described} has full rank and runs folded into the weights only"
     if len(blends) > 1:
-        raise ValueError(
+        raise invalid(
             f"the blends {' and '.join(blend.described for blend in blends)} have full rank and run folded into a copy of "
             "the weights, and a component holds one such copy; keep one of them, use method: svd, or give the others a "
-            "component of their own"
-        )
+            "component of their own",
+            "blends", blends[1].name or "",
+        )  # fmt: skip
+    reason = None
     if options.quantization is not None:
-        raise ValueError(f"{which}, and a quantised base is never folded; use method: svd, or leave quantization out")
-    if fold == "always":
-        raise ValueError(f"{which}, but fold: always takes the default blend alone; use method: svd, or set fold: auto")
-    if fold == "never":
-        raise ValueError(f"{which}, and fold is never; use method: svd, or set fold: auto")
+        reason = "and a quantised base is never folded; use method: svd, or leave quantization out"
+    elif fold == "always":
+        reason = "but fold: always takes the default blend alone; use method: svd, or set fold: auto"
+    elif fold == "never":
+        reason = "and fold is never; use method: svd, or set fold: auto"
+    if reason is not None:
+        which = f"the blend {blends[0].described} has full rank and runs folded into the weights only"
+        raise invalid(f"{which}, {reason}", "blends", blends[0].name or "")

@@ -1,11 +1,13 @@
 """`options` of `driver: llamacpp`, and what this driver refuses of a model's other options."""
 
-from typing import Self
+import os
+from typing import Annotated, Self
 
 from pydantic import ByteSize, Field, model_validator
 
-from model_compose.engines.options import ModelOptions, refuse_common, refuse_full_rank
-from model_compose.schema import Options, Seconds
+from model_compose.engines.options import ModelOptions, refuse_common, refuse_full_rank, refuse_given
+from model_compose.errors import Keys
+from model_compose.schema import Options, RelativeToFile, Seconds, Secret, invalid
 from model_compose.sources import LocalSource, PypiSource, describe
 
 START_SECONDS = 600.0
@@ -14,7 +16,7 @@ START_SECONDS = 600.0
 class LlamacppOptions(Options):
     """`options` of the llama.cpp driver."""
 
-    server: str | None = Field(
+    server: Annotated[str, RelativeToFile(is_path=lambda text: os.sep in text)] | None = Field(
         default=None,
         min_length=1,
         description="A llama-server to run instead of llama-cpp-python: a path, or a name in PATH",
@@ -22,7 +24,7 @@ class LlamacppOptions(Options):
     start_timeout: Seconds = Field(
         default=START_SECONDS, gt=0, description="Seconds in which the server must answer; for 'server' alone"
     )
-    env: dict[str, str] = Field(
+    env: Annotated[dict[str, str], Secret()] = Field(
         default={},
         description="Further variables for 'server', which inherits those of libraries and no secrets",
     )
@@ -50,7 +52,7 @@ class LlamacppOptions(Options):
     def _some_are_the_servers(self) -> Self:
         for key in ("start_timeout", "env"):
             if self.server is None and key in self.model_fields_set:
-                raise ValueError(f"'{key}' is for a llama-server, which 'server' names; leave it out")
+                raise invalid(f"'{key}' is for a llama-server, which 'server' names; leave it out", key)
         return self
 
 
@@ -63,41 +65,39 @@ def refuse(options: ModelOptions) -> None:
     # Whether a local folder holds a GGUF file is seen when it is looked at (see parts.check_base_file).
     file = source.path if isinstance(source, PypiSource) else source.filename
     may_hold_one = isinstance(source, LocalSource) and source.filename is None
-    placed = any(a.device is not None or a.precision not in ("auto", "float32") for a in options.peft_adapters)
     key = "path" if isinstance(source, PypiSource) else "filename"
-    refused = {
-        "model": (
+    refused: dict[Keys, tuple[bool, str]] = {
+        ("model",): (
             not may_hold_one and not (file or "").endswith(".gguf"),
             f"it needs a GGUF file, and {describe(source)} is none; name one by '{key}', or use driver: huggingface",
         ),
-        "precision": (
+        ("precision",): (
             options.precision == "bfloat16",
             "a GGUF file's weights stay as they are, and keys and values are float16 or float32; set these, or auto",
         ),
-        "quantization": (
+        ("quantization",): (
             options.quantization is not None,
             "a GGUF file's weights stay as they are; take a file of another quantisation",
         ),
-        "device": (
+        ("device",): (
             options.device not in ("auto", "cpu"),
             "llama.cpp chooses by itself what it was built for; set auto or cpu",
         ),
-        "peft_adapters": (
-            placed, "adapters compute in float32, where the base does; leave their device and precision out"
-        ),
-        "allow_runtime_adapters": (
+        ("allow_runtime_adapters",): (
             options.allow_runtime_adapters and own.server is not None,
             "llama-server loads adapters when it starts, and no others; name them in the file, or leave "
             "options.server out",
         ),
-        "n_gpu_layers": (
+        ("options", "n_gpu_layers"): (
             options.device == "cpu" and bool(own.n_gpu_layers), "device is cpu; leave one of them out"
         ),
-        "n_batch": (
+        ("options", "n_batch"): (
             own.n_batch < own.max_batch_size,
             f"it is smaller than max_batch_size ({own.max_batch_size}), and each text has a token in a step",
         ),
     }  # fmt: skip
-    for name, (given, remedy) in refused.items():
-        if given:
-            raise ValueError(f"driver llamacpp cannot honour '{name}': {remedy}")
+    remedy = "adapters compute in float32, where the base does; leave their device and precision out"
+    for index, adapter in enumerate(options.peft_adapters):
+        refused["peft_adapters", index, "device"] = adapter.device is not None, remedy
+        refused["peft_adapters", index, "precision"] = adapter.precision not in ("auto", "float32"), remedy
+    refuse_given(options, refused)
