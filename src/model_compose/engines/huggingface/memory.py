@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from model_compose.engines import ENGINES
 from model_compose.engines.devices import KINDS, Devices, device_name, free_memory, pick_dtype, size_text
+from model_compose.engines.huggingface.options import HuggingfaceOptions
 from model_compose.engines.needs import LEAST_TOKENS, Needs
 from model_compose.engines.options import ModelOptions
 from model_compose.engines.sizes import (
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from model_compose.engines.blueprint import Blueprint
     from model_compose.engines.huggingface.cache import KVCache, LayerShape
-    from model_compose.engines.huggingface.options import HuggingfaceOptions
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ UNKNOWN_MEMORY = 8 << 30
 
 
 def kv_budget(
-    options: "HuggingfaceOptions", device: "torch.device", free_bytes: int, per_token: int, context: int
+    options: HuggingfaceOptions, device: "torch.device", free_bytes: int, per_token: int, context: int
 ) -> int:
     """Bytes for the KV cache. free_bytes: what is free on the device once the weights are there.
 
@@ -58,7 +58,7 @@ def kv_budget(
 
 
 def open_cache(
-    layers: "list[LayerShape]", device: "torch.device", context: int, options: "HuggingfaceOptions"
+    layers: "list[LayerShape]", device: "torch.device", context: int, options: HuggingfaceOptions
 ) -> "tuple[KVCache, int]":
     """The KV cache, and the longest context in tokens: no longer than what one sequence alone may fill of it.
 
@@ -241,6 +241,6 @@ def _honours(options: ModelOptions, kind: str) -> bool:
     return True
 
 
-def _own(options: ModelOptions) -> "HuggingfaceOptions":
+def _own(options: ModelOptions) -> HuggingfaceOptions:
     assert isinstance(options.options, HuggingfaceOptions)
     return options.options
