@@ -2,12 +2,13 @@
 takes them in from the registries."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from model_compose.components import COMPONENTS, DEFAULT_ID, ComponentOptions, one_or_many, pick
 from model_compose.errors import NotFound
+from model_compose.registry import ByName
 from model_compose.schema import Options, Seconds
 from model_compose.servers import HttpServerOptions, WebuiOptions
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
@@ -15,7 +16,7 @@ from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 if TYPE_CHECKING:
     AnyComponent = ComponentOptions
 else:
-    AnyComponent = Annotated[Union[tuple(COMPONENTS[name].Options for name in COMPONENTS)], Field()]  # noqa: UP007
+    AnyComponent = Annotated[ComponentOptions, ByName(COMPONENTS, "type", lambda component: component.Options)]
 
 
 class _Serving(Options):

@@ -92,8 +92,9 @@ class ComponentOptions(Options):
 
     @property
     def all_actions(self) -> tuple[ActionOptions, ...]:
-        """The actions, wherever the YAML has them (action or actions)."""
-        raise NotImplementedError
+        """The actions, wherever the YAML has them: a derived class declares `action` and `actions`."""
+        both: Any = self
+        return tuple(one_or_many(both.action, both.actions))
 
     def find_action(self, id: str) -> ActionOptions:
         """Raises NotFound."""
@@ -120,7 +121,9 @@ class Component(Protocol):
     async def close(self) -> None: ...
 
 
-COMPONENTS: Registry[type[Component]] = Registry({"model": "model_compose.components.model:ModelComponent"})
+COMPONENTS: Registry[type[Component]] = Registry(
+    "component type", "model_compose.components", {"model": "model_compose.components.model:ModelComponent"}
+)
 
 
 class Picked(Protocol):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
+from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result
 from model_compose.components.model_actions import (
     MOST_TEXTS,
     ChatCompletion,
@@ -62,11 +62,6 @@ class LanguageModelOptions(ModelOptions, ComponentOptions):
         used: list[tuple[str, Blend]] = [(f"the blend '{b.name}'", b) for b in (blends.default, *blends.named.values())]
         used += [(f"the action '{id}'", blends.resolve(blend)) for id, blend in self._constant_blends()]
         return [user for user, blend in used if adapter in blend.active]
-
-    @property
-    def all_actions(self) -> tuple[ActionOptions, ...]:
-        both: Any = self
-        return tuple(one_or_many(both.action, both.actions))
 
 
 class TextGenerationOptions(LanguageModelOptions):

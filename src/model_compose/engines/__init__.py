@@ -96,11 +96,13 @@ class Engine(Protocol):
 
 
 ENGINES: Registry[type[Engine]] = Registry(
+    "driver",
+    "model_compose.engines",
     {
         "huggingface": "model_compose.engines.huggingface:HuggingfaceEngine",
         "vllm": "model_compose.engines.vllm:VllmEngine",
         "llamacpp": "model_compose.engines.llamacpp:LlamacppEngine",
-    }
+    },
 )
 
 
