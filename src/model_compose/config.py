@@ -1,13 +1,14 @@
 """The YAML's frame, frozen. Each driver, component, job and server declares its own options beside its code; the frame
 takes them in from the registries."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from model_compose.components import COMPONENTS, DEFAULT_ID, ComponentOptions, located, one_or_many, pick
 from model_compose.errors import Keys, NotFound
+from model_compose.registry import ByName
 from model_compose.schema import Options, Seconds, invalid
 from model_compose.servers import HttpServerOptions, WebuiOptions
 from model_compose.workflow.jobs import ComponentJob, JobOptions, WorkflowOptions
@@ -15,7 +16,7 @@ from model_compose.workflow.jobs import ComponentJob, JobOptions, WorkflowOption
 if TYPE_CHECKING:
     AnyComponent = ComponentOptions
 else:
-    AnyComponent = Annotated[Union[tuple(COMPONENTS[name].Options for name in COMPONENTS)], Field()]  # noqa: UP007
+    AnyComponent = Annotated[ComponentOptions, ByName(COMPONENTS, "type", lambda component: component.Options)]
 
 
 class _Serving(Options):
@@ -142,7 +143,7 @@ class Config(Options):
         return pick(self.all_workflows, id or DEFAULT_ID, "workflow")
 
 
-def _check_ids(items: Sequence[tuple[Keys, Any]], what: str, where: str = "") -> None:
+def _check_ids(items: Collection[tuple[Keys, Any]], what: str, where: str = "") -> None:
     """No two of the items, each given with its place, have one id, and at most one is the default."""
     seen = set[str]()
     for at, item in items:
@@ -155,6 +156,6 @@ def _check_ids(items: Sequence[tuple[Keys, Any]], what: str, where: str = "") ->
         raise invalid(f"{where}two {what}s say 'default: true': '{first}' and '{second}'; only one can", *at, "default")
 
 
-def _remedy(items: Sequence[Any], what: str) -> str:
+def _remedy(items: Collection[Any], what: str) -> str:
     """How to choose one of several, where the job does not say which."""
     return f"; name one with {what}: in the job, or mark one with default: true" if items else ""

@@ -90,8 +90,12 @@ class ComponentOptions(Options):
         return self
 
     def located_actions(self, at: Keys = ()) -> list[tuple[Keys, ActionOptions]]:
-        """The actions, under `action` or `actions`, each with its keys. at: what the keys start with."""
-        raise NotImplementedError
+        """The actions, under `action` or `actions`, each with its keys. at: what the keys start with.
+
+        A derived class declares both fields.
+        """
+        both: Any = self
+        return [((*at, *keys), action) for keys, action in located(both.action, both.actions, "action")]
 
     @property
     def all_actions(self) -> tuple[ActionOptions, ...]:
@@ -122,7 +126,9 @@ class Component(Protocol):
     async def close(self) -> None: ...
 
 
-COMPONENTS: Registry[type[Component]] = Registry({"model": "model_compose.components.model:ModelComponent"})
+COMPONENTS: Registry[type[Component]] = Registry(
+    "component type", "model_compose.components", {"model": "model_compose.components.model:ModelComponent"}
+)
 
 
 class Picked(Protocol):

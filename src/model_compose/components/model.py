@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, located
+from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result
 from model_compose.components.model_actions import (
     MOST_TEXTS,
     ChatCompletion,
@@ -63,10 +63,6 @@ class LanguageModelOptions(ModelOptions, ComponentOptions):
         used: list[tuple[str, Blend]] = [(f"the blend '{b.name}'", b) for b in (blends.default, *blends.named.values())]
         used += [(f"the action '{id}'", blends.resolve(blend)) for _, id, blend in self._constant_blends()]
         return [user for user, blend in used if adapter in blend.active]
-
-    def located_actions(self, at: Keys = ()) -> list[tuple[Keys, ActionOptions]]:
-        both: Any = self
-        return [((*at, *keys), action) for keys, action in located(both.action, both.actions, "action")]
 
 
 class TextGenerationOptions(LanguageModelOptions):

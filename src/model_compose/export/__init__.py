@@ -104,12 +104,14 @@ class Format:
 
 
 FORMATS: Registry[Format] = Registry(
+    "export format",
+    "model_compose.formats",
     {
         "peft": "model_compose.export.peft:FORMAT",
         "merged": "model_compose.export.merged:FORMAT",
         "gguf": "model_compose.export.gguf:ADAPTER",
         "gguf-merged": "model_compose.export.gguf:MERGED",
-    }
+    },
 )
 
 
