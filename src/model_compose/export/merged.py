@@ -139,7 +139,7 @@ def _copy_files(export: Export, folder: Path) -> None:
     and the tokenizer that the GGUF file contains."""
     base = export.base
     if base.file is not None:
-        from model_compose.engines.parts import load_tokenizer
+        from model_compose.engines.tokenizer import load_tokenizer
 
         model = export.model
         model.config.architectures = [type(model).__name__]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class DareTies(FullRank):
     """For each entry, the mean over the adapters whose entry was kept and has the elected sign."""
 
-    method: Literal["dare_ties"] = "dare_ties"
+    method: Literal["dare_ties"] = Field(default="dare_ties", description="The method's name")
     density: float = Field(gt=0, le=1, description="The share of entries to keep, chosen at random")
     majority_sign_method: Majority = Field(
         default="total", description="What elects an entry's sign: the sum of the values, or the most frequent sign"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Svd(LowRank):
     """The weighted sum, compressed to a given rank."""
 
-    method: Literal["svd"] = "svd"
+    method: Literal["svd"] = Field(default="svd", description="The method's name")
     rank: int = Field(ge=1, description="The result's rank in every module; a sum of lower rank stays exact")
 
     def compress(self, a: "Tensor", b: "Tensor") -> "tuple[Tensor, Tensor]":

@@ -28,7 +28,7 @@ Majority = Literal["total", "frequency"]
 class Ties(FullRank):
     """For each entry, the mean over the adapters whose trimmed entry has the elected sign."""
 
-    method: Literal["ties"] = "ties"
+    method: Literal["ties"] = Field(default="ties", description="The method's name")
     density: float = Field(gt=0, le=1, description="The share of each module's entries to keep")
     majority_sign_method: Majority = Field(
         default="total", description="What elects an entry's sign: the sum of the values, or the most frequent sign"
