@@ -7,10 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_core import PydanticCustomError
 
-from model_compose.schema import Options, shown
+from model_compose.schema import Options, Secret, SecretText, shown
 
 DEFAULT_MAX_BODY = 10 << 20
 DEFAULT_MAX_TASKS_SIZE = 256 << 20
+NO_KEY = "the API key would be missing, so the server refuses to start"
 
 
 def _listed(value: Any) -> Any:
@@ -80,7 +81,7 @@ class HttpServerOptions(Options):
         description="Origins (https://example.com) whose pages may call this server from a browser (CORS); none by default",
     )
     allowed_hosts: AllowedHosts = Field(default=(), description=ALLOWED_HOSTS)
-    api_keys: Annotated[tuple[SecretStr, ...] | None, BeforeValidator(_keys)] = Field(
+    api_keys: Annotated[tuple[SecretStr, ...] | None, BeforeValidator(_keys), Secret(danger=NO_KEY)] = Field(
         default=None,
         description="Keys that clients must send as `Authorization: Bearer KEY`; only the health needs none. A list, or text "
         "with commas. An empty one is an error, so that a missing variable opens no door",
@@ -101,7 +102,9 @@ class HttpServerOptions(Options):
     callback_private_hosts: bool = Field(
         default=False, description="Let callback_url reach private and loopback addresses"
     )
-    callback_secret: SecretStr | None = Field(default=None, description="The secret that signs callbacks (HMAC-SHA256)")
+    callback_secret: SecretText | None = Field(
+        default=None, description="The secret that signs callbacks (HMAC-SHA256)"
+    )
 
 
 class WebuiOptions(Options):

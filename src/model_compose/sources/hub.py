@@ -12,14 +12,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 
 from model_compose.errors import SourceError
 from model_compose.progress import Progress, Report, silent
-from model_compose.schema import Options
+from model_compose.schema import LocalPath, Options, Secret
 from model_compose.sources import local
 from model_compose.sources.choice import choose, has_weights
 from model_compose.sources.fetched import Fetched
@@ -46,7 +46,7 @@ class HuggingfaceSource(Options):
     filename: str | None = Field(
         default=None, min_length=1, description="One weights file of the repository, such as a GGUF"
     )
-    cache_dir: str | None = Field(
+    cache_dir: LocalPath | None = Field(
         default=None, min_length=1, description="The cache to use instead of the Hub's own (HF_HOME)"
     )
     allow_patterns: tuple[str, ...] | None = Field(
@@ -55,7 +55,9 @@ class HuggingfaceSource(Options):
     local_files_only: bool = Field(
         default=False, description="Whether to use only what is in the cache already, and never ask the network"
     )
-    token: SecretStr | None = Field(default=None, description="The Hub's token; the login of `hf auth login` if unset")
+    token: Annotated[SecretStr | None, Secret(unset_is_none=True)] = Field(
+        default=None, description="The Hub's token; the login of `hf auth login` if unset"
+    )
 
     @field_validator("repository")
     @classmethod

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from model_compose.errors import SourceError
-from model_compose.schema import Options
+from model_compose.schema import LocalPath, Options
 from model_compose.sources.choice import no_such_file, only_gguf, preferred
 from model_compose.sources.fetched import Fetched
 
@@ -27,7 +27,7 @@ class LocalSource(Options):
     file of the folder (a GGUF base) and those that go with it."""
 
     provider: Literal["local"] = Field(default="local", description="A folder or file on this machine")
-    path: str = Field(
+    path: LocalPath = Field(
         min_length=1,
         description="The folder or file; a relative path starts at the folder of the YAML file that says it",
     )
