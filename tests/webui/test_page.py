@@ -440,3 +440,21 @@ def test_behind_a_key_and_while_loading(browser: Any, folder: Path) -> None:
         page.get_by_role("button", name="Run", exact=True).click()
         expect(page.get_by_text("You are signed out.")).to_be_visible()
         assert page.get_by_role("textbox", name="prompt").input_value() == "Ahoy"
+
+
+def test_a_model_without_adapters_says_what_it_is_and_has_no_mixer(browser: Any, folder: Path) -> None:
+    path = folder / "bare.yml"
+    bare = YAML[: YAML.index("  peft_adapters:")] + YAML[YAML.index("  actions:") :].replace(
+        "      blend: ${input.blend}\n", ""
+    )
+    path.write_text(bare, encoding="utf-8")
+    with served(path, load_models=False) as site, browsing(browser, site.page) as page:
+        expect(page.locator(".settings:visible .what")).to_have_text("base./base · float32 · huggingface")
+        expect(page.get_by_role("slider")).to_have_count(0)
+
+
+def test_a_page_without_workflows_says_so(browser: Any, folder: Path) -> None:
+    path = folder / "private.yml"
+    path.write_text(re.sub(r"title: \w+", "private: true", YAML).replace("private: true, private", "private"))
+    with served(path, load_models=False) as site, browsing(browser, site.page) as page:
+        expect(page.get_by_text("All workflows of this file are private.")).to_be_visible()

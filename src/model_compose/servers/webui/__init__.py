@@ -5,6 +5,7 @@ The page is static (assets/): plain ES modules without a build step. It asks thi
 What the page asks is in form.py, a run in runs.py, the calls in snippets.py, the login in auth.py.
 """
 
+import hashlib
 from html import escape
 
 from fastapi import FastAPI, Request
@@ -13,7 +14,6 @@ from starlette.datastructures import MutableHeaders
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from model_compose import __version__
 from model_compose.compose import Compose
 from model_compose.daemon import in_daemon_thread
 from model_compose.servers import DEFAULT_MAX_BODY, WebuiOptions
@@ -53,10 +53,14 @@ def _create_app(compose: Compose, api_address: str | None) -> FastAPI:
 
     @app.get("/page.json")
     async def description() -> JSONResponse:
-        """What there is to ask, at this moment: clients may have loaded more adapters since the last time."""
+        """What there is to ask, at this moment: clients may have loaded more adapters since the last time.
+
+        key: tells this file from others whose pages the same address has had, as a browser keeps their runs beside its own.
+        """
         workflows = form.shown_workflows(compose)
         described = await in_daemon_thread(lambda: [form.describe_workflow(compose, each) for each in workflows])
-        return JSONResponse({"version": __version__, "api": api_address, "workflows": described})
+        key = hashlib.sha256(repr([str(file.resolve()) for file in compose.files]).encode()).hexdigest()[:16]
+        return JSONResponse({"key": key, "api": api_address, "workflows": described})
 
     @app.get("/state")
     async def state() -> JSONResponse:

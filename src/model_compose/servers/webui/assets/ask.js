@@ -10,7 +10,8 @@ export class Failure extends Error {
 
 const asFailure = (problem) => new Failure(problem.detail, problem.errors);
 
-/** Runs `body` on the server. onDelta: called with a label and a piece of its text. Returns what "done" tells; raises Failure. */
+/** Runs `body` on the server, and calls onDelta with a label and a piece of its text. Returns what "done" tells.
+    Raises Failure, and what `signal` raises once it is aborted. */
 export async function ask(body, { signal, onDelta }) {
   const answer = await send(body, signal);
   try {
@@ -34,7 +35,7 @@ async function send(body, signal) {
     throw signal.aborted ? error : new Failure("The server does not answer; is it still up?");
   }
   if (answer.ok) return answer;
-  if (answer.status === 401) throw new Failure("You are signed out. Sign in on this page in another tab, then run again.");
+  if (answer.status === 401) throw new Failure("You are signed out. Sign in in another tab, then run this again.");
   const isProblem = answer.headers.get("Content-Type")?.includes("json");
   throw isProblem ? asFailure(await answer.json()) : new Failure(await answer.text());
 }

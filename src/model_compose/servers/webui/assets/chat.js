@@ -1,21 +1,22 @@
-// A conversation: what was said, and a box for the next message. As a field it reads as the messages to send; as a stage it
-// shows the answer as it comes.
-import { copyButton, fail, h, newId } from "./dom.js";
+// A conversation: what was said, and a box for the next message. It is a field, which reads as the messages to send, and
+// a stage, which shows the answer as it comes.
+import { button, copyButton, fail, h, newId } from "./dom.js";
 import { toLink } from "./history.js";
 import { allText, endedRun, liveRun } from "./output.js";
 
 const WHOLE = /^\s*(\[\{|\{")/; // JSON of messages
+const HINT = 'A whole conversation may be pasted: [{"role": "user", "content": "Hello"}, …]';
 
-/** onSend, onAgain, onNew: what the box and the buttons do. */
+/** buttons: what stands below the box. onSend, onAgain, onNew: what Enter and the buttons here do. */
 export function conversation(workflow, spec, { buttons, onSend, onAgain, onNew }) {
-  let said = []; // {role, content, run}: run as history keeps it, of an answer
+  let said = []; // {role, content}; an answer that was made here has its run too
   const log = h("ol", { className: "said" });
   const box = h("textarea", { id: newId(), rows: 3 });
-  const hint = h("p", { className: "soft" }, 'A whole conversation may be pasted: [{"role": "user", "content": "Hello"}, …]');
   const system = h("textarea", { id: newId(), rows: 2, placeholder: "What the model is told before anything else" });
-  const composer = h("div", { className: "field composer" },
-    h("label", { htmlFor: box.id, className: "unseen" }, spec.name), box,
-    h("div", { className: "buttons" }, buttons, h("button", { type: "button", className: "quiet", onclick: () => onNew() }, "New chat")), hint);
+  const hint = h("p", { className: "soft" }, HINT);
+  buttons.append(button("New chat", () => onNew()));
+  const label = h("label", { htmlFor: box.id, className: "unseen" }, spec.name);
+  const composer = h("div", { className: "field composer" }, label, box, buttons, hint);
   composer.dataset.field = spec.name;
   box.addEventListener("keydown", (event) => {
     // Enter that ends the typing of a Chinese or Japanese word is not the end of the message.
@@ -24,29 +25,34 @@ export function conversation(workflow, spec, { buttons, onSend, onAgain, onNew }
     onSend();
   });
 
-  const plain = ({ role, content }) => ({ role, content });
   function draw() {
-    log.replaceChildren(...said.map((turn, at) => h("li", { className: `turn ${turn.role}` },
-      h("p", { className: "unseen" }, turn.role),
-      turn.role === "assistant" ? answer(turn, at === said.length - 1) : h("div", { className: "text" }, turn.content))));
+    log.replaceChildren(...said.map(({ role, content, run }, at) => h("li", { className: `turn ${role}` },
+      h("p", { className: "unseen" }, role),
+      role === "assistant" ? answer(content, run, at === said.length - 1) : h("div", { className: "text" }, content),
+    )));
     log.hidden = !said.length;
     box.placeholder = said.length ? "Reply" : "Type a message; Enter sends it";
     hint.hidden = said.length > 0;
   }
-  function answer(turn, isLast) {
-    const run = turn.run ?? { texts: { "": turn.content }, answers: [], notes: [], status: "done" };
-    const again = h("button", { type: "button", className: "quiet", onclick: onAgain }, "Try again");
-    return h("article", { className: `run ${run.status}` }, endedRun(run, workflow.markdown),
-      h("div", { className: "bar" }, copyButton(() => allText(run)),
-        isLast && turn.run ? [copyButton(() => toLink(run), "Copy link"), again] : []));
+
+  function answer(content, run, isLast) {
+    const shown = run ?? { texts: { "": content }, answers: [], notes: [], status: "done" };
+    return h("article", { className: `run ${shown.status}` },
+      endedRun(shown, workflow.markdown),
+      h("div", { className: "bar" },
+        copyButton(() => content),
+        isLast && run ? [copyButton(() => toLink(run), "Copy link"), button("Try again", onAgain)] : [],
+      ),
+    );
   }
-  /** Shows these messages. run: how the last was answered; without one, a question that comes last goes into the box. */
+
+  /** Shows these messages. run: how the last was answered; without one, a question at the end goes into the box. */
   function write(messages, run) {
     const turns = [typeof messages === "string" ? parsed(messages) : messages].flat();
     if (turns[0]?.role === "system" || !turns.length) system.value = turns.shift()?.content ?? "";
-    const known = turns.map((turn, at) => (said[at]?.content === turn.content ? said[at] : turn)); // with their figures
-    said = run ? [...known, { role: "assistant", content: allText(run), run }] : known;
-    if (!run && said.at(-1)?.role === "user") box.value = said.pop().content;
+    said = turns.map((turn, at) => (said[at]?.content === turn.content ? said[at] : turn)); // those keep their runs
+    if (run) said.push({ role: "assistant", content: allText(run), run });
+    else if (said.at(-1)?.role === "user") box.value = said.pop().content;
     draw();
   }
   draw();
@@ -54,16 +60,19 @@ export function conversation(workflow, spec, { buttons, onSend, onAgain, onNew }
   return {
     name: spec.name,
     element: h("section", { className: "card chat" }, log, composer),
-    system: h("div", { className: "field" }, h("label", { htmlFor: system.id }, "System prompt", h("small", {}, "optional")), system),
+    system: h("div", { className: "field" },
+      h("label", { htmlFor: system.id }, "System prompt", h("small", {}, "optional")), system),
     write,
+    show: (run) => write(run.values[spec.name], run),
     check: () => true,
     focus: () => box.focus(),
     fail: (message) => fail(box, message),
     read() {
-      if (!said.length && WHOLE.test(box.value)) return box.value; // the server reads it, and says what is wrong with it
+      if (!said.length && WHOLE.test(box.value)) return box.value; // the server reads it
       if (!box.value.trim()) return "";
       const before = system.value.trim() ? [{ role: "system", content: system.value }] : [];
-      return [...before, ...said.map(plain), { role: "user", content: box.value }];
+      const turns = said.map(({ role, content }) => ({ role, content }));
+      return [...before, ...turns, { role: "user", content: box.value }];
     },
     /** Takes the last answer back, and its question into the box. */
     rewind() {
@@ -73,26 +82,28 @@ export function conversation(workflow, spec, { buttons, onSend, onAgain, onNew }
     },
     begin(values) {
       const sent = values[spec.name];
-      const view = liveRun(workflow);
       const typed = box.value;
+      const view = liveRun(workflow);
       log.hidden = false;
-      log.append(h("li", { className: "turn user" }, h("div", { className: "text" }, typed)),
-        h("li", { className: "turn assistant" }, view.element));
+      log.append(
+        h("li", { className: "turn user" }, h("div", { className: "text" }, typed)),
+        h("li", { className: "turn assistant" }, view.element),
+      );
       box.value = "";
       return {
         add: view.add,
-        /** run: how it ended. messages: as the server has read them; else as they were sent. */
+        /** messages: as the server has read them; undefined where it has not told. */
         end(run, messages) {
           view.end();
-          if (run.status === "failed" || !sent.length) {
+          if (run.status === "failed") {
             box.value = typed;
-            return draw();
+            draw();
+          } else {
+            write(messages ?? sent, run);
           }
-          write(messages ?? sent, run);
         },
       };
     },
-    show: (run) => write(run.values[spec.name], run),
   };
 }
 

@@ -1,17 +1,22 @@
-// One way to answer a prompt: the blends and the sampling of a workflow, and the place where the text goes. A panel has one
-// column for now; several side by side would each have their own settings and stage, and share the prompt.
+// One way to answer a prompt: the blends and the sampling of a workflow, and the stage where the text goes. A panel has
+// one column; several side by side would each have their own settings and stage, and share the panel's fields.
 import { ask, Failure } from "./ask.js";
 import { h } from "./dom.js";
 import { samplingFields } from "./fields.js";
-import { mixer } from "./mixer.js";
+import { baseLine, mixer } from "./mixer.js";
 
-/** stage: {begin(values) -> {add(label, text)}}. Returns {settings, run, stop, state, write, check, fail}. */
+/** {settings, run, stop, state, write, check, fail}. stage: its `begin` takes the fields' values, and returns {add}, which
+    takes a label and a piece of text. */
 export function column(workflow, stage) {
-  const models = workflow.models.filter((model) => model.adapters.length);
-  const mixers = models.map((model) => mixer(model, { titled: workflow.models.length > 1 }));
+  const isNamed = workflow.models.length > 1;
+  const mixers = workflow.models.filter((model) => model.adapters.length).map((model) => mixer(model, isNamed));
+  const plain = workflow.models.filter((model) => !model.adapters.length).map((model) => baseLine(model, isNamed));
   const sampling = samplingFields(workflow.sampling);
   const settings = h("div", { className: "settings" },
-    mixers.map((each) => each.element), Object.keys(workflow.sampling).length ? sampling.element : null);
+    mixers.map((each) => each.element),
+    plain,
+    Object.keys(workflow.sampling).length ? sampling.element : null,
+  );
   let stopper = null;
 
   function blend() {
@@ -27,7 +32,7 @@ export function column(workflow, stage) {
   return {
     settings,
     state,
-    /** Sets sliders and sampling as `state` gave them; "" stands for the only model. Returns names that are unknown here. */
+    /** Sets sliders and sampling as `state` gave them; "" stands for the only model. Returns the names unknown here. */
     write(saved) {
       sampling.write(saved.sampling);
       return Object.entries(saved.blend).flatMap(([component, value]) => {
@@ -49,8 +54,13 @@ export function column(workflow, stage) {
     /** Runs the workflow with these values. Returns the run as history keeps it; `fields` are the errors of fields. */
     async run(values) {
       const run = {
-        id: `${Date.now()}-${Math.random().toString(36).slice(2)}`, time: Date.now(), workflow: workflow.id, values, ...state(),
-        mixed: mixers.map((each) => each.shown()).join("; "), texts: {}, answers: [], notes: [], calls: [], status: "done",
+        id: `${Date.now()}-${Math.random().toString(36).slice(2)}`,
+        time: Date.now(),
+        workflow: workflow.id,
+        values,
+        ...state(),
+        mixed: mixers.map((each) => each.shown()).join("; "),
+        ...{ texts: {}, answers: [], notes: [], calls: [], status: "done" },
       };
       const body = { workflow: workflow.id, values, blend: blend(), sampling: run.sampling };
       const started = performance.now();
@@ -65,7 +75,7 @@ export function column(workflow, stage) {
       } catch (error) {
         run.status = stopper.signal.aborted ? "stopped" : "failed";
         if (run.status === "failed" && !(error instanceof Failure)) throw error;
-        if (run.status === "failed") Object.assign(run, { error: error.message, fields: error.fields ?? [] });
+        if (run.status === "failed") Object.assign(run, { error: error.message, fields: error.fields });
       }
       run.seconds = (performance.now() - started) / 1000;
       return run;

@@ -1,6 +1,6 @@
 // Small things that every part of the page is made with. Text goes in as text, never as markup.
 
-/** An element. props: "on…" are listeners, what the element has as a property is set as such, the rest are attributes. */
+/** An element. props: "on…" are listeners, the element's own properties are set as such, the rest are attributes. */
 export function h(tag, props = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
@@ -13,6 +13,9 @@ export function h(tag, props = {}, ...children) {
   return node;
 }
 
+export const button = (label, onclick, className = "quiet") =>
+  h("button", { type: "button", className, onclick }, label);
+
 let count = 0;
 /** An id that no other element has. */
 export const newId = () => `id-${++count}`;
@@ -23,11 +26,11 @@ export function announce(text) {
 }
 
 /** Switches a button without taking the focus from it, as `disabled` would. */
-export function enable(button, on) {
-  button.setAttribute("aria-disabled", String(!on));
+export function enable(control, on) {
+  control.setAttribute("aria-disabled", String(!on));
 }
 
-export const isEnabled = (button) => button.getAttribute("aria-disabled") !== "true";
+export const isEnabled = (control) => control.getAttribute("aria-disabled") !== "true";
 
 /** Says below a control what is wrong with it; null takes it back. */
 export function fail(control, message) {
@@ -44,19 +47,19 @@ export function fail(control, message) {
 
 /** A button that copies what `read` returns. */
 export function copyButton(read, label = "Copy") {
-  const button = h("button", { type: "button", className: "quiet", onclick: copy }, label);
+  const made = button(label, copy);
   async function copy() {
     try {
       await navigator.clipboard.writeText(read());
-      button.textContent = "Copied";
+      made.textContent = "Copied";
       announce("Copied");
-      setTimeout(() => (button.textContent = label), 1500);
+      setTimeout(() => (made.textContent = label), 1500);
     } catch {
       // Browsers have a clipboard for https and localhost alone.
       prompt("This browser copies nothing here by itself. Copy the text from this box:", read());
     }
   }
-  return button;
+  return made;
 }
 
 /** Hands the browser a file to save. */

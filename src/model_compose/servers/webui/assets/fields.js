@@ -1,13 +1,13 @@
-// A widget for each input of a workflow, and those for sampling. What is typed goes to the server as text, which reads it.
+// A widget for each input of a workflow, and those for sampling. The server reads what was typed into them.
 import { fail, h, newId } from "./dom.js";
 
 const DRAWN = {
-  text: (spec) => h("textarea", { rows: 6, placeholder: "Type here" }),
-  json: (spec) => h("textarea", { rows: 3, className: "code", placeholder: "JSON", spellcheck: false }),
-  line: (spec) => h("input", { type: "text" }),
-  integer: (spec) => h("input", { type: "number", step: "any", inputMode: "numeric" }),
-  number: (spec) => h("input", { type: "number", step: "any", inputMode: "decimal" }),
-  boolean: (spec) => h("input", { type: "checkbox" }),
+  text: () => h("textarea", { rows: 6, placeholder: "Type here" }),
+  json: () => h("textarea", { rows: 3, className: "code", placeholder: "JSON", spellcheck: false }),
+  line: () => h("input", { type: "text" }),
+  integer: () => h("input", { type: "number", step: "any", inputMode: "numeric" }),
+  number: () => h("input", { type: "number", step: "any", inputMode: "decimal" }),
+  boolean: () => h("input", { type: "checkbox" }),
   slider: (spec) => h("input", { type: "range", min: spec.minimum, max: spec.maximum, step: spec.step }),
   select: (spec) => {
     const options = spec.required ? spec.options : ["", ...spec.options];
@@ -49,7 +49,7 @@ export function field(spec) {
   };
 }
 
-/** A number where it is the same one as the text; others stay text, such as whole numbers that JavaScript would round. */
+/** The number that the text is; text of a number that JavaScript would round stays text. */
 const asNumber = (text) => (String(Number(text)) === text ? Number(text) : text);
 
 /** Whether a box for numbers holds one, or nothing; if not, it says so. */
@@ -76,8 +76,10 @@ export function samplingFields(inFile) {
   });
   const note = h("p", { className: "soft" }, "Left empty, each is as the file says. Temperature 0 is greedy.");
   return {
-    element: h("section", { className: "sampling" }, h("div", { className: "boxes" }, boxes.map((box) => box.element)), note),
-    read: () => Object.fromEntries(boxes.filter((box) => box.control.value).map((box) => [box.name, box.control.value])),
+    element: h("section", { className: "sampling" },
+      h("div", { className: "boxes" }, boxes.map((box) => box.element)), note),
+    /** What was typed; a box that is empty is not in it. */
+    read: () => Object.fromEntries(boxes.map((box) => [box.name, box.control.value]).filter(([, value]) => value)),
     write: (values) => boxes.forEach((box) => (box.control.value = values?.[box.name] ?? "")),
     check: () => boxes.every((box) => checkNumber(box.control)),
     fail: (name, message) => {

@@ -1,4 +1,4 @@
-// A model's Markdown as safe elements: no scripts, styles, pictures or forms, and HTML in it is shown as it was written.
+// A model's Markdown as safe elements: no scripts, styles, pictures or forms. HTML in it is shown as it was written.
 import DOMPurify from "./vendor/dompurify/purify.es.mjs";
 import { Marked } from "./vendor/marked/marked.esm.js";
 

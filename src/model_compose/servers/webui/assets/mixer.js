@@ -1,36 +1,34 @@
 // The sliders of one model's blend, and the picker of its named blends. The number boxes hold the truth and take any
 // number; a slider follows as far as it reaches, and says where it does not.
 import { fail, h, newId } from "./dom.js";
+import { active, mixed } from "./output.js";
 
 const RANGES = { "0 to 2": [0, 2], "−2 to 4": [-2, 4] };
 const STEP = 0.05;
 const CUSTOM = "custom";
 
-/** "alpaca 0.5 · pirate 1.25". weights: {adapter: weight}. */
-export const mixed = (weights) =>
-  Object.entries(weights).filter(([, weight]) => weight).map(([name, weight]) => `${name} ${+weight.toPrecision(6)}`)
-    .join(" · ") || "bare base";
-
-/** The entry of the picker that these weights mean: the picked one while they are its own, else the one whose sum they are.
+/** The picker's entry that these weights mean: the picked one while they are its own, else the one whose sum they are.
     Weights that were typed mean their sum, so a blend by another method is never found by its weights alone. */
-export function meant(choices, weights, picked) {
+function meant(choices, weights, picked) {
   const alike = choices.filter((choice) => choice.weights.every((weight, at) => weight === weights[at]));
   return alike.find((choice) => choice === picked) ?? alike.find((choice) => !choice.method) ?? null;
 }
 
-/** What a run is sent for these weights: null as the file says, a name, or {adapter: weight}. */
-export function toBlend(names, weights, choice) {
-  if (choice) return choice.value;
-  return Object.fromEntries(names.map((name, at) => [name, weights[at]]).filter(([, weight]) => weight));
+/** What a model's base is. isNamed: whether there are several models to tell apart. */
+export function baseLine(model, isNamed) {
+  const base = [model.base.source, model.base.precision, model.base.driver].filter(Boolean).join(" · ");
+  const name = isNamed ? `base of ${model.component}` : "base";
+  return h("p", { className: "what" }, h("b", {}, name), h("span", { title: base }, base));
 }
 
-/** {component, element, read, shown, write, check, fail}. titled: whether there are several models to tell apart. */
-export function mixer(model, { titled }) {
+/** {component, element, read, state, shown, write, check, fail}. isNamed: as for `baseLine`. */
+export function mixer(model, isNamed) {
   const { adapters, choices } = model;
   const names = adapters.map((adapter) => adapter.name);
   let picked = choices[0];
   const rows = adapters.map((adapter, at) => row(adapter, choices[0].weights[at], show));
   const weights = () => rows.map((each) => Number(each.number.value));
+  const byName = () => Object.fromEntries(rows.map((each) => [each.name, Number(each.number.value)]));
   const choice = () => meant(choices, weights(), picked);
 
   const picker = h("select", { id: newId(), onchange: pick },
@@ -56,11 +54,10 @@ export function mixer(model, { titled }) {
   }
   stretch();
 
-  const title = titled ? `Blend of ${model.component}` : "Blend";
-  const base = [model.base.source, model.base.precision, model.base.driver].filter(Boolean).join(" · ");
+  const title = isNamed ? `Blend of ${model.component}` : "Blend";
   const element = h("section", { className: "card mixer" },
     h("div", { className: "field" }, h("label", { htmlFor: picker.id }, title), picker),
-    h("p", { className: "what" }, h("b", {}, "base"), h("span", { title: base }, base)),
+    baseLine(model, false),
     rows.map((each) => each.element),
     h("p", { className: "range" }, h("label", { htmlFor: range.id }, "Sliders reach"), range),
   );
@@ -68,11 +65,12 @@ export function mixer(model, { titled }) {
   return {
     component: model.component,
     element,
-    read: () => toBlend(names, weights(), choice()),
+    /** What a run is sent: null as the file says, a name, or {adapter: weight}. */
+    read: () => (choice() ? choice().value : Object.fromEntries(active(byName()))),
     /** What to write to get these sliders again: a name where only that says it, else all weights. */
-    state: () => (choice()?.method ? choice().value : Object.fromEntries(names.map((name, at) => [name, weights()[at]]))),
-    shown: () => mixed(Object.fromEntries(names.map((name, at) => [name, weights()[at]]))),
-    /** Sets the sliders. blend: null, a name, or {adapter: weight}. Returns the names that this model does not know. */
+    state: () => (choice()?.method ? choice().value : byName()),
+    shown: () => mixed(byName()),
+    /** Sets the sliders. blend: null, a name, or {adapter: weight}. Returns the names that this model does not have. */
     write(blend) {
       const named = blend === null ? choices[0] : choices.find((each) => each.value === blend);
       const wanted = typeof blend === "string" && !named ? { [blend]: 1 } : (blend ?? {});
@@ -122,7 +120,8 @@ function row(adapter, weight, onWeight) {
   });
 
   const rank = adapter.ranks.length ? `rank ${adapter.ranks.join(", ")}` : null;
-  const what = [rank, adapter.weight === null ? "loaded by a client" : `${adapter.weight} in the file`, adapter.source].filter(Boolean).join(" · ");
+  const origin = adapter.weight === null ? "loaded by a client" : `${adapter.weight} in the file`;
+  const what = [rank, origin, adapter.source].filter(Boolean).join(" · ");
   const element = h("div", { className: "weight" },
     h("p", { className: "what" }, h("b", {}, adapter.name), h("span", { title: what }, what)),
     scale, number, beyond,

@@ -69,11 +69,16 @@ export const sentence = (note) => `${note[0].toUpperCase()}${note.slice(1)}.`;
 /** The texts of a run as one, to copy. */
 export const allText = (run) => Object.values(run.texts).join("\n\n");
 
+/** The [adapter, weight] that have weight. */
+export const active = (weights) => Object.entries(weights).filter(([, weight]) => weight);
+
+/** "alpaca 0.5 · pirate 1.25". weights: {adapter: weight}. */
+export const mixed = (weights) => active(weights).map((pair) => pair.join(" ")).join(" · ") || "bare base";
+
 /** "alpaca 0.5 · pirate 1.25 (captain)"; of weights without a name "(custom)". */
-export function blendShown(blend) {
-  const active = Object.entries(blend.weights).filter(([, weight]) => weight).map(([name, weight]) => `${name} ${weight}`);
-  if (!active.length) return ["default", null].includes(blend.name) ? "bare base" : `bare base (${blend.name})`;
-  return `${active.join(" · ")} (${[blend.name ?? "custom", blend.method].filter(Boolean).join(", ")})`;
+export function blendShown({ name, weights, method }) {
+  if (!active(weights).length) return ["default", null].includes(name) ? "bare base" : `bare base (${name})`;
+  return `${mixed(weights)} (${[name ?? "custom", method].filter(Boolean).join(", ")})`;
 }
 
 /** The lines under a text, each a list of nodes: blend, tokens, speed, time, identity. */
@@ -84,11 +89,11 @@ function factLines(run) {
     return [[`stopped after ${run.seconds.toFixed(1)} s`, ...blend]];
   }
   return run.answers.map(({ component, blend, usage }) => {
-    const isBase = !Object.keys(blend.weights).length && blend.name === "default"; // a model without adapters has no blend
+    const isPlain = !Object.keys(blend.weights).length && blend.name === "default"; // a model without adapters
     const tokens = `${usage.completion_tokens} token${usage.completion_tokens === 1 ? "" : "s"}`;
     const parts = [
       run.answers.length > 1 ? component : null,
-      isBase ? null : h("span", {}, "blend: ", h("b", {}, blendShown(blend))),
+      isPlain ? null : h("span", {}, "blend: ", h("b", {}, blendShown(blend))),
       `${tokens}, ${usage.tokens_per_second.toFixed(1)} tok/s`,
       `${run.seconds.toFixed(1)} s`,
       h("span", { title: blend.identity }, "identity ", h("code", {}, blend.identity.slice(0, 8))),

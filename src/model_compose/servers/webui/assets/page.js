@@ -8,16 +8,16 @@ const LOOK_MS = 500;
 async function open() {
   const main = document.getElementById("main");
   const page = await fetched("page.json");
-  const panels = page.workflows.map((workflow) => panel(workflow, page.api));
+  const panels = page.workflows.map((workflow) => panel(workflow, page));
   const loading = loadingBar();
-  const choose = page.workflows.length > 1 ? tabs(page.workflows, panels) : { element: panels[0]?.element ?? "", show() {} };
-  main.replaceChildren(loading.element, choose.element);
+  const choose = page.workflows.length > 1 ? tabs(page.workflows, panels) : null;
+  main.replaceChildren(loading.element, choose?.element ?? panels[0]?.element ?? "All workflows of this file are private.");
 
   function follow() {
-    if (!location.hash) return;
+    if (!location.hash || !panels.length) return;
     const state = fromLink(location.hash);
     const at = Math.max(page.workflows.findIndex((workflow) => workflow.id === state.workflow), 0);
-    choose.show(at);
+    choose?.show(at);
     panels[at].write(state);
   }
   addEventListener("hashchange", follow);
@@ -49,9 +49,10 @@ function loadingBar() {
     show(state) {
       element.hidden = Boolean(state?.ready);
       const { what, done, total } = state?.progress ?? {};
-      percent.textContent = total ? `Loading… ${Math.round((100 * done) / total)} %` : state ? "Loading…" : "Waiting for the server…";
-      if (total) bar.value = (100 * done) / total;
-      else bar.removeAttribute("value");
+      const share = total ? Math.round((100 * done) / total) : null;
+      percent.textContent = state ? `Loading…${share === null ? "" : ` ${share} %`}` : "Waiting for the server…";
+      if (share === null) bar.removeAttribute("value");
+      else bar.value = share;
       if (said.textContent !== (what ?? "")) said.textContent = what ?? "";
     },
   };
