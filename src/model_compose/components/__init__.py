@@ -10,16 +10,15 @@ from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from model_compose.errors import NotFound
+from model_compose.errors import Keys, NotFound
 from model_compose.expressions import Path as ValuePath
 from model_compose.expressions import Template, parse
 from model_compose.generation import Finish, Usage
 from model_compose.lora.blend import Blend
-from model_compose.nodes import Keys
 from model_compose.progress import Report
 from model_compose.registry import Registry
 from model_compose.room import Place
-from model_compose.schema import Options, TemplateValue
+from model_compose.schema import Options, TemplateValue, invalid
 
 DEFAULT_ID = "__default__"
 
@@ -87,14 +86,17 @@ class ComponentOptions(Options):
     @model_validator(mode="after")
     def _id_has_no_colon(self) -> Self:
         if ":" in self.id or self.id == DEFAULT_ID:
-            raise ValueError(f"a component's id holds no ':' and is not '{DEFAULT_ID}'; got '{self.id}'")
+            raise invalid(f"a component's id holds no ':' and is not '{DEFAULT_ID}'; got '{self.id}'", "id")
         return self
+
+    def located_actions(self, at: Keys = ()) -> list[tuple[Keys, ActionOptions]]:
+        """The actions, which a derived class declares as `action` and `actions`, each with its keys. at: their start."""
+        both: Any = self
+        return [((*at, *keys), action) for keys, action in located(both.action, both.actions, "action")]
 
     @property
     def all_actions(self) -> tuple[ActionOptions, ...]:
-        """The actions, wherever the YAML has them: a derived class declares `action` and `actions`."""
-        both: Any = self
-        return tuple(one_or_many(both.action, both.actions))
+        return tuple(action for _, action in self.located_actions())
 
     def find_action(self, id: str) -> ActionOptions:
         """Raises NotFound."""

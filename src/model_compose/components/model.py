@@ -21,14 +21,15 @@ from model_compose.components.model_actions import (
     TextGenerationAction,
 )
 from model_compose.components.notes import notes
-from model_compose.engines import ENGINES, AdapterOptions, Engine, ModelOptions
-from model_compose.errors import Conflict, FieldError, Forbidden, InputError, NotFound, Overloaded
+from model_compose.engines import ENGINES, Engine
+from model_compose.engines.options import AdapterOptions, ModelOptions
+from model_compose.errors import Conflict, FieldError, Forbidden, InputError, Keys, NotFound, Overloaded
 from model_compose.expressions import parse
 from model_compose.generation import Chunk, Finish, Request, Sampling, Usage
 from model_compose.lora.blend import Blend
 from model_compose.progress import Report, silent
 from model_compose.room import Place
-from model_compose.schema import field_of, has_expression
+from model_compose.schema import field_of, has_expression, invalid
 from model_compose.sources.confine import confine
 
 if TYPE_CHECKING:
@@ -42,25 +43,25 @@ class LanguageModelOptions(ModelOptions, ComponentOptions):
 
     @model_validator(mode="after")
     def _constant_blends_are_known(self) -> Self:
-        for action, blend in self._constant_blends():
+        for keys, action, blend in self._constant_blends():
             try:
                 self.to_blends().resolve(blend)
             except InputError as error:
-                raise ValueError(f"the action '{action}': {error}") from None
+                raise invalid(f"the action '{action}': {error}", *keys, *error.at) from None
         return self
 
-    def _constant_blends(self) -> Iterator[tuple[str, Any]]:
-        """The actions' ids, each with the blend that its YAML fixes."""
-        for action in self.all_actions:
+    def _constant_blends(self) -> Iterator[tuple[Keys, str, Any]]:
+        """The blends that the YAML fixes for actions: where each stands, the action's id, the blend."""
+        for keys, action in self.located_actions():
             blend = getattr(action, "blend", None)
             if not has_expression(blend):
-                yield action.id, blend
+                yield (*keys, "blend"), action.id, blend
 
     def users(self, adapter: str) -> list[str]:
         """What of the file needs the adapter with a weight that is not 0: its blends, and actions with a fixed blend."""
         blends = self.to_blends()
         used: list[tuple[str, Blend]] = [(f"the blend '{b.name}'", b) for b in (blends.default, *blends.named.values())]
-        used += [(f"the action '{id}'", blends.resolve(blend)) for id, blend in self._constant_blends()]
+        used += [(f"the action '{id}'", blends.resolve(blend)) for _, id, blend in self._constant_blends()]
         return [user for user, blend in used if adapter in blend.active]
 
 

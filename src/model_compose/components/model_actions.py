@@ -18,7 +18,7 @@ from model_compose.components import ActionOptions
 from model_compose.components.response_format import AnyFormat
 from model_compose.expressions import strict_json
 from model_compose.generation import Message, Sampling
-from model_compose.schema import Options, at_most, templated
+from model_compose.schema import Options, at_most, invalid, templated
 
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 4096
@@ -51,9 +51,7 @@ def _one_bias_a_token(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
         (token,) = read({name: bias})
         if token in spelt:
             names = f"'{spelt[token]}' and '{name}'"
-            raise PydanticCustomError(
-                "token", "the token {token} is named twice: {names}", {"token": token, "names": names}
-            )
+            raise invalid(f"the token {token} is named twice: {names}", name)
         spelt[token] = str(name)
     return biases
 
@@ -184,7 +182,7 @@ class TextGenerationTemplate(ActionOptions):
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         if len({"prompt", "text"} & self.model_fields_set) != 1:
-            raise ValueError("an action of a text-generation model needs exactly one of 'prompt' and 'text'")
+            raise invalid("an action of a text-generation model needs exactly one of 'prompt' and 'text'", "text")
         return self
 
 

@@ -7,10 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_core import PydanticCustomError
 
-from model_compose.schema import Options, shown
+from model_compose.schema import Options, Secret, SecretText, shown
 
 DEFAULT_MAX_BODY = 10 << 20
 DEFAULT_MAX_TASKS_SIZE = 256 << 20
+NO_KEY = "the API key would be missing, so the server refuses to start"
 
 
 def _listed(value: Any) -> Any:
@@ -75,7 +76,7 @@ class HttpServerOptions(Options):
         default=(), description="CORS origins that may call this server from a browser; none by default"
     )
     allowed_hosts: AllowedHosts = Field(default=(), description=ALLOWED_HOSTS)
-    api_keys: Annotated[tuple[SecretStr, ...] | None, BeforeValidator(_keys)] = None
+    api_keys: Annotated[tuple[SecretStr, ...] | None, BeforeValidator(_keys), Secret(danger=NO_KEY)] = None
     max_body_size: int = Field(default=DEFAULT_MAX_BODY, ge=1, description="Largest request body, in bytes")
     max_tasks_size: ByteSize = Field(
         default=ByteSize(DEFAULT_MAX_TASKS_SIZE),
@@ -89,7 +90,7 @@ class HttpServerOptions(Options):
         default=None, ge=1, description="Connections at once from one address; by default half of all"
     )
     callback_private_hosts: bool = Field(default=False, description="Allow callback_url to reach private addresses")
-    callback_secret: SecretStr | None = Field(default=None, description="Signs callbacks (HMAC-SHA256)")
+    callback_secret: SecretText | None = Field(default=None, description="Signs callbacks (HMAC-SHA256)")
 
 
 class WebuiOptions(Options):

@@ -12,14 +12,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 
 from model_compose.errors import SourceError
 from model_compose.progress import Progress, Report, silent
-from model_compose.schema import Options
+from model_compose.schema import LocalPath, Options, Secret
 from model_compose.sources import local
 from model_compose.sources.choice import choose, has_weights
 from model_compose.sources.fetched import Fetched
@@ -42,10 +42,10 @@ class HuggingfaceSource(Options):
     repository: str
     revision: str | None = Field(default=None, min_length=1)
     filename: str | None = Field(default=None, min_length=1)
-    cache_dir: str | None = Field(default=None, min_length=1)
+    cache_dir: LocalPath | None = Field(default=None, min_length=1)
     allow_patterns: tuple[str, ...] | None = None
     local_files_only: bool = False
-    token: SecretStr | None = None
+    token: Annotated[SecretStr | None, Secret(unset_is_none=True)] = None
 
     @field_validator("repository")
     @classmethod

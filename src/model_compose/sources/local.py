@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from model_compose.errors import SourceError
-from model_compose.schema import Options
+from model_compose.schema import LocalPath, Options
 from model_compose.sources.choice import no_such_file, only_gguf, preferred
 from model_compose.sources.fetched import Fetched
 
@@ -27,7 +27,7 @@ class LocalSource(Options):
     file of the folder (a GGUF base) and those that go with it."""
 
     provider: Literal["local"] = "local"
-    path: str = Field(min_length=1)
+    path: LocalPath = Field(min_length=1)
     filename: str | None = Field(default=None, min_length=1)
 
     def __str__(self) -> str:

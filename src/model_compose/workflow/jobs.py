@@ -5,9 +5,9 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from model_compose.components import DEFAULT_ID, one_or_many
+from model_compose.components import DEFAULT_ID, located, one_or_many
 from model_compose.expressions import Template, parse
-from model_compose.schema import Options, TemplateValue
+from model_compose.schema import Options, TemplateValue, invalid
 
 
 class ComponentJob(Options):
@@ -52,20 +52,31 @@ class WorkflowOptions(Options):
 
     @model_validator(mode="after")
     def _graph_is_sound(self) -> Self:
-        jobs = {job.id: job for job in self.all_jobs}
-        if len(jobs) != len(self.all_jobs):
-            ids = [job.id for job in self.all_jobs]
-            twice = next(id for id in ids if ids.count(id) > 1)
-            raise ValueError(f"two jobs of workflow '{self.id}' have the id '{twice}'; give each its own id")
-        for job in jobs.values():
-            for other in job.depends_on:
+        jobs = dict[str, JobOptions]()
+        written = located(self.job, self.jobs, "job")
+        for at, job in written:
+            if job.id in jobs:
+                raise invalid(
+                    f"two jobs of workflow '{self.id}' have the id '{job.id}'; give each its own id", *at, "id"
+                )
+            jobs[job.id] = job
+        for at, job in written:
+            for index, other in enumerate(job.depends_on):
                 if other not in jobs:
-                    raise ValueError(f"job '{job.id}' depends on the unknown job '{other}'; known: {', '.join(jobs)}")
+                    raise invalid(
+                        f"job '{job.id}' depends on the unknown job '{other}'; known: {', '.join(jobs)}",
+                        *at, "depends_on", index,
+                    )  # fmt: skip
         settled: set[str] = set()
         while ready := [id for id, job in jobs.items() if id not in settled and settled.issuperset(job.depends_on)]:
             settled.update(ready)
-        if len(settled) != len(jobs):
-            raise ValueError(f"these jobs depend on each other in a circle: {', '.join(sorted(set(jobs) - settled))}")
+        circle = set(jobs) - settled
+        while waiting := circle - {other for id in circle for other in jobs[id].depends_on}:
+            circle -= waiting  # these only wait for a job of the circle
+        if circle:
+            at = next(at for at, job in written if job.id in circle)
+            names = ", ".join(sorted(circle))
+            raise invalid(f"these jobs depend on each other in a circle: {names}", *at, "depends_on")
         return self
 
     @property

@@ -1,9 +1,7 @@
 """Loading: from model references to a base model with its adapters attached, checked before the large download ends."""
 
-import copy
 import functools
 import importlib.util
-import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,26 +12,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from model_compose.engines import AdapterOptions, ModelOptions
-from model_compose.engines.huggingface import memory, sizes
+from model_compose.engines import sizes
+from model_compose.engines.adapters import fetch_adapters
+from model_compose.engines.blueprint import Blueprint, base_config, load_errors, on_meta, other_base, read_blueprint
+from model_compose.engines.devices import (
+    Devices,
+    check_quantization,
+    named_dtype,
+    pick_device,
+    pick_dtype,
+)
+from model_compose.engines.huggingface import memory
 from model_compose.engines.huggingface.decoder import LlamaForward, native_for, takes
 from model_compose.engines.huggingface.forward import NAME as ATTENTION
 from model_compose.engines.huggingface.forward import Forward, TransformersForward, own_attention
-from model_compose.engines.huggingface.free import free_memory
-from model_compose.engines.huggingface.quantized import multiplies_bfloat16, quantize_modules
-from model_compose.engines.on_disk import check_chat_template, check_kind
-from model_compose.engines.parts import CONFIG_FILES, check_device, check_quantization, fetch_adapters, load_tokenizer
-from model_compose.errors import ComposeError, LoadError, reason
+from model_compose.engines.huggingface.quantized import quantize_modules
+from model_compose.engines.needs import check_fits
+from model_compose.engines.on_disk import CONFIG_FILES, check_chat_template, check_kind
+from model_compose.engines.options import AdapterOptions, ModelOptions
+from model_compose.engines.tokenizer import load_tokenizer
+from model_compose.errors import LoadError
 from model_compose.lora.adapter import LoraAdapter, check, is_copy
-from model_compose.lora.layers import LoraModel, Placement, module_shapes
+from model_compose.lora.layers import LoraModel, Placement
 from model_compose.progress import Progress, Report
 from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
-from model_compose.sources.hub import is_repository
 from model_compose.sources.survey import on_disk
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,7 @@ class Loaded:
         return int(config.get_text_config().vocab_size)
 
 
-def load(
-    options: ModelOptions, base_dir: Path, report: Report, *, trust_remote_code: bool, max_adapters: int | None = None
-) -> Loaded:
+def load(options: ModelOptions, base_dir: Path, report: Report, *, max_adapters: int | None = None) -> Loaded:
     """Fetches and loads base and adapters. Blocking. Raises SourceError, AdapterError, LoadError."""
     from transformers.utils import logging as transformers_logging
 
@@ -79,18 +82,18 @@ def load(
     named = dict(zip(options.adapter_names, options.peft_adapters, strict=True))
     placements = {name: placement(adapter) for name, adapter in named.items()}  # before anything is fetched
     adapters = fetch_adapters(options, base_dir, report)
-    checked = _preflight(options, base_dir, adapters, device, trust_remote_code=trust_remote_code)
+    checked = _preflight(options, base_dir, adapters)
     base = fetch(options.model, base_dir=base_dir, report=report)
     check_kind(base, "huggingface")
     transformers_logging.set_verbosity_error()
     with _tqdm_reports(report), load_errors(describe(options.model), device):
-        tokenizer = load_tokenizer(base, trust_remote_code, chat=options.chats)
-        config = base_config(base, trust_remote_code)
+        tokenizer = load_tokenizer(base, options.trust_remote_code, chat=options.chats)
+        config = base_config(base, options.trust_remote_code)
         if not checked:
-            checkpoint = sizes.checkpoint_of(on_disk(base), base.file)
-            _check_on_meta(options, config, checkpoint, adapters, device, trust_remote_code)
+            blueprint = Blueprint(describe(options.model), config, on_meta(config, options.trust_remote_code))
+            _check_blueprint(options, blueprint, sizes.checkpoint_of(on_disk(base), base.file), adapters)
             _warn_of_other_base(adapters, options, base)
-        model = _load_model(base, config, options, device, trust_remote_code)
+        model = _load_model(base, config, options, device)
         report(Progress("attaching adapters", 0, len(adapters), "adapters"))
         by_kernel = options.quantization if device.type == "cpu" else None
         if by_kernel is not None and not takes(model):
@@ -115,31 +118,6 @@ def load(
     return loaded
 
 
-def pick_device(name: str) -> torch.device:
-    """The torch device for a YAML value. Raises LoadError for one that this machine does not have."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    check_device(name)
-    device = torch.device(name)
-    found = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= found.get(device.type, 0):
-        have = ", ".join(f"{count} {kind}" for kind, count in found.items() if count)
-        raise LoadError(f"device '{name}' does not exist on this machine (it has {have}); use 'auto' or 'cpu'")
-    return device
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype | str:
-    """The compute dtype: `auto` is the checkpoint's own on an accelerator, and on CPU bfloat16 where the processor
-    computes it natively, else float32."""
-    if precision != "auto":
-        return DTYPES[precision]
-    if device.type != "cpu":
-        return "auto"
-    return torch.bfloat16 if multiplies_bfloat16() else torch.float32
-
-
 def _warn_of_slow_dtype(loaded: Loaded) -> None:
     """bfloat16 where the processor has no instructions for it: a prompt takes ten times as long."""
     if loaded.dtype == torch.bfloat16 and pick_dtype("auto", loaded.device) == torch.float32:
@@ -152,12 +130,10 @@ def _warn_of_slow_dtype(loaded: Loaded) -> None:
 def placement(options: AdapterOptions) -> Placement:
     """Where one adapter computes. Raises LoadError for a device that this machine does not have."""
     device = None if options.device is None else pick_device(options.device)
-    return Placement(device, DTYPES.get(options.precision))
+    return Placement(device, None if options.precision == "auto" else named_dtype(options.precision))
 
 
-def _preflight(
-    options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter], device: torch.device, *, trust_remote_code: bool
-) -> bool:
+def _preflight(options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter]) -> bool:
     """Checks adapters and memory by the base's config alone, before its weights are fetched. False where that would gain
     nothing."""
     if not isinstance(options.model, HuggingfaceSource) or options.model.filename is not None:
@@ -166,48 +142,19 @@ def _preflight(
     if options.chats:
         check_chat_template(configs)
     with load_errors(describe(options.model), torch.device("meta")):
-        config = base_config(configs, trust_remote_code)
-        _check_on_meta(options, config, sizes.Checkpoint(), adapters, device, trust_remote_code)
+        _check_blueprint(options, read_blueprint(options, configs), sizes.Checkpoint(), adapters)
     _warn_of_other_base(adapters, options, configs)
     return True
 
 
-def _check_on_meta(
-    options: ModelOptions,
-    config: Any,
-    checkpoint: sizes.Checkpoint,
-    adapters: list[LoraAdapter],
-    device: torch.device,
-    trust_remote_code: bool,
+def _check_blueprint(
+    options: ModelOptions, blueprint: Blueprint, checkpoint: sizes.Checkpoint, adapters: list[LoraAdapter]
 ) -> None:
     """That the adapters' shapes fit the base, and all of it into memory. Raises AdapterError, LoadError."""
-    model = on_meta(config, trust_remote_code)
-    _check_layers(config, describe(options.model))
-    shapes = module_shapes(model)
-    loaded = {adapter.name: sizes.loaded_size(check(adapter, shapes)) for adapter in adapters}
-    needed = memory.needs(
-        options, model, loaded, checkpoint, name=describe(options.model), device=device,
-        dtype=pick_dtype(options.precision, device), place=pick_device, free=free_memory,
-    )  # fmt: skip
-    for needs in needed:
-        memory.check_fits(needs)
-
-
-def base_config(base: Fetched, trust_remote_code: bool) -> Any:
-    """The base's transformers config, from its folder or from inside a GGUF file."""
-    from transformers import AutoConfig
-
-    gguf = {"gguf_file": base.file} if base.file else {}
-    return AutoConfig.from_pretrained(base.folder, trust_remote_code=trust_remote_code, local_files_only=True, **gguf)
-
-
-def on_meta(config: Any, trust_remote_code: bool) -> nn.Module:
-    """The model of a config without any weights: shapes alone. Leaves the config as it is."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    return model
+    _check_layers(blueprint)
+    held = {adapter.name: sizes.loaded_size(check(adapter, blueprint.shapes)) for adapter in adapters}
+    for needs in memory.needs(options, blueprint, held, checkpoint, Devices()):
+        check_fits(needs)
 
 
 def _warn_of_other_base(adapters: list[LoraAdapter], options: ModelOptions, base: Fetched) -> None:
@@ -220,40 +167,7 @@ def _warn_of_other_base(adapters: list[LoraAdapter], options: ModelOptions, base
             )  # fmt: skip
 
 
-def other_base(adapter: LoraAdapter, options: ModelOptions, base: Fetched) -> str | None:
-    """The base's name on the Hub where the adapter was trained on one of another name, and both names are known.
-
-    The same shapes under another name may be meant (a re-upload), so this is no error. What a folder or a file is called
-    is no evidence.
-    """
-    path = base.folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-    source = options.model
-    names: list[str | None] = [config.get("_name_or_path")]
-    if isinstance(source, HuggingfaceSource):
-        names.insert(0, source.repository)
-    known = {_last(name): name for name in names if name and _on_hub(name)}
-    if not adapter.base or not _on_hub(adapter.base) or not known:
-        return None
-    trained_on = _last(adapter.base)
-    # A GGUF file is called like its model, with the quantisation behind a dot.
-    same = trained_on in known or (base.file or "").lower().startswith(f"{trained_on}.")
-    return None if same else next(iter(known.values()))
-
-
-def _on_hub(name: str) -> bool:
-    """Whether it names a repository of an organisation, rather than somebody's folder."""
-    return "/" in name and is_repository(name)
-
-
-def _last(reference: str) -> str:
-    """The last part of a Hub name, in lower case. Repositories of GGUF files are called like the model, and -GGUF."""
-    return Path(reference).name.lower().removesuffix("-gguf")
-
-
-def _load_model(
-    base: Fetched, config: Any, options: ModelOptions, device: torch.device, trust_remote_code: bool
-) -> nn.Module:
+def _load_model(base: Fetched, config: Any, options: ModelOptions, device: torch.device) -> nn.Module:
     from transformers import AutoModelForCausalLM, GgufConfig
 
     extra: dict[str, Any] = {}
@@ -269,7 +183,7 @@ def _load_model(
             attn_implementation=ATTENTION,
             config=config,  # a GGUF file takes seconds to read one from
             dtype=pick_dtype(options.precision, device),
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
             local_files_only=True,
             **extra,
         )
@@ -301,18 +215,19 @@ def _bitsandbytes(options: ModelOptions) -> Any:
 
     if options.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    compute = DTYPES.get(options.precision, torch.bfloat16)
+    compute = torch.bfloat16 if options.precision == "auto" else named_dtype(options.precision)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=options.quantization, bnb_4bit_compute_dtype=compute
     )
 
 
-def _check_layers(config: Any, name: str) -> None:
+def _check_layers(blueprint: Blueprint) -> None:
     """The KV cache holds what attention layers keep, and nothing else. Raises LoadError."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    listed = getattr(blueprint.config.get_text_config(), "layer_types", None) or []
+    kinds = set(listed) - {"full_attention", "sliding_attention"}
     if kinds:
         raise LoadError(
-            f"{name} has layers of kind {', '.join(sorted(kinds))}, which the embedded engine cannot serve yet"
+            f"{blueprint.name} has layers of kind {', '.join(sorted(kinds))}, which the embedded engine cannot serve yet"
         )
 
 
@@ -321,32 +236,6 @@ def _eos(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
     listed = config.eos_token_id
     ids = listed if isinstance(listed, list) else [listed]
     return tuple({int(token) for token in (*ids, tokenizer.eos_token_id) if token is not None})
-
-
-@contextmanager
-def load_errors(name: str, device: torch.device) -> Iterator[None]:
-    """Turns what torch and transformers raise while loading into one sentence with a remedy."""
-    try:
-        yield
-    except ComposeError:
-        raise
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(name, device) from error
-    except Exception as error:  # a config, a stranger's files or a model's own code may fail in any way
-        text = str(error)
-        if "allocate memory" in text or "Cannot allocate" in text or "bad alloc" in text:
-            raise _out_of_memory(name, device) from error
-        told = reason(error)
-        if isinstance(error, AttributeError | TypeError | LookupError | AssertionError):  # their text alone says little
-            told = f"{type(error).__name__}: {told}"
-        raise LoadError(f"{name} cannot be loaded as a causal language model: {told}") from error
-
-
-def _out_of_memory(name: str, device: torch.device) -> LoadError:
-    return LoadError(
-        f"out of memory on {device} while loading {name}; use a smaller precision (bfloat16 halves float32), a smaller "
-        "model, or another device"
-    )
 
 
 @contextmanager

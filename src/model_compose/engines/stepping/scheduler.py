@@ -8,8 +8,8 @@ from collections.abc import Sequence as List
 
 from torch import Tensor
 
-from model_compose.engines.huggingface.sampling import draw
-from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.engines.stepping.sampling import draw
+from model_compose.engines.stepping.sequence import Sequence
 
 log = logging.getLogger(__name__)
 

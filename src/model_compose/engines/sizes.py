@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
     from model_compose.lora.adapter import LoraAdapter, ModuleShape
 
-KINDS = {"cpu": ("int8", "int4"), "cuda": ("int8", "nf4", "fp4")}
-"""The quantizations that a kind of device has kernels for: our own on CPU, those of bitsandbytes on CUDA."""
-
 BITSANDBYTES_BLOCK = 64
 """Weights that share a float32 scale in nf4 and fp4."""
 

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
-from model_compose.engines import watcher
+from model_compose.engines.served import watcher
 from model_compose.errors import LoadError
 
 STOP_SECONDS = 10.0

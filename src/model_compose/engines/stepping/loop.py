@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from collections.abc import Sequence as List
 from concurrent.futures import Future
 
-from model_compose.engines.huggingface.sequence import Sequence
-from model_compose.engines.scheduler import Scheduler
+from model_compose.engines.stepping.scheduler import Scheduler
+from model_compose.engines.stepping.sequence import Sequence
 from model_compose.errors import ComposeError, NotReady
 from model_compose.generation import Chunk, Usage
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_compose.daemon import Lane, in_daemon_thread
-from model_compose.engines import AdapterOptions
-from model_compose.engines.low_rank import LowRank
-from model_compose.engines.parts import check_loaded, check_logit_bias, fetch_adapter
-from model_compose.engines.prompts import Prompts
+from model_compose.engines.adapters import check_loaded, fetch_adapter
+from model_compose.engines.options import AdapterOptions
+from model_compose.engines.prompts import Prompts, check_logit_bias
+from model_compose.engines.stepping.low_rank import LowRank
 from model_compose.errors import NotReady
 from model_compose.generation import Chunk, Request, Sampling
 from model_compose.lora.adapter import LoraAdapter
@@ -25,9 +25,9 @@ from model_compose.progress import Report
 from model_compose.room import Room
 
 if TYPE_CHECKING:
-    from model_compose.engines.huggingface.grammar import Constraint, Grammars
-    from model_compose.engines.huggingface.loop import Loop
-    from model_compose.engines.scheduler import Scheduler
+    from model_compose.engines.stepping.grammar import Constraint, Grammars
+    from model_compose.engines.stepping.loop import Loop
+    from model_compose.engines.stepping.scheduler import Scheduler
 
 # Before torch loads GNU's OpenMP: its threads wait for each other by spinning for milliseconds. Where another process wants
 # the core, each of a step's hundreds of waits then costs such a time slice. After 0.1 ms they sleep instead.
@@ -66,7 +66,7 @@ class SteppingEngine:
         one."""
 
     def _begin(self, running: Running) -> None:
-        from model_compose.engines.huggingface.loop import Loop
+        from model_compose.engines.stepping.loop import Loop
 
         self._running, self._loop = running, Loop(running.scheduler)
         self._low_rank = LowRank(
@@ -78,8 +78,8 @@ class SteppingEngine:
         """Raises InputError for what this driver cannot do."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        from model_compose.engines.huggingface.loop import Mailbox, stream
-        from model_compose.engines.huggingface.sequence import Prompt, Sequence
+        from model_compose.engines.stepping.loop import Mailbox, stream
+        from model_compose.engines.stepping.sequence import Prompt, Sequence
 
         running, loop = self._running, self._loop  # both are None once closed, which may happen while this runs
         if running is None or loop is None:

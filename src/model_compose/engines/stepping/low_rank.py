@@ -15,7 +15,7 @@ from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, stack
 
 if TYPE_CHECKING:
-    from model_compose.engines.huggingface.loop import Loop
+    from model_compose.engines.stepping.loop import Loop
 
 KEPT = 8
 """Beyond so many, the least recently used leaves as soon as no sequence uses it."""

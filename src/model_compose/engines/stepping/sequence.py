@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_compose.engines.huggingface.cache import Row
-from model_compose.engines.huggingface.grammar import Constraint
-from model_compose.engines.huggingface.sampling import Chooser, logprobs
-from model_compose.engines.huggingface.text import Transcript
+from model_compose.engines.stepping.grammar import Constraint
+from model_compose.engines.stepping.sampling import Chooser, logprobs
+from model_compose.engines.text import Transcript
 from model_compose.errors import ComposeError, RunError
 from model_compose.generation import Chunk, Finish, Sampling, TokenLogprob
 from model_compose.lora.blend import Blend
@@ -33,9 +32,9 @@ class Prompt:
 
 
 class Sequence:
-    """Sequence `index` of a request. tokens: prompt and drawn ones; the first `cached` of them are in the KV cache, in
-    `row`. long: whether they are there as in a text beyond the rotary embedding's switch (rotary.py). reused: how many
-    prompt tokens came out of the prefix cache.
+    """Sequence `index` of a request. tokens: prompt and drawn ones; the first `cached` of them are in the KV cache.
+    long: whether they are there as in a text beyond the rotary embedding's switch (rotary.py). reused: how many prompt
+    tokens came out of the prefix cache.
 
     emit: takes each Chunk, or the error that ends the sequence; called from the engine's thread.
     """
@@ -46,7 +45,6 @@ class Sequence:
     ) -> None:  # fmt: skip
         self.blend, self.identity, self.index = prompt.blend, prompt.identity, index
         self.tokens, self.cached, self.reused = list(prompt.tokens), 0, 0
-        self.row: Row | None = None
         self.long = False
         self.done = False
         self.failed = False

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_compose.engines.huggingface.grammar import Constraint
-from model_compose.engines.huggingface.text import token_bytes
+from model_compose.engines.stepping.grammar import Constraint
+from model_compose.engines.text import token_bytes
 from model_compose.errors import InputError
 from model_compose.generation import Sampling, TokenLogprob
 
