@@ -1,7 +1,7 @@
 """The YAML's frame, frozen. Each driver, component, job and server declares its own options beside its code; the frame
 takes them in from the registries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
@@ -23,18 +23,26 @@ class _Serving(Options):
     """What a controller says besides its adapter."""
 
     later: ClassVar[Mapping[str, Any]] = {"queue": None, "threaded": False, "shutdown_pending_period": "0s"}
-    name: str | None = None
-    runtime: Literal["native", "embedded"] = "native"
-    webui: WebuiOptions | None = None
-    max_concurrent_count: int = Field(default=0, ge=0, description="Runs at once; 0 is unlimited")
-    shutdown_timeout: Seconds = Field(default=10.0, ge=0, description="How long running requests may go on at shutdown")
+    name: str | None = Field(default=None, description="A name for people; nothing depends on it")
+    runtime: Literal["native", "embedded"] = Field(
+        default="native", description="Accepted for files of the original; both run in this process"
+    )
+    webui: WebuiOptions | None = Field(default=None, description="The web page; none if unset")
+    max_concurrent_count: int = Field(
+        default=0, ge=0, description="Workflows that run at once; further ones wait. 0 is unlimited"
+    )
+    shutdown_timeout: Seconds = Field(
+        default=10.0,
+        ge=0,
+        description="Time that running requests get to finish when the service stops: seconds, or 500ms, 30s, 5m",
+    )
 
 
 class Controller(_Serving):
     """Who serves the workflows, and how many runs at once."""
 
-    adapter: HttpServerOptions | None = None
-    adapters: tuple[HttpServerOptions, ...] = Field(default=(), max_length=1)
+    adapter: HttpServerOptions | None = Field(default=None, description="The HTTP server; none if unset")
+    adapters: tuple[HttpServerOptions, ...] = Field(default=(), max_length=1, description="The same as a list of one")
 
     @model_validator(mode="after")
     def _one_adapter(self) -> Self:
@@ -81,11 +89,16 @@ class Config(Options):
     controller: Annotated[
         Annotated[Controller, Tag("controller")] | Annotated[FlatController, Tag("flat")],
         Discriminator(_controller_shape),
-    ] = Controller(adapter=HttpServerOptions())
-    workflow: WorkflowOptions | None = None
-    workflows: tuple[WorkflowOptions, ...] = ()
-    component: AnyComponent | None = None
-    components: tuple[AnyComponent, ...] = ()
+    ] = Field(
+        default=Controller(adapter=HttpServerOptions()),
+        description="Who serves the workflows; if unset, an HTTP server on 127.0.0.1:8080 without a page",
+    )
+    workflow: WorkflowOptions | None = Field(
+        default=None, description="The only workflow; without any, requests run the default component's default action"
+    )
+    workflows: tuple[WorkflowOptions, ...] = Field(default=(), description="Several workflows")
+    component: AnyComponent | None = Field(default=None, description="The only component")
+    components: tuple[AnyComponent, ...] = Field(default=(), description="Several components")
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
@@ -143,7 +156,7 @@ class Config(Options):
         return pick(self.all_workflows, id or DEFAULT_ID, "workflow")
 
 
-def _check_ids(items: Sequence[tuple[Keys, Any]], what: str, where: str = "") -> None:
+def _check_ids(items: Collection[tuple[Keys, Any]], what: str, where: str = "") -> None:
     """No two of the items, each given with its place, have one id, and at most one is the default."""
     seen = set[str]()
     for at, item in items:
@@ -156,6 +169,6 @@ def _check_ids(items: Sequence[tuple[Keys, Any]], what: str, where: str = "") ->
         raise invalid(f"{where}two {what}s say 'default: true': '{first}' and '{second}'; only one can", *at, "default")
 
 
-def _remedy(items: Sequence[Any], what: str) -> str:
+def _remedy(items: Collection[Any], what: str) -> str:
     """How to choose one of several, where the job does not say which."""
     return f"; name one with {what}: in the job, or mark one with default: true" if items else ""

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class LanguageModelOptions(ModelOptions, ComponentOptions):
     """A `model` component, whatever its task."""
 
-    type: Literal["model"]
+    type: Literal["model"] = Field(description="The kind of component")
 
     @model_validator(mode="after")
     def _constant_blends_are_known(self) -> Self:
@@ -66,15 +66,19 @@ class LanguageModelOptions(ModelOptions, ComponentOptions):
 
 
 class TextGenerationOptions(LanguageModelOptions):
-    task: Literal["text-generation"]
-    action: TextGenerationAction | None = None  # type: ignore[valid-type]  # made by templated()
-    actions: tuple[TextGenerationAction, ...] = ()  # type: ignore[valid-type]
+    task: Literal["text-generation"] = Field(
+        description="What actions take: text-generation a raw prompt, chat-completion messages"
+    )
+    action: TextGenerationAction | None = Field(default=None, description="The only action")  # type: ignore[valid-type]  # made by templated()
+    actions: tuple[TextGenerationAction, ...] = Field(default=(), description="Several actions")  # type: ignore[valid-type]
 
 
 class ChatCompletionOptions(LanguageModelOptions):
-    task: Literal["chat-completion"]
-    action: ChatCompletionAction | None = None  # type: ignore[valid-type]
-    actions: tuple[ChatCompletionAction, ...] = ()  # type: ignore[valid-type]
+    task: Literal["chat-completion"] = Field(
+        description="What actions take: text-generation a raw prompt, chat-completion messages"
+    )
+    action: ChatCompletionAction | None = Field(default=None, description="The only action")  # type: ignore[valid-type]
+    actions: tuple[ChatCompletionAction, ...] = Field(default=(), description="Several actions")  # type: ignore[valid-type]
 
     @property
     def chats(self) -> bool:

@@ -38,14 +38,26 @@ def is_repository(text: str) -> bool:
 class HuggingfaceSource(Options):
     """A repository of the Hub; `filename` asks for one file of it (a GGUF base) and the small ones that go with it."""
 
-    provider: Literal["huggingface"] = "huggingface"
-    repository: str
-    revision: str | None = Field(default=None, min_length=1)
-    filename: str | None = Field(default=None, min_length=1)
-    cache_dir: LocalPath | None = Field(default=None, min_length=1)
-    allow_patterns: tuple[str, ...] | None = None
-    local_files_only: bool = False
-    token: Annotated[SecretStr | None, Secret(unset_is_none=True)] = None
+    provider: Literal["huggingface"] = Field(default="huggingface", description="The Hugging Face Hub")
+    repository: str = Field(description="org/name")
+    revision: str | None = Field(
+        default=None, min_length=1, description="Branch, tag or commit; the main branch if unset"
+    )
+    filename: str | None = Field(
+        default=None, min_length=1, description="One weights file of the repository, such as a GGUF"
+    )
+    cache_dir: LocalPath | None = Field(
+        default=None, min_length=1, description="The cache to use instead of the Hub's own (HF_HOME)"
+    )
+    allow_patterns: tuple[str, ...] | None = Field(
+        default=None, description="Globs of the files to fetch; what a model needs if unset"
+    )
+    local_files_only: bool = Field(
+        default=False, description="Whether to use only what is in the cache already, and never ask the network"
+    )
+    token: Annotated[SecretStr | None, Secret(unset_is_none=True)] = Field(
+        default=None, description="The Hub's token; the login of `hf auth login` if unset"
+    )
 
     @field_validator("repository")
     @classmethod
