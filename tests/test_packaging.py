@@ -106,7 +106,9 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str:
 
 def test_the_wheel_holds_the_whole_package_and_nothing_else(release: Release) -> None:
     package = ROOT / "src/model_compose"
-    files = {p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts and p.suffix != ".so"}
+    folders = os.walk(package, followlinks=True)  # templates/adapters is a link to those of the quickstart
+    every = (Path(folder) / name for folder, _, names in folders for name in names)
+    files = {path for path in every if "__pycache__" not in path.parts and path.suffix != ".so"}
     with zipfile.ZipFile(release.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == {str(path.relative_to(ROOT / "src")) for path in files}
