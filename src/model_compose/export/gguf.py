@@ -99,7 +99,7 @@ def _kind(export: Export, tensor: Any, touched: bool) -> "gguf.GGMLQuantizationT
     """What a tensor is stored as: as it is, or what was asked for where it is touched; what is packed becomes F16."""
     import gguf
 
-    from model_compose.export.gguf_checkpoint import PLAIN
+    from model_compose.checkpoint.gguf import PLAIN
 
     if not touched or (export.dtype is None and tensor.tensor_type in PLAIN):
         found: gguf.GGMLQuantizationType = tensor.tensor_type
@@ -148,7 +148,7 @@ def _data(
     import numpy as np
     import torch
 
-    from model_compose.export.gguf_checkpoint import read_tensor
+    from model_compose.checkpoint.gguf import read_tensor
 
     stored: np.ndarray[Any, Any] = read_tensor(source, tensor)
     if change is None:
