@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
@@ -16,9 +18,10 @@ from pydantic_core import PydanticCustomError
 
 from model_compose.components import ActionOptions
 from model_compose.components.response_format import AnyFormat
+from model_compose.errors import FieldError, InputError
 from model_compose.expressions import strict_json
 from model_compose.generation import Message, Sampling
-from model_compose.schema import Options, at_most, templated
+from model_compose.schema import Options, at_most, field_of, templated
 
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 4096
@@ -69,12 +72,17 @@ EXPECTED_MESSAGES = 'expected a list of messages, such as [{"role": "user", "con
 STRUCTURED = ("response_format", "params.logit_bias")
 
 
+Length = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Params(Options):
     """How tokens are drawn; the dialect's defaults, and our own keys after OpenAI's."""
 
     later: ClassVar[Mapping[str, Any]] = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": True}
     do_sample: bool = True
-    temperature: float = Field(default=0.7, ge=0, description="0 is greedy")
+    temperature: Temperature = Field(default=0.7, description="0 is greedy")
     top_p: float = Field(default=0.9, gt=0, le=1)
     top_k: int = Field(default=50, ge=0, description="0 is off")
     min_p: float = Field(default=0.0, ge=0, le=1, description="0 is off")
@@ -82,7 +90,35 @@ class Params(Options):
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="0 is off")
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="0 is off")
     logit_bias: LogitBias = Field(default={}, description="{token id: what is added to its score, -100 to 100}")
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    seed: Seed | None = None
+
+
+class SamplingOverrides(Options):
+    """What one run may say of sampling instead of the file. A field that is left out stays as the action has it."""
+
+    max_output_length: Length | None = Field(default=None, description="Most tokens of each text")
+    temperature: Temperature | None = Field(
+        default=None, description="0 is greedy; any other draws, as do_sample: true"
+    )
+    seed: Seed | None = None
+
+    @classmethod
+    def read(cls, value: "Self | Mapping[str, Any] | None") -> Self | None:
+        """The overrides, checked where they come as a mapping. Raises InputError that names each wrong field."""
+        if value is None or isinstance(value, cls):
+            return value
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            fields = wrong_fields(error, value, "sampling")
+            raise InputError("; ".join(f"{each.field}: {each.message}" for each in fields), fields) from None
+
+    def over(self, sampling: Sampling) -> Sampling:
+        """`sampling` with the given fields in place of its own."""
+        given = self.model_dump(exclude_none=True)
+        if self.temperature is not None:
+            given["do_sample"] = self.temperature > 0
+        return replace(sampling, **given)
 
 
 class Generation(Options):
@@ -90,7 +126,7 @@ class Generation(Options):
 
     blend: str | dict[str, Any] | None = Field(default=None, description="A named blend, or {adapter: weight}")
     max_input_length: int | None = Field(default=None, ge=1, description="Truncates longer prompts")
-    max_output_length: int | None = Field(default=None, ge=1, description="Until EOS or the context's end if unset")
+    max_output_length: Length | None = Field(default=None, description="Until EOS or the context's end if unset")
     min_output_length: int = Field(default=1, ge=0)
     num_return_sequences: int = Field(default=1, ge=1, le=64)
     stop_sequences: Stops = None
@@ -191,6 +227,12 @@ class TextGenerationTemplate(ActionOptions):
 class ChatCompletionTemplate(ActionOptions):
     needs: ClassVar[tuple[str, ...]] = ("messages",)
     structured: ClassVar[tuple[str, ...]] = ("messages", *STRUCTURED)
+
+
+def wrong_fields(error: ValidationError, data: Any, at: str = "") -> list[FieldError]:
+    """What is wrong with each field of `data`, which stands at `at`."""
+    found = [(field_of(item, data), item["msg"]) for item in error.errors()]
+    return [FieldError(".".join(filter(None, (at, field))) or "input", message) for field, message in found]
 
 
 TextGenerationAction = templated(TextGeneration, TextGenerationTemplate)

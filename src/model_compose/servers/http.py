@@ -14,6 +14,7 @@ from starlette.datastructures import UploadFile
 
 from model_compose import __version__
 from model_compose.components import Delta
+from model_compose.components.model_actions import SamplingOverrides
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
 from model_compose.expressions import strict_json
@@ -78,6 +79,11 @@ class RunBody(Options):
     )
     blend: str | dict[str, Any] | None = Field(
         default=None, description="A blend's name, {adapter: weight}, or {component: blend}", examples=[{"alpaca": 0.7}]
+    )
+    sampling: SamplingOverrides | None = Field(
+        default=None,
+        description="In place of what the file says, for every model of the workflow: temperature, max_output_length, seed",
+        examples=[{"temperature": 0}],
     )
     stream: bool = Field(default=False, description="Answer as server-sent events: delta, then done or error")
     output_only: bool = Field(default=False, description="Answer with the bare output")
@@ -196,11 +202,11 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
             compose.check_ready()  # before the name is looked up, and again after that took its time
             await callback.check()
         compose.check_ready()
-        workflow = compose.config.find_workflow(body.workflow_id)
-        raw = body.output_only and (body.stream or any(compose.streams(job) for job in workflow.terminal_jobs))
+        prepared = compose.prepare(body.input, workflow=body.workflow_id, blend=body.blend, sampling=body.sampling)
+        raw = body.output_only and (body.stream or prepared.graph.streams)
         extras = {"session_id": body.session_id, "metadata": body.metadata}
         streaming = raw or body.stream
-        task = tasks.start(workflow.id, body.input, body.blend, extras, streaming=streaming, size=size)
+        task = tasks.start(prepared, extras, streaming=streaming, size=size)
         if not body.wait_for_completion:
             if callback:
                 task.follow(callback.send_when_done(task))

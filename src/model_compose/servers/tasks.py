@@ -12,7 +12,7 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from model_compose.errors import Cancelled, ComposeError, Conflict, NotFound, Ov
 from model_compose.lora.blend import Blend
 from model_compose.room import Admission
 from model_compose.servers import DEFAULT_MAX_TASKS_SIZE
-from model_compose.workflow.runner import Done
+from model_compose.workflow.runner import Done, PreparedRun
 
 log = logging.getLogger(__name__)
 
@@ -160,24 +160,23 @@ class Tasks:
         """Of running ones, in bytes."""
 
     def start(
-        self, workflow: str | None, input: Any, blend: Any, extras: Mapping[str, Any], *, streaming: bool = False,
-        size: int = 0,
-    ) -> Task:  # fmt: skip
-        """Starts a run that has a place with every model it uses. size: of its input, in bytes.
+        self, prepared: PreparedRun, extras: Mapping[str, Any], *, streaming: bool = False, size: int = 0
+    ) -> Task:
+        """Starts the run, after it has taken a place with every model that it uses.
 
-        Raises NotFound for an unknown workflow, InputError, Overloaded.
+        extras: what the caller wants to see in the task's state; expressions read them as `context`. size: of the run's
+        input, in bytes. Raises InputError for extras that are not JSON, and Overloaded.
         """
         self._drop_old()
         if self._inputs and self._inputs + size > self._kept_bytes:
             raise Overloaded(
                 f"the inputs of running tasks have reached {self._kept_bytes} bytes (max_tasks_size); try again in a moment"
             )
-        chosen, blends = self._compose.check_input(input, workflow, blend)
         shown = {key: value for key, value in extras.items() if value is not None}
-        task = Task(uuid.uuid4().hex, chosen.id, _json(shown), streaming)
-        admission = self._compose.admit(chosen, blends)  # the last that may fail: `_settle` gives it back
+        task = Task(uuid.uuid4().hex, prepared.workflow.id, _json(shown), streaming)
         context = {"task_id": task.id, "session_id": extras.get("session_id"), "metadata": extras.get("metadata")}
-        events = self._compose.run(input, workflow=chosen.id, blend=blend, context=context, admission=admission)
+        admission = self._compose.admit(prepared)  # the last that may fail: `_settle` gives it back
+        events = self._compose.execute(replace(prepared, context=context), admission)
         task.work = asyncio.create_task(self._work(task, events))
         task.work.add_done_callback(partial(self._settle, task, admission, size))
         self._inputs += size
