@@ -27,7 +27,8 @@ from model_compose.errors import (
 from model_compose.generation import Completion, Request, collect
 from model_compose.loading import load
 from model_compose.progress import Report
-from model_compose.workflow import runner, variables
+from model_compose.servers.answers import VariableInfo, shown
+from model_compose.workflow import runner
 from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.runner import Done, Graph, PreparedRun, Step
 from tests import tiny
@@ -408,7 +409,7 @@ def test_whatever_an_expression_reads_is_an_input(project: Path, workflow: str, 
             compose.prepare(input, workflow=workflow)
         assert stray in [problem.field for problem in caught.value.fields]
     for variable in compose.inputs(workflow):
-        json.dumps(variables.describe(variable))  # as the API's schema gives it
+        json.dumps(shown(VariableInfo.of(variable)))  # as the API's schema gives it
 
 
 async def test_input_that_cannot_be_converted_names_field_and_value(both: Compose) -> None:

@@ -17,7 +17,7 @@ from model_compose.compose import Compose
 from model_compose.errors import SourceError
 from model_compose.loading import load
 from model_compose.plan import as_json, parse_memory, plan
-from model_compose.servers.documents import RunState
+from model_compose.servers.answers import RunState
 from model_compose.servers.http import RunBody
 from tests import tiny
 from tests.test_plan import write_llama

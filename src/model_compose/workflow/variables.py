@@ -219,26 +219,6 @@ def _variable(reference: Reference, *, required: bool) -> Variable:
     )
 
 
-def describe(variable: Variable) -> Mapping[str, Any]:
-    """The variable as the API's schema route gives it; keys without a value are left out."""
-    low_high_step = variable.range or (None, None, None)
-    entry = {
-        "name": variable.name or None,
-        "type": variable.type.name,
-        "is_list": variable.type.is_list,
-        "subtype": variable.type.subtype,
-        "format": variable.type.format,
-        "default": variable.default,
-        "required": variable.required or None,
-        "description": variable.description,
-        "options": list(variable.options) or None,
-        **dict(zip(("minimum", "maximum", "step"), low_high_step, strict=True)),
-        "role": variable.role if variable.role != "value" else None,
-        "component": variable.component,
-    }
-    return {key: value for key, value in entry.items() if value is not None}
-
-
 def _wanted(variable: Variable) -> str:
     if variable.role == "messages":
         return "a list of messages"
