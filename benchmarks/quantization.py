@@ -20,8 +20,8 @@ from benchmarks.blend_exactness import ROOT
 from model_compose.components.model import TextGenerationOptions
 from model_compose.engines.huggingface.attention import Pass, Piece
 from model_compose.engines.huggingface.cache import KVCache, Row
-from model_compose.engines.huggingface.model import Loaded
-from model_compose.engines.huggingface.model import load as load_model
+from model_compose.engines.huggingface.loading import Loaded
+from model_compose.engines.huggingface.loading import load as load_model
 from model_compose.loading import load as load_file
 from model_compose.lora.blend import Blend
 from model_compose.progress import silent
@@ -54,7 +54,7 @@ def load(kind: str | None) -> Model:
     options = load_file((path,)).config.all_components[0]
     assert isinstance(options, TextGenerationOptions)
     options = options.model_copy(update={"quantization": kind, "precision": "float32"})
-    loaded = load_model(options, path.parent, silent, trust_remote_code=False)
+    loaded = load_model(options, path.parent, silent)
     return Model(loaded, KVCache(loaded.forward.layers, 2 << 30, 2048))
 
 

@@ -23,7 +23,7 @@ from benchmarks.peers.report import median_interval
 from benchmarks.peers.weights import RANK, STD, Weights, adapter_names, prepare
 from benchmarks.serving import WEIGHTS
 from model_compose.components.model import TextGenerationOptions
-from model_compose.engines.vllm import VllmEngine
+from model_compose.engines.vllm.engine import VllmEngine
 from model_compose.generation import Request, Sampling, collect
 from model_compose.lora.adapter import Factors, LoraAdapter, read_adapter, write_adapter
 from model_compose.lora.blend import Blend

@@ -14,9 +14,11 @@ import pytest
 import torch
 from transformers import GemmaConfig
 
-from model_compose.engines import ModelOptions
-from model_compose.engines.huggingface import model
-from model_compose.engines.huggingface.sizes import base_bytes
+from model_compose.engines import devices
+from model_compose.engines.blueprint import on_meta
+from model_compose.engines.huggingface import loading
+from model_compose.engines.options import ModelOptions
+from model_compose.engines.sizes import base_bytes
 from model_compose.errors import AdapterError, InputError, LoadError, SourceError
 from model_compose.loading import load
 from model_compose.plan import CUDA_CONTEXT, ModelPlan, Plan, as_json, parse_memory, plan, show
@@ -290,7 +292,7 @@ def test_after_up_everything_is_there(hub: Hub, tmp_path: Path) -> None:
     path = publish(hub, tmp_path)
     options = load([path], {}).config.all_components[0]
     assert isinstance(options, ModelOptions)
-    model.load(options, tmp_path, silent, trust_remote_code=False)
+    loading.load(options, tmp_path, silent)
     assert [download.missing for download in only_model(planned(path)).downloads] == [0, 0, 0]
     hub.stop()
     assert [download.missing for download in only_model(planned(path)).downloads] == [0, 0, 0]
@@ -343,7 +345,7 @@ def test_a_gguf_file_tells_once_it_is_here(hub: Hub, tmp_path: Path, capsys: pyt
     start = 'component:\n  type: model\n  task: text-generation\n  precision: float32\n  action: {text: "x"}\n  model: '
     yaml.write_text(start + "./tiny.Q4_0.gguf\n")
     local = only_model(planned(yaml, "1GB"))
-    expected = base_bytes(model.on_meta(tiny.llama_config(tie_word_embeddings=True), False), torch.float32)
+    expected = base_bytes(on_meta(tiny.llama_config(tie_word_embeddings=True), False), torch.float32)
     assert (local.needs[0].base, local.needs[0].context, local.downloads[0].missing) == (expected, 128, 0)
     yaml.write_text(start + "{repository: acme/tiny-gguf, filename: tiny.Q4_0.gguf}\n")
     before = only_model(planned(yaml, "1GB"))
@@ -400,11 +402,11 @@ def test_a_wheel_that_is_not_here_is_asked_of_the_index(tmp_path: Path, monkeypa
 
 def refused(path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> str:
     """Why the file's model is not loaded where so many bytes are free."""
-    monkeypatch.setattr(model, "free_memory", lambda device: free)
+    monkeypatch.setattr(devices, "free_memory", lambda device: free)
     options = load([path], {}).config.all_components[0]
     assert isinstance(options, ModelOptions)
     with pytest.raises(LoadError) as caught:
-        model.load(options, path.parent, silent, trust_remote_code=False)
+        loading.load(options, path.parent, silent)
     return str(caught.value)
 
 
@@ -419,14 +421,14 @@ def test_up_refuses_a_base_of_the_hub_before_its_weights_are_fetched(
     assert "1 B too few" in message
     assert fetched_weights(hub, "someone/alpaca")
     assert not fetched_weights(hub, "meta/llama")
-    monkeypatch.setattr(model, "free_memory", lambda device: least)
+    monkeypatch.setattr(devices, "free_memory", lambda device: least)
     options = load([path], {}).config.all_components[0]
     assert isinstance(options, ModelOptions)
-    assert model.load(options, tmp_path, silent, trust_remote_code=False).model
+    assert loading.load(options, tmp_path, silent).model
 
 
 def test_up_refuses_a_local_base_before_its_weights_are_read(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "_load_model", lambda *arguments: pytest.fail("the weights were read"))
+    monkeypatch.setattr(loading, "_load_model", lambda *arguments: pytest.fail("the weights were read"))
     assert refused(project, monkeypatch, 1000).startswith("./base does not fit on cpu: the base ")
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_compose.engines import ModelOptions
-from model_compose.engines.huggingface import HuggingfaceOptions
+from model_compose.engines.on_disk import CONFIG_FILES
+from model_compose.engines.options import ModelOptions
 from model_compose.errors import AdapterError, LoadError, SourceError
 from model_compose.lora.adapter import LoraAdapter, check, read_adapter
 from model_compose.lora.blend import Blend, Blends
@@ -132,20 +132,14 @@ def _measure(found: Sequence[Inspected], report: Report) -> "Geometry":
 
 def _read_base(options: ModelOptions, base_dir: Path, report: Report) -> tuple[Base | None, str | None]:
     """The base's shapes, or why they are not known."""
-    import torch
-
-    from model_compose.engines.huggingface import model as engine
-    from model_compose.engines.parts import CONFIG_FILES
-    from model_compose.lora.layers import module_shapes
+    from model_compose.engines.blueprint import read_blueprint
     from model_compose.sources.survey import survey
 
-    trusted = isinstance(options.options, HuggingfaceOptions) and options.options.trust_remote_code
     try:
         found = survey(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report).fetched
         if found is None:
             return None, "the base's config comes with its weights, which are not here yet"
-        with engine.load_errors(describe(options.model), torch.device("meta")):
-            shapes = module_shapes(engine.on_meta(engine.base_config(found, trusted), trusted))
+        shapes = read_blueprint(options, found).shapes
     except (SourceError, LoadError) as error:
         return None, str(error)
     return Base(options, found, shapes), None
@@ -153,7 +147,7 @@ def _read_base(options: ModelOptions, base_dir: Path, report: Report) -> tuple[B
 
 def _read(name: str, source: ModelSource, base_dir: Path, base: Base | None, report: Report) -> Inspected:
     """Raises SourceError, AdapterError."""
-    from model_compose.engines.parts import fetch_adapter_folder
+    from model_compose.engines.adapters import fetch_adapter_folder
     from model_compose.lora.adapter import WEIGHT_FILES
 
     folder = fetch_adapter_folder(name, source, base_dir, report)
@@ -170,7 +164,7 @@ def _read(name: str, source: ModelSource, base_dir: Path, base: Base | None, rep
 
 def _warnings(adapter: LoraAdapter, config: Mapping[str, Any], base: Base | None) -> list[str]:
     """What is no error, but worth a second look."""
-    from model_compose.engines.huggingface.model import other_base
+    from model_compose.engines.blueprint import other_base
 
     found = []
     if base is not None and (other := other_base(adapter, base.options, base.fetched)):

@@ -1,7 +1,7 @@
 """`plan`: what a file will need, from configs alone: memory on each device, and bytes to download.
 
 Components are gone through in the order in which `up` loads them, and what one takes is gone for the next. The arithmetic
-is the engine's (engines/huggingface/memory.py), so `up` refuses what `plan` refuses.
+is the driver's own (`needs`), so `up` refuses what `plan` refuses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from model_compose.config import Config
-from model_compose.engines import ModelOptions
-from model_compose.engines.huggingface import HuggingfaceOptions
+from model_compose.engines import ENGINES
+from model_compose.engines.devices import Devices, check_quantization, device_name, pick_dtype, size_text
+from model_compose.engines.needs import Needs, check_fits
+from model_compose.engines.options import ModelOptions
 from model_compose.errors import InputError, LoadError, SourceError
-from model_compose.loading import Loaded
+from model_compose.loading import ComposeFile
 from model_compose.preflight import check_files
 from model_compose.progress import Report, silent
 from model_compose.sources import describe
@@ -25,8 +27,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from model_compose.engines.huggingface.memory import Needs
-    from model_compose.engines.huggingface.sizes import AdapterSize
+    from model_compose.engines.sizes import AdapterSize
 
 CUDA_CONTEXT = 512 << 20
 """What CUDA takes of a card before the first tensor: gone from the free memory that a card reports, not from its size."""
@@ -48,7 +49,7 @@ class ModelPlan:
     component: str
     model: str
     downloads: tuple[Download, ...]
-    needs: "tuple[Needs, ...]" = ()
+    needs: tuple[Needs, ...] = ()
     parameters: int | None = None
     precision: str | None = None
     quantization: str | None = None
@@ -65,48 +66,42 @@ class Plan:
         return [model.problem for model in self.models if model.problem is not None]
 
 
-class Memory:
+class Memory(Devices):
     """How much every device has: what `--memory` pretends, else what is free, less what earlier components take."""
 
     def __init__(self, pretended: Mapping[str, int]) -> None:
         self._pretended, self._taken = pretended, dict[str, int]()
 
-    def device(self, name: str) -> "torch.device":
+    def pick(self, name: str) -> "torch.device":
         """As the engine picks it, but pretended devices exist. Raises LoadError."""
         import torch
-
-        from model_compose.engines.huggingface.memory import device_name
-        from model_compose.engines.huggingface.model import pick_device
 
         if name == "auto":
             name = next((key for key in self._pretended if key not in ("", "cpu")), "auto")
         try:
             device = torch.device(name)
         except RuntimeError:  # auto, or no device's name
-            return pick_device(name)
-        return device if device_name(device) in self._pretended or "" in self._pretended else pick_device(name)
+            return super().pick(name)
+        return device if device_name(device) in self._pretended or "" in self._pretended else super().pick(name)
 
     def free(self, device: "torch.device") -> int | None:
-        from model_compose.engines.huggingface.free import free_memory
-        from model_compose.engines.huggingface.memory import device_name
-
         name = device_name(device)
         size = self._pretended.get(name, self._pretended.get(""))
         if size is None:
-            size = free_memory(device)
+            size = super().free(device)
         elif device.type == "cuda":
             size -= CUDA_CONTEXT
         return None if size is None else max(0, size - self._taken.get(name, 0))
 
-    def taken(self, needs: "Needs") -> int:
+    def taken(self, needs: Needs) -> int:
         """What earlier components take of the device."""
         return self._taken.get(needs.device, 0)
 
-    def take(self, needs: "Needs") -> None:
+    def take(self, needs: Needs) -> None:
         self._taken[needs.device] = self._taken.get(needs.device, 0) + needs.weights + needs.kv_cache
 
 
-def plan(loaded: Loaded, pretended: Mapping[str, int], report: Report = silent) -> Plan:
+def plan(loaded: ComposeFile, pretended: Mapping[str, int], report: Report = silent) -> Plan:
     """What every model component needs. pretended: bytes by device ("" is any), from `parse_memory`.
 
     Fetches configs. Raises SourceError, AdapterError, LoadError for what `up` would refuse for another reason than memory.
@@ -138,22 +133,19 @@ def models(config: Config) -> list[tuple[str, ModelOptions]]:
 
 
 def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory, report: Report) -> ModelPlan:
-    from model_compose.engines.huggingface.memory import check_fits, size_text
-    from model_compose.engines.parts import CONFIG_FILES, check_quantization
+    from model_compose.engines.on_disk import CONFIG_FILES
 
-    device = memory.device(options.device)  # looked at before anything is fetched, as `up` does
+    device = memory.pick(options.device)  # looked at before anything is fetched, as `up` does
     check_quantization(options.quantization, str(device))
     base = survey(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report)
     adapters = _survey_adapters(options, base_dir, report)
     named = {describe(options.model): base, **{f"adapter {name}": survey for name, survey in adapters.items()}}
     downloads = tuple(Download(name, survey.total, survey.missing) for name, survey in named.items())
     made = ModelPlan(name, describe(options.model), downloads)
-    if not isinstance(options.options, HuggingfaceOptions):
+    if ENGINES[options.driver].needs is None:
         return replace(made, unknown=f"{options.driver} chooses its own memory")
     if base.fetched is None:
         return replace(made, unknown="the config comes with the weights, so memory can be told only once they are here")
-    if not isinstance(options.options, HuggingfaceOptions):
-        return replace(made, unknown=f"driver {options.driver} takes its memory outside this arithmetic")
     made = _measure(made, options, base, adapters, device, memory)
     for needs in made.needs:
         before = memory.taken(needs)
@@ -189,17 +181,15 @@ def _measure(
     """`made` with the numbers of the base and of every adapter whose config is there."""
     import torch
 
-    from model_compose.engines.huggingface import model as engine
-    from model_compose.engines.huggingface.memory import needs
-    from model_compose.engines.huggingface.sizes import checkpoint_dtype, checkpoint_of, stored_bits
+    from model_compose.engines.blueprint import read_blueprint
+    from model_compose.engines.sizes import checkpoint_dtype, checkpoint_of, stored_bits
 
+    needs = ENGINES[options.driver].needs
     assert base.fetched is not None
-    assert isinstance(options.options, HuggingfaceOptions)
-    trusted, name = options.options.trust_remote_code, describe(options.model)
-    with engine.load_errors(name, device):
-        model = engine.on_meta(engine.base_config(base.fetched, trusted), trusted)
-    checkpoint = checkpoint_of(base.files, base.fetched.file)
-    dtype: Any = engine.pick_dtype(options.precision, device)
+    assert needs is not None
+    blueprint = read_blueprint(options, base.fetched)
+    model, checkpoint = blueprint.model, checkpoint_of(base.files, base.fetched.file)
+    dtype = pick_dtype(options.precision, device)
     compute = dtype if isinstance(dtype, torch.dtype) else checkpoint_dtype(model, checkpoint)
     found = {adapter: _adapter_size(adapter, survey, model) for adapter, survey in adapters.items()}
     sizes = {adapter: size for adapter, size in found.items() if size is not None}
@@ -207,18 +197,16 @@ def _measure(
     return replace(
         made,
         precision=str(compute).removeprefix("torch."),
-        quantization=options.quantization or (f"{bits} bits, as stored" if (bits := stored_bits(model.config)) else None),
+        quantization=options.quantization
+        or (f"{bits} bits, as stored" if (bits := stored_bits(model.config)) else None),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        needs=needs(
-            options, model, sizes, checkpoint,
-            name=name, device=device, dtype=dtype, place=memory.device, free=memory.free,
-        ),
+        needs=needs(options, blueprint, sizes, checkpoint, memory),
         unknown=f"adapters not counted, as their config comes with the weights: {untold}" if untold else None,
-    )  # fmt: skip
+    )
 
 
 def _adapter_size(name: str, found: Survey, model: Any) -> "AdapterSize | None":
-    from model_compose.engines.huggingface.sizes import adapter_size
+    from model_compose.engines.sizes import adapter_size
     from model_compose.lora.adapter import WEIGHT_FILES
     from model_compose.lora.peft_config import read_config
 
@@ -245,7 +233,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _device_json(needs: "Needs") -> dict[str, Any]:
+def _device_json(needs: Needs) -> dict[str, Any]:
     """All in bytes, but for context and kv_tokens."""
     inner = ("model", "adapters_at_once", "kv_least", "kv_given", "smaller")
     told = {key: value for key, value in vars(needs).items() if key not in inner}
@@ -287,8 +275,6 @@ def _print(plan: Plan, console: "Console") -> None:
 
 
 def _rows(model: ModelPlan) -> list[tuple[str, str, str]]:
-    from model_compose.engines.huggingface.memory import size_text
-
     rows = []
     for needs in model.needs:
         free = "free memory not known" if needs.free is None else f"of {size_text(needs.free)} free"
@@ -301,10 +287,8 @@ def _rows(model: ModelPlan) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _parts(model: ModelPlan, needs: "Needs") -> list[tuple[str, int, str]]:
+def _parts(model: ModelPlan, needs: Needs) -> list[tuple[str, int, str]]:
     """What, how many bytes, how they come about."""
-    from model_compose.engines.huggingface.memory import size_text
-
     packed = f", Linear weights in {model.quantization}" if model.quantization else ""
     mapped = ", mapped from the files" if needs.mapped else ""
     per_token = f"{needs.tokens:,} tokens of {needs.kv_per_token:,} B"

@@ -362,7 +362,7 @@ def test_the_planner_takes_no_years_either(tmp_path: Path, changes: dict[str, An
 import sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-from model_compose.engines.huggingface.sizes import adapter_size
+from model_compose.engines.sizes import adapter_size
 from model_compose.errors import AdapterError
 from model_compose.lora.peft_config import read_config
 from tests import tiny
@@ -398,7 +398,7 @@ except AdapterError as error:
 def test_the_planner_chooses_modules_and_ranks_as_peft_does(changes: dict[str, Any]) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from model_compose.engines.huggingface.sizes import adapter_size
+    from model_compose.engines.sizes import adapter_size
 
     model = AutoModelForCausalLM.from_config(tiny.llama_config())
     config = LoraConfig(**{**CONFIG, "peft_type": None, **changes})
@@ -436,7 +436,7 @@ KEYS = [*CONFIG, "rank_pattern", "alpha_pattern", "use_rslora", "bias", "ensure_
 @given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), ANY, max_size=3))
 def test_any_value_under_any_key(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
     """Taken or refused, by every reader of a config: the adapter's, and the planner's, which asks PEFT."""
-    from model_compose.engines.huggingface.sizes import adapter_size
+    from model_compose.engines.sizes import adapter_size
 
     path = folder(tmp_path_factory.getbasetemp() / "any", config=CONFIG | changes)
     with torch.device("meta"):

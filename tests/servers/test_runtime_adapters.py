@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from model_compose.components.model import ModelComponent
 from model_compose.compose import Compose
-from model_compose.engines.huggingface import HuggingfaceEngine
+from model_compose.engines.huggingface.engine import HuggingfaceEngine
 from model_compose.errors import ConfigError, InputError
 from model_compose.generation import Request, Sampling, collect
 from model_compose.loading import load

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_compose.config import Config
-from model_compose.engines import ModelOptions, Precision
+from model_compose.engines.options import ModelOptions, Precision
 from model_compose.errors import InputError
 from model_compose.export.destination import whole
-from model_compose.loading import Loaded
+from model_compose.loading import ComposeFile
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend
 from model_compose.lora.peft_config import CONFIG_FILE
@@ -104,16 +104,18 @@ class Format:
 
 
 FORMATS: Registry[Format] = Registry(
+    "export format",
+    "model_compose.formats",
     {
         "peft": "model_compose.export.peft:FORMAT",
         "merged": "model_compose.export.merged:FORMAT",
         "gguf": "model_compose.export.gguf:ADAPTER",
         "gguf-merged": "model_compose.export.gguf:MERGED",
-    }
+    },
 )
 
 
-def export(loaded: Loaded, order: Order, report: Report = silent) -> None:
+def export(loaded: ComposeFile, order: Order, report: Report = silent) -> None:
     """Writes what was ordered, whole or not at all. Blocking.
 
     Raises InputError (the order is wrong, or cannot be written), SourceError, AdapterError, LoadError.
@@ -160,14 +162,12 @@ def _component(config: Config, id: str | None) -> ModelOptions:
 
 
 def _gather(
-    loaded: Loaded, options: ModelOptions, blend: Blend, order: Order, format: Format, report: Report
+    loaded: ComposeFile, options: ModelOptions, blend: Blend, order: Order, format: Format, report: Report
 ) -> Export:
     """Fetches the blend's adapters and the base, and checks that they fit."""
-    import torch
-
-    from model_compose.engines.huggingface import HuggingfaceOptions
-    from model_compose.engines.huggingface import model as engine
-    from model_compose.engines.parts import CONFIG_FILES, fetch_adapter
+    from model_compose.engines.adapters import fetch_adapter
+    from model_compose.engines.blueprint import read_blueprint
+    from model_compose.engines.on_disk import CONFIG_FILES
     from model_compose.export.checkpoint import holder
     from model_compose.lora.adapter import check, check_copies
     from model_compose.lora.layers import module_shapes
@@ -186,12 +186,10 @@ def _gather(
     on_hub = isinstance(options.model, HuggingfaceSource) and options.model.filename is None
     weights = format.weights or any(adapter.copies for adapter in adapters.values()) or not on_hub
     base = fetch(options.model, base_dir=base_dir, only=None if weights else CONFIG_FILES, report=report)
-    trusted = isinstance(options.options, HuggingfaceOptions) and options.options.trust_remote_code
-    with engine.load_errors(describe(options.model), torch.device("meta")):
-        model: Any = engine.on_meta(engine.base_config(base, trusted), trusted)
+    model: Any = read_blueprint(options, base).model
     shapes = module_shapes(model)
     adapters = {name: check(adapter, shapes) for name, adapter in adapters.items()}
     says = holder(base, model)
     for adapter in adapters.values():
         check_copies(adapter, says)
-    return Export(options, blend, adapters, sources, base, model, order, trusted)
+    return Export(options, blend, adapters, sources, base, model, order)

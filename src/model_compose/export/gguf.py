@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_compose import __version__
-from model_compose.engines import ModelOptions
+from model_compose.engines.options import ModelOptions
 from model_compose.errors import AdapterError, InputError
 from model_compose.export import Export, Format
 from model_compose.export.card import facts

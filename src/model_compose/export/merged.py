@@ -133,7 +133,7 @@ def _copy_files(export: Export, folder: Path) -> None:
     """All that transformers reads beside the weights, and the terms of use; of a GGUF what is inside it."""
     base = export.base
     if base.file is not None:
-        from model_compose.engines.parts import load_tokenizer
+        from model_compose.engines.tokenizer import load_tokenizer
 
         model = export.model
         model.config.architectures = [type(model).__name__]

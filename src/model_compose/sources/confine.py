@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from model_compose.errors import Forbidden, InputError
-from model_compose.schema import shown
+from model_compose.schema import RelativeToFile, shown
 from model_compose.sources import HuggingfaceSource, LocalSource, ModelSource
 from model_compose.sources.hub import is_repository
 from model_compose.sources.local import absolute, is_path
@@ -37,7 +37,7 @@ def _listed(value: Any) -> Any:
 
 SourcePattern = Annotated[str, AfterValidator(_check)]
 """A folder with all below it, `org/name`, or `org/*`."""
-SourcePatterns = Annotated[tuple[SourcePattern, ...], BeforeValidator(_listed)]
+SourcePatterns = Annotated[tuple[SourcePattern, ...], BeforeValidator(_listed), RelativeToFile(is_path)]
 
 
 def confine(reference: str, allowed: Sequence[str], base_dir: Path, *, field: str) -> ModelSource:

@@ -12,14 +12,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 
 from model_compose.errors import SourceError
 from model_compose.progress import Progress, Report, silent
-from model_compose.schema import Options
+from model_compose.schema import LocalPath, Options, Secret
 from model_compose.sources import local
 from model_compose.sources.choice import choose, has_weights
 from model_compose.sources.fetched import Fetched
@@ -38,14 +38,26 @@ def is_repository(text: str) -> bool:
 class HuggingfaceSource(Options):
     """A repository of the Hub; `filename` asks for one file of it (a GGUF base) and the small ones that go with it."""
 
-    provider: Literal["huggingface"] = "huggingface"
-    repository: str
-    revision: str | None = Field(default=None, min_length=1)
-    filename: str | None = Field(default=None, min_length=1)
-    cache_dir: str | None = Field(default=None, min_length=1)
-    allow_patterns: tuple[str, ...] | None = None
-    local_files_only: bool = False
-    token: SecretStr | None = None
+    provider: Literal["huggingface"] = Field(default="huggingface", description="The Hugging Face Hub")
+    repository: str = Field(description="org/name")
+    revision: str | None = Field(
+        default=None, min_length=1, description="Branch, tag or commit; the main branch if unset"
+    )
+    filename: str | None = Field(
+        default=None, min_length=1, description="One weights file of the repository, such as a GGUF"
+    )
+    cache_dir: LocalPath | None = Field(
+        default=None, min_length=1, description="The cache to use instead of the Hub's own (HF_HOME)"
+    )
+    allow_patterns: tuple[str, ...] | None = Field(
+        default=None, description="Globs of the files to fetch; what a model needs if unset"
+    )
+    local_files_only: bool = Field(
+        default=False, description="Whether to use only what is in the cache already, and never ask the network"
+    )
+    token: Annotated[SecretStr | None, Secret(unset_is_none=True)] = Field(
+        default=None, description="The Hub's token; the login of `hf auth login` if unset"
+    )
 
     @field_validator("repository")
     @classmethod

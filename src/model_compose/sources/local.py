@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from model_compose.errors import SourceError
-from model_compose.schema import Options
+from model_compose.schema import LocalPath, Options
 from model_compose.sources.choice import no_such_file, only_gguf, preferred
 from model_compose.sources.fetched import Fetched
 
@@ -26,9 +26,14 @@ class LocalSource(Options):
     """A folder or file; a relative `path` counts from the folder of the YAML file that says it. `filename` asks for one
     file of the folder (a GGUF base) and those that go with it."""
 
-    provider: Literal["local"] = "local"
-    path: str = Field(min_length=1)
-    filename: str | None = Field(default=None, min_length=1)
+    provider: Literal["local"] = Field(default="local", description="A folder or file on this machine")
+    path: LocalPath = Field(
+        min_length=1,
+        description="The folder or file; a relative path starts at the folder of the YAML file that says it",
+    )
+    filename: str | None = Field(
+        default=None, min_length=1, description="One weights file of the folder, such as a GGUF"
+    )
 
     def __str__(self) -> str:
         return os.path.join(self.path, self.filename) if self.filename else self.path

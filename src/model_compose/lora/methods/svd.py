@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 class Svd(LowRank):
     """The weighted sum, compressed to a rank."""
 
-    method: Literal["svd"] = "svd"
-    rank: int = Field(ge=1, description="Of the result, in every module; the sum itself where that has no more")
+    method: Literal["svd"] = Field(default="svd", description="The method's name")
+    rank: int = Field(
+        ge=1, description="The rank of the result in every module; where the sum has no larger rank, it stays as it is"
+    )
 
     def compress(self, a: "Tensor", b: "Tensor") -> "tuple[Tensor, Tensor]":
         import torch

@@ -27,7 +27,7 @@ Majority = Literal["total", "frequency"]
 class Ties(FullRank):
     """For each entry, the mean of the adapters' largest changes that agree with the majority's sign."""
 
-    method: Literal["ties"] = "ties"
+    method: Literal["ties"] = Field(default="ties", description="The method's name")
     density: float = Field(gt=0, le=1, description="The share of each module's entries that is kept")
     majority_sign_method: Majority = Field(
         default="total", description="What elects a sign: the sum of the values, or how many have it"
