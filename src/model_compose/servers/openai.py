@@ -23,7 +23,6 @@ from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError, NotFound
 from model_compose.generation import Chunk, Completion, Message, Sampling, Text, Usage, collect
 from model_compose.generation import Request as Generation
-from model_compose.lora.blend import Blend
 from model_compose.schema import LONGEST_NAME, Options, Weight, at_most
 from model_compose.servers.answers import (
     AssistantMessage,
@@ -366,14 +365,13 @@ def create_router(compose: Compose) -> APIRouter:
 async def _answer(
     compose: Compose, request: Request, body: CompletionBody | ChatBody, prompt: str | tuple[Message, ...], shape: Shape
 ) -> Response:
-    component, blend = _find(compose, body.model)
-    if body.lora is not None:
-        if ":" in body.model:
-            raise InputError(
-                f"the model id '{body.model}' names a blend already; send 'lora' with the plain model id", field="lora"
-            )
-        listed = {entry.name: entry.scale for entry in body.lora} if isinstance(body.lora, list) else body.lora
-        blend = component.blends.resolve(listed, place="lora")
+    component, name = _find(compose, body.model)
+    if body.lora is not None and name is not None:
+        raise InputError(
+            f"the model id '{body.model}' names a blend already; send 'lora' with the plain model id", field="lora"
+        )
+    mixed = {entry.name: entry.scale for entry in body.lora} if isinstance(body.lora, list) else body.lora
+    blend = component.blends.resolve(name if mixed is None else mixed, place="lora")
     compose.check_ready()
     sampling = body.sampling(component.sampling())
     chunks = compose.generate(component.options.id, Generation(prompt, blend, sampling))
@@ -444,11 +442,11 @@ def _card(id: str, parent: str | None) -> ModelCard:
     return ModelCard(id=id, object="model", created=0, owned_by="model-compose", parent=parent)
 
 
-def _find(compose: Compose, model: str) -> tuple[ModelComponent, Blend]:
-    """The component and blend that a model id names. Raises NotFound that lists the known ids."""
+def _find(compose: Compose, model: str) -> tuple[ModelComponent, str | None]:
+    """The component that a model id names, and the blend behind its colon. Raises NotFound that lists the known ids."""
     id, colon, name = model.partition(":")
     component = next((part for own, part in compose.models.items() if public_id(own) == id), None)
     if component is None or (colon and name not in (*component.blends.named, *component.blends.adapters)):
         known = ", ".join(id for id, _ in _model_ids(compose))
         raise NotFound(f"there is no model '{model}'; known: {known}")
-    return component, component.blends.resolve(name or None)
+    return component, name if colon else None
