@@ -61,7 +61,7 @@ class BaseEngine(ABC):
         remedy = "it does not act on it; leave it out"
         refuse_given(options, {(key,): (is_given, remedy) for key, is_given in given.items() if key not in cls.honours})
 
-    @classmethod
+    @classmethod  # noqa: B027
     def preflight(cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
         """Nothing to look at before the engine opens."""
 
