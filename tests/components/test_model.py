@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from model_compose.components import Answer
-from model_compose.components.model_actions import SamplingOverrides
 from model_compose.compose import Compose
 from model_compose.config import Config
 from model_compose.errors import ConfigError, InputError
@@ -167,7 +166,7 @@ def test_the_pages_python_call_says_the_same(read: Read, monkeypatch: pytest.Mon
     input = {"prompt": "Hi", "min_p": 0.25, "often": -1.5, "bias": {"7": -100, "5": 0.5}}
     (model,) = compose.models.values()
     answer = Answer("__component__", model.blends.resolve(None), "", Usage())
-    call = snippets.Call(compose.config.all_workflows[0], input, (answer,), SamplingOverrides())
+    call = snippets.Call(compose.config.all_workflows[0], input, (answer,))
     code = snippets.openai(compose, "http://x", call)
     assert code is not None
     body: dict[str, Any] = {}

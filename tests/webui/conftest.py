@@ -179,7 +179,7 @@ def run(page: Any, prompt: str) -> None:
 
 def finished(page: Any, blend: str) -> str:
     """Waits until the newest run has ended, under `blend`. Returns its text."""
-    done = page.locator(".stage .done", has_text=f"blend: {blend}")
+    done = page.locator(".stage .done", has_text=f"blend {blend}")
     done.wait_for()
     return str(done.locator(".text").text_content())
 

@@ -106,7 +106,7 @@ def test_input_nests_and_leaves_out_what_is_empty(chain: Compose) -> None:
     typed = {"prompt": "Ahoy", "length": "", "heat": "0.5", "draw": False, "how.hints": '{"a": [1]}'}
     given = form.read_input(fields, typed)
     assert given == {"prompt": "Ahoy", "heat": "0.5", "draw": False, "how": {"hints": {"a": [1]}}}
-    chain.check_input(given, None, None)
+    chain.prepare(given)
 
 
 @pytest.mark.parametrize("value", ["[" * 100_000, '{"a": 1, "a": 2}', "{"])
@@ -163,7 +163,7 @@ async def test_answers_and_calls_tell_the_method(project: Path, tmp_path: Path) 
     assert usage_and_blend(other)["blend"].keys() == {"name", "weights", "identity"}
     assert answer.identity != other.identity
     assert done.output != exact.output
-    call = Call(compose.config.all_workflows[0], {"prompt": "Ahoy"}, done.answers, SamplingOverrides())
+    call = Call(compose.config.all_workflows[0], {"prompt": "Ahoy"}, done.answers)
     assert '"blend": "merged"' in snippets.curl(compose, "http://x", call)
     shown = snippets.openai(compose, "http://x", call)
     assert shown is not None
@@ -197,7 +197,7 @@ def test_a_message_is_typed_as_it_is_and_a_conversation_as_json(project: Path, t
     given = form.read_input(fields, {"messages": typed, "format": '{"type": "json_object"}'})
     assert given == {"format": {"type": "json_object"}} | ({} if sent is None else {"messages": sent})
     if sent is not None:
-        compose.check_input(given, None, None)
+        compose.prepare(given)
 
 
 async def test_what_the_page_is_told_of_a_file(project: Path) -> None:
@@ -208,7 +208,7 @@ async def test_what_the_page_is_told_of_a_file(project: Path) -> None:
         state = (await client.get("/state")).json()
     assert told["api"] == "http://127.0.0.1:8080"
     assert told["workflows"] == [described(compose)]
-    assert state == {"ready": False, "progress": {"what": "starting", "done": 0, "total": None}}
+    assert state == {"status": "loading", "progress": {"what": "starting", "done": 0, "total": None, "unit": "B"}}
 
 
 def test_a_conversation_with_a_mistake_in_it_is_not_sent_as_a_message(project: Path) -> None:
@@ -216,4 +216,4 @@ def test_a_conversation_with_a_mistake_in_it_is_not_sent_as_a_message(project: P
     path.write_text(CHAT, encoding="utf-8")
     compose = Compose(load([path]))
     with pytest.raises(InputError, match=r"^input\.messages: expected a list of messages, such as \[\{"):
-        compose.check_input({"messages": as_messages('[{"role": "user", "content": "Hi"}')}, None, None)
+        compose.prepare({"messages": as_messages('[{"role": "user", "content": "Hi"}')})

@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_compose.compose import Compose
 from model_compose.daemon import in_daemon_thread
-from model_compose.servers import DEFAULT_MAX_BODY, WebuiOptions
+from model_compose.server_options import DEFAULT_MAX_BODY, WebuiOptions
+from model_compose.servers.answers import Health, shown
 from model_compose.servers.guard import Guard, Hosts
 from model_compose.servers.webui import form, runs
 from model_compose.servers.webui.auth import ASSETS, ICON, Door
@@ -65,9 +66,7 @@ def _create_app(compose: Compose, api_address: str | None) -> FastAPI:
     @app.get("/state")
     async def state() -> JSONResponse:
         """Whether the models are loaded, and how far they are."""
-        progress = compose.progress
-        shown = {"what": progress.what, "done": progress.done, "total": progress.total} if progress else None
-        return JSONResponse({"ready": compose.ready, "progress": shown})
+        return JSONResponse(shown(Health.of(compose)))
 
     @app.post("/runs")
     async def run(request: Request) -> Response:

@@ -16,8 +16,8 @@ from model_compose.expressions import Type, strict_json
 from model_compose.lora.blend import Blend, Blends
 from model_compose.lora.header import read_header
 from model_compose.schema import has_expression
+from model_compose.servers.answers import VariableInfo, shown
 from model_compose.sources import at_hand, describe
-from model_compose.workflow import variables
 from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.variables import Variable, as_messages
 
@@ -85,7 +85,7 @@ def _describe_field(variable: Variable, *, alone: bool) -> dict[str, Any]:
         kind = "select"
     elif kind not in ("integer", "number", "boolean", "slider"):
         kind = "text" if kind in ("text", "markdown") or alone else "line"
-    return {**variables.describe(variable), "name": variable.name, "kind": kind}
+    return {**shown(VariableInfo.of(variable)), "name": variable.name, "kind": kind}
 
 
 def _is_json(variable: Variable) -> bool:
@@ -140,7 +140,7 @@ def _models(compose: Compose, workflow: WorkflowOptions) -> Iterator[tuple[str, 
         seen.add(id)
         nothing: Mapping[str, Any] = {"input": {}, "context": {}, "jobs": {}}
         try:
-            blend = model.options.find_action(job.action).fields().get("blend")
+            blend = model.options.find_action(job.action).templates.get("blend")
             inputs = {**nothing, "input": job.input_template.evaluate(nothing)}
             yield job.action, model, model.blends.resolve(blend.evaluate(inputs) if blend else None)
         except ComposeError:

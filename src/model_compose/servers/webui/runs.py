@@ -32,7 +32,7 @@ class RunBody(Options):
     workflow: str
     values: dict[str, Any] = Field(default_factory=dict)
     blend: str | dict[str, Any] | None = None
-    sampling: SamplingOverrides = SamplingOverrides()
+    sampling: SamplingOverrides | None = None
 
 
 async def events(compose: Compose, body: RunBody, api_address: str | None) -> AsyncGenerator[str]:

@@ -26,7 +26,7 @@ class Call:
     workflow: WorkflowOptions
     input: Any
     answers: tuple[Answer, ...]
-    sampling: SamplingOverrides
+    sampling: SamplingOverrides | None = None
 
 
 def all_of(compose: Compose, api_address: str, call: Call) -> list[dict[str, str]]:
@@ -49,8 +49,8 @@ def curl(compose: Compose, api_address: str, call: Call) -> str:
     blend = _blend(compose, call.answers)
     if blend is not None:
         body["blend"] = blend
-    if sampling := call.sampling.model_dump(exclude_none=True):
-        body["sampling"] = sampling
+    if call.sampling is not None:
+        body["sampling"] = call.sampling.model_dump(exclude_none=True)
     lines = [f"curl {api_address}{server.base_path}/workflows/runs", "-H 'Content-Type: application/json'"]
     if server.api_keys:
         lines.append(f'-H "Authorization: Bearer ${KEY}"')
@@ -72,7 +72,8 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
     if len(prompts) != 1:
         return None
     route, prompt, shown = _asking(prompts[0])
-    plain, extra = _sampling(call.sampling.over(asked.sampling), model.sampling())
+    drawn = asked.sampling if call.sampling is None else call.sampling.over(asked.sampling)
+    plain, extra = _sampling(drawn, model.sampling())
     lora = [{"name": name, "scale": weight} for name, weight in answer.blend.weights.items() if weight]
     id = public_id(answer.component)
     if answer.blend.method is not None:  # `lora` would be the sum

@@ -62,7 +62,8 @@ export function column(workflow, stage) {
         mixed: mixers.map((each) => each.shown()).join("; "),
         ...{ texts: {}, answers: [], notes: [], calls: [], status: "done" },
       };
-      const body = { workflow: workflow.id, values, blend: blend(), sampling: run.sampling };
+      const said = Object.keys(run.sampling).length ? run.sampling : null;
+      const body = { workflow: workflow.id, values, blend: blend(), sampling: said };
       const started = performance.now();
       stopper = new AbortController();
       const view = stage.begin(values);

@@ -2,7 +2,7 @@
 import { fail, h, newId } from "./dom.js";
 
 const DRAWN = {
-  text: () => h("textarea", { rows: 6, placeholder: "Type here" }),
+  text: () => h("textarea", { rows: 4, placeholder: "Type here" }),
   json: () => h("textarea", { rows: 3, className: "code", placeholder: "JSON", spellcheck: false }),
   line: () => h("input", { type: "text" }),
   integer: () => h("input", { type: "number", step: "any", inputMode: "numeric" }),

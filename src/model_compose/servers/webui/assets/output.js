@@ -29,7 +29,7 @@ export function liveRun(workflow) {
   const clock = h("p", { className: "facts" });
   const element = h("article", { className: "run running", "aria-busy": "true" }, first.element, clock);
   const tick = () => {
-    clock.textContent = `running — ${((performance.now() - started) / 1000).toFixed(1)} s`;
+    clock.textContent = `running, ${((performance.now() - started) / 1000).toFixed(1)} s`;
     if (element.getAttribute("aria-busy") === "true") setTimeout(tick, 100);
   };
   tick();
@@ -59,7 +59,7 @@ export function endedRun(run, isMarkdown) {
     )),
     run.error ? h("p", { className: "error", role: "alert" }, run.error) : null,
     run.notes.map((note) => h("p", { className: "note" }, sentence(note))),
-    factLines(run).map((parts) => h("p", { className: "facts" }, parts)),
+    factLines(run).map((parts) => h("p", { className: "facts" }, parts.map((part) => h("span", {}, part)))),
   ].flat();
 }
 
@@ -81,24 +81,24 @@ export function blendShown({ name, weights, method }) {
   return `${mixed(weights)} (${[name ?? "custom", method].filter(Boolean).join(", ")})`;
 }
 
-/** The lines under a text, each a list of nodes: blend, tokens, speed, time, identity. */
+/** The lines under a text, each a list of facts: blend, tokens, speed, time, identity. */
 function factLines(run) {
   if (run.status === "failed") return [];
+  const blendFact = (text) => ["blend ", h("b", {}, text)];
   if (run.status === "stopped") {
-    const blend = run.mixed ? [" — blend: ", h("b", {}, run.mixed)] : [];
-    return [[`stopped after ${run.seconds.toFixed(1)} s`, ...blend]];
+    return [[`stopped after ${run.seconds.toFixed(1)} s`, ...(run.mixed ? [blendFact(run.mixed)] : [])]];
   }
   return run.answers.map(({ component, blend, usage }) => {
     const isPlain = !Object.keys(blend.weights).length && blend.name === "default"; // a model without adapters
     const tokens = `${usage.completion_tokens} token${usage.completion_tokens === 1 ? "" : "s"}`;
-    const parts = [
+    return [
       run.answers.length > 1 ? component : null,
-      isPlain ? null : h("span", {}, "blend: ", h("b", {}, blendShown(blend))),
-      `${tokens}, ${usage.tokens_per_second.toFixed(1)} tok/s`,
+      isPlain ? null : blendFact(blendShown(blend)),
+      tokens,
+      `${usage.tokens_per_second.toFixed(1)} tok/s`,
       `${run.seconds.toFixed(1)} s`,
-      h("span", { title: blend.identity }, "identity ", h("code", {}, blend.identity.slice(0, 8))),
+      ["identity ", h("code", { title: blend.identity }, blend.identity.slice(0, 8))],
     ].filter(Boolean);
-    return parts.flatMap((part, at) => (at ? [" — ", part] : [part]));
   });
 }
 

@@ -26,8 +26,8 @@ async function open() {
   async function look() {
     const state = await fetched("state").catch(() => null);
     loading.show(state);
-    panels.forEach((each) => each.setReady(state?.ready ?? false));
-    if (!state?.ready) setTimeout(look, LOOK_MS);
+    panels.forEach((each) => each.setReady(isReady(state)));
+    if (!isReady(state)) setTimeout(look, LOOK_MS);
   }
   await look();
 }
@@ -38,6 +38,8 @@ async function fetched(path) {
   return answer.json();
 }
 
+const isReady = (state) => state?.status === "ok";
+
 /** How far the loading is: {element, show(state)}. A bar of unknown length moves too. */
 function loadingBar() {
   const bar = h("progress", { max: 100, "aria-label": "Loading" });
@@ -47,7 +49,7 @@ function loadingBar() {
   return {
     element,
     show(state) {
-      element.hidden = Boolean(state?.ready);
+      element.hidden = isReady(state);
       const { what, done, total } = state?.progress ?? {};
       const share = total ? Math.round((100 * done) / total) : null;
       percent.textContent = state ? `Loading…${share === null ? "" : ` ${share} %`}` : "Waiting for the server…";
