@@ -419,7 +419,7 @@ def test_a_chat_template_may_lie_beside_a_gguf(app: Path) -> None:
         ("response_format: {type: regex, regex: '(a'}",
          "component.action.response_format: the response_format cannot be kept to: "),
         ("params: {logit_bias: {999: 1}}",
-         "component.action.params.logit_bias: logit_bias names the token 999, and this model has the tokens 0 to 257"),
+         "component.action.params.logit_bias.999: logit_bias names the token 999, and this model has the tokens 0 to 257"),
     ],
 )  # fmt: skip
 def test_what_an_action_asks_for_in_vain(app: Path, given: str, expected: str) -> None:
@@ -462,12 +462,14 @@ def test_programs_that_are_not_there(app: Path, gguf: Path) -> None:
     edit(app, "  precision: float32", "  driver: llamacpp\n  options: {server: ./llama-server}")
     (problem,) = problems(app, error=LoadError)
     assert problem.startswith(
-        "model-compose.yml:13: component.options: options.server: there is no ./llama-server that can"
+        "model-compose.yml:13: component.options.server: options.server: there is no ./llama-server that can"
     )
     edit(app, "driver: llamacpp\n  options: {server: ./llama-server}", "driver: vllm\n  options: {python: ./python}")
     edit(app, "./models", "./base")
     (problem,) = problems(app, error=LoadError)
-    assert problem.startswith(f"model-compose.yml:13: component.options: options.python: there is no {app}/python; ")
+    assert problem.startswith(
+        f"model-compose.yml:13: component.options.python: options.python: there is no {app}/python; "
+    )
 
 
 def test_ranks_beyond_what_vllm_is_started_for(app: Path) -> None:
