@@ -3,13 +3,14 @@
 Each driver, component, job and server declares its options beside its own code. This module takes them from the registries.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from model_compose.components import COMPONENTS, DEFAULT_ID, ComponentOptions, located, one_or_many, pick
 from model_compose.errors import Keys, NotFound
+from model_compose.registry import ByName
 from model_compose.schema import Options, Seconds, invalid
 from model_compose.servers import HttpServerOptions, WebuiOptions
 from model_compose.workflow.jobs import ComponentJob, JobOptions, WorkflowOptions
@@ -17,27 +18,33 @@ from model_compose.workflow.jobs import ComponentJob, JobOptions, WorkflowOption
 if TYPE_CHECKING:
     AnyComponent = ComponentOptions
 else:
-    AnyComponent = Annotated[Union[tuple(COMPONENTS[name].Options for name in COMPONENTS)], Field()]  # noqa: UP007
+    AnyComponent = Annotated[ComponentOptions, ByName(COMPONENTS, "type", lambda component: component.Options)]
 
 
 class _Serving(Options):
     """A controller's keys, apart from its adapter."""
 
     later: ClassVar[Mapping[str, Any]] = {"queue": None, "threaded": False, "shutdown_pending_period": "0s"}
-    name: str | None = None
-    runtime: Literal["native", "embedded"] = "native"
-    webui: WebuiOptions | None = None
-    max_concurrent_count: int = Field(default=0, ge=0, description="How many runs may go on at once; 0 is unlimited")
+    name: str | None = Field(default=None, description="A name for people; nothing depends on it")
+    runtime: Literal["native", "embedded"] = Field(
+        default="native", description="Accepted for files of the original; both run in this process"
+    )
+    webui: WebuiOptions | None = Field(default=None, description="The web page; none if unset")
+    max_concurrent_count: int = Field(
+        default=0, ge=0, description="Workflows that run at once; further ones wait. 0 is unlimited"
+    )
     shutdown_timeout: Seconds = Field(
-        default=10.0, ge=0, description="How long running requests may continue at shutdown"
+        default=10.0,
+        ge=0,
+        description="Time that running requests get to finish when the service stops: seconds, or 500ms, 30s, 5m",
     )
 
 
 class Controller(_Serving):
     """How the workflows are served, and how many runs may go on at once."""
 
-    adapter: HttpServerOptions | None = None
-    adapters: tuple[HttpServerOptions, ...] = Field(default=(), max_length=1)
+    adapter: HttpServerOptions | None = Field(default=None, description="The HTTP server; none if unset")
+    adapters: tuple[HttpServerOptions, ...] = Field(default=(), max_length=1, description="The same as a list of one")
 
     @model_validator(mode="after")
     def _one_adapter(self) -> Self:
@@ -84,11 +91,16 @@ class Config(Options):
     controller: Annotated[
         Annotated[Controller, Tag("controller")] | Annotated[FlatController, Tag("flat")],
         Discriminator(_controller_shape),
-    ] = Controller(adapter=HttpServerOptions())
-    workflow: WorkflowOptions | None = None
-    workflows: tuple[WorkflowOptions, ...] = ()
-    component: AnyComponent | None = None
-    components: tuple[AnyComponent, ...] = ()
+    ] = Field(
+        default=Controller(adapter=HttpServerOptions()),
+        description="Who serves the workflows; if unset, an HTTP server on 127.0.0.1:8080 without a page",
+    )
+    workflow: WorkflowOptions | None = Field(
+        default=None, description="The only workflow; without any, requests run the default component's default action"
+    )
+    workflows: tuple[WorkflowOptions, ...] = Field(default=(), description="Several workflows")
+    component: AnyComponent | None = Field(default=None, description="The only component")
+    components: tuple[AnyComponent, ...] = Field(default=(), description="Several components")
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
@@ -146,7 +158,7 @@ class Config(Options):
         return pick(self.all_workflows, id or DEFAULT_ID, "workflow")
 
 
-def _check_ids(items: Sequence[tuple[Keys, Any]], what: str, where: str = "") -> None:
+def _check_ids(items: Collection[tuple[Keys, Any]], what: str, where: str = "") -> None:
     """Checks that ids are unique and at most one item is the default. items: each with its keys."""
     seen = set[str]()
     for at, item in items:
@@ -159,6 +171,6 @@ def _check_ids(items: Sequence[tuple[Keys, Any]], what: str, where: str = "") ->
         raise invalid(f"{where}two {what}s say 'default: true': '{first}' and '{second}'; only one can", *at, "default")
 
 
-def _remedy(items: Sequence[Any], what: str) -> str:
+def _remedy(items: Collection[Any], what: str) -> str:
     """The end of a message that says how to choose one of several items."""
     return f"; name one with {what}: in the job, or mark one with default: true" if items else ""

@@ -50,6 +50,15 @@ class ConfigError(ComposeError):
         self.problems = problems
 
 
+class PluginError(ConfigError, ValueError):
+    """Something that another package registers cannot be used: two have one name, or its module does not import.
+
+    A ValueError too, so that pydantic tells at which line of the file the name stands.
+    """
+
+    title = "Plug-in not usable"
+
+
 class SourceError(ComposeError):
     """Weights are not available: missing, gated, damaged, or no network."""
 

@@ -275,7 +275,10 @@ def templated(model: type[Options], base: type[Options]) -> type[Any]:
     for name, info in model.model_fields.items():
         annotation: Any = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, Options):
-            fields[name] = (templated(annotation, Options), FieldInfo(default_factory=dict))
+            fields[name] = (
+                templated(annotation, Options),
+                FieldInfo(default_factory=dict, description=info.description),
+            )
         else:
             field = FieldInfo.merge_field_infos(info, annotation=info.annotation)
             fields[name] = (Annotated[(annotation, *info.metadata, OrExpression())], field)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, located
+from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result
 from model_compose.components.model_actions import (
     MOST_TEXTS,
     ChatCompletion,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class LanguageModelOptions(ModelOptions, ComponentOptions):
     """A `model` component, whatever its task."""
 
-    type: Literal["model"]
+    type: Literal["model"] = Field(description="The kind of component")
 
     @model_validator(mode="after")
     def _constant_blends_are_known(self) -> Self:
@@ -64,21 +64,21 @@ class LanguageModelOptions(ModelOptions, ComponentOptions):
         used += [(f"the action '{id}'", blends.resolve(blend)) for _, id, blend in self._constant_blends()]
         return [user for user, blend in used if adapter in blend.active]
 
-    def located_actions(self, at: Keys = ()) -> list[tuple[Keys, ActionOptions]]:
-        both: Any = self
-        return [((*at, *keys), action) for keys, action in located(both.action, both.actions, "action")]
-
 
 class TextGenerationOptions(LanguageModelOptions):
-    task: Literal["text-generation"]
-    action: TextGenerationAction | None = None  # type: ignore[valid-type]  # made by templated()
-    actions: tuple[TextGenerationAction, ...] = ()  # type: ignore[valid-type]
+    task: Literal["text-generation"] = Field(
+        description="What actions take: text-generation a raw prompt, chat-completion messages"
+    )
+    action: TextGenerationAction | None = Field(default=None, description="The only action")  # type: ignore[valid-type]  # made by templated()
+    actions: tuple[TextGenerationAction, ...] = Field(default=(), description="Several actions")  # type: ignore[valid-type]
 
 
 class ChatCompletionOptions(LanguageModelOptions):
-    task: Literal["chat-completion"]
-    action: ChatCompletionAction | None = None  # type: ignore[valid-type]
-    actions: tuple[ChatCompletionAction, ...] = ()  # type: ignore[valid-type]
+    task: Literal["chat-completion"] = Field(
+        description="What actions take: text-generation a raw prompt, chat-completion messages"
+    )
+    action: ChatCompletionAction | None = Field(default=None, description="The only action")  # type: ignore[valid-type]
+    actions: tuple[ChatCompletionAction, ...] = Field(default=(), description="Several actions")  # type: ignore[valid-type]
 
     @property
     def chats(self) -> bool:

@@ -95,9 +95,11 @@ class Driver(Protocol):
 
 
 ENGINES: Registry[Driver] = Registry(
+    "driver",
+    "model_compose.engines",
     {
         "huggingface": "model_compose.engines.huggingface.engine:HuggingfaceEngine",
         "vllm": "model_compose.engines.vllm.engine:VllmEngine",
         "llamacpp": "model_compose.engines.llamacpp:DRIVER",
-    }
+    },
 )

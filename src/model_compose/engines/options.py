@@ -31,14 +31,18 @@ Quantization = Annotated[Literal["int8", "int4", "nf4", "fp4"], BeforeValidator(
 class AdapterOptions(Options):
     """One LoRA adapter of the default blend. precision and device default to the base's."""
 
-    type: Literal["lora"]
-    name: str | None = Field(default=None, min_length=1, description="Its name in blends; peft_adapter_<i> if left out")
-    model: ModelSource
-    weight: Weight = 1.0
-    precision: Precision = "auto"
-    device: str | None = None
+    type: Literal["lora"] = Field(description="The kind of adapter; LoRA is the only one")
+    name: str | None = Field(
+        default=None, min_length=1, description="The name that blends use; peft_adapter_<i> if unset"
+    )
+    model: ModelSource = Field(description="Where the weights come from: org/name of the Hub, a path, or a mapping")
+    weight: Weight = Field(default=1.0, description="Its weight in the default blend; may be 0, negative, or above 1")
+    precision: Precision = Field(
+        default="auto", description="The dtype that the adapter computes in; auto is the base's"
+    )
+    device: str | None = Field(default=None, description="The device that computes the adapter; the base's if unset")
     quantization: SkipJsonSchema[Any] = None
-    low_cpu_mem_usage: bool = False
+    low_cpu_mem_usage: bool = Field(default=False, description="Accepted for files of the original; no effect")
 
     @field_validator("name")
     @classmethod
@@ -58,34 +62,53 @@ class AdapterOptions(Options):
 class ModelOptions(Options):
     """What every driver is told about its model."""
 
-    id: str = "__component__"
-    driver: str = "huggingface"
-    model: ModelSource
-    precision: Precision = "auto"
-    device: str = "auto"
-    device_mode: Literal["auto", "single"] = Field(default="auto", description="Either way the model is on one device")
-    quantization: Quantization | None = Field(
-        default=None, description="What the base's weights are kept as; quantised ones take adapters too"
+    id: str = Field(
+        default="__component__",
+        description="The name by which jobs and clients choose this component; `default` on /v1 if unset",
     )
-    max_seq_length: int | None = Field(default=None, ge=1, description="Upper limit of the context, in tokens")
-    fast_tokenizer: bool = True
-    low_cpu_mem_usage: bool = Field(default=False, description="Weights are always mapped and moved one by one")
-    preload: bool = True
-    on_demand: Any = False
-    runtime_spec: Any = None
-    peft_adapters: tuple[AdapterOptions, ...] = ()
+    driver: str = Field(default="huggingface", description="What runs the model: huggingface, vllm or llamacpp")
+    model: ModelSource = Field(description="Where the weights come from: org/name of the Hub, a path, or a mapping")
+    precision: Precision = Field(
+        default="auto",
+        description="The dtype of the weights. auto is the checkpoint's own on an accelerator; on a CPU it is bfloat16 "
+        "where the processor computes that natively, else float32",
+    )
+    device: str = Field(default="auto", description="cpu, cuda or cuda:1; auto takes an accelerator if there is one")
+    device_mode: Literal["auto", "single"] = Field(
+        default="auto", description="Accepted for files of the original; the model is on one device either way"
+    )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="How the base's weights are stored: int8 or int4 on a CPU; int8, nf4 or fp4 on CUDA. "
+        "Adapters stay exact",
+    )
+    max_seq_length: int | None = Field(
+        default=None, ge=1, description="Longest prompt plus answer, in tokens; the model's own context if unset"
+    )
+    fast_tokenizer: bool = Field(default=True, description="Must stay true: streaming needs the fast tokenizer")
+    low_cpu_mem_usage: bool = Field(
+        default=False, description="Accepted for files of the original; weights are always loaded one by one"
+    )
+    preload: bool = Field(default=True, description="Must stay true: models load when the service starts")
+    on_demand: Any = Field(default=False, description="Must stay false: models stay loaded")
+    runtime_spec: Any = Field(default=None, description="Must stay unset: it would have no effect")
+    peft_adapters: tuple[AdapterOptions, ...] = Field(
+        default=(), description="The adapters; their weights form the default blend"
+    )
     blends: dict[str, BlendOptions] = Field(
         default_factory=dict,
-        description="Named blends: {adapter: weight}, or {method, weights, …} for another than the sum",
+        description="Named blends: {adapter: weight} for the exact sum, or {method, weights, …} for an approximate method",
     )
-    allow_runtime_adapters: bool = Field(default=False, description="Let clients load and unload adapters by /v1")
+    allow_runtime_adapters: bool = Field(
+        default=False, description="Whether clients may load and unload adapters through /v1"
+    )
     runtime_adapter_sources: SourcePatterns = Field(
         default=("./",),
-        description="What clients may load: folders with all below them, and repositories of the Hub (org/name, org/*); "
-        "the folder of this file if unset",
+        description="What clients may load: folders with everything below them, and repositories of the Hub (org/name, "
+        "org/*); the folder of the file if unset",
     )
     options: Annotated[SerializeAsAny[Options], AnyOf(lambda: [ENGINES[name].Options for name in ENGINES])] = Field(
-        default_factory=Options, validate_default=True
+        default_factory=Options, validate_default=True, description="Options of the driver"
     )
 
     @field_validator("driver")
@@ -93,6 +116,7 @@ class ModelOptions(Options):
     def _known_driver(cls, driver: str) -> str:
         if driver not in ENGINES:
             raise invalid(f"unknown driver '{driver}'; available: {', '.join(ENGINES)}")
+        ENGINES[driver]  # imports it here, so that a package that cannot be imported is an error of this key
         return driver
 
     @field_validator("options", mode="before")

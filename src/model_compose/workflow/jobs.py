@@ -16,14 +16,18 @@ class ComponentJob(Options):
     later: ClassVar[Mapping[str, Any]] = {
         "interrupt": None, "hook": None, "retry": 1, "on_error": None, "max_run_count": 25, "repeat_count": 1,
     }  # fmt: skip
-    type: Literal["component"] = "component"
-    id: str = "__job__"
-    name: str | None = None
-    depends_on: tuple[str, ...] = ()
-    component: str = DEFAULT_ID
-    action: str = DEFAULT_ID
-    input: TemplateValue = None
-    output: TemplateValue = None
+    type: Literal["component"] = Field(default="component", description="The kind of job; a component runs")
+    id: str = Field(default="__job__", description="The name by which other jobs and expressions refer to this job")
+    name: str | None = Field(default=None, description="A name for people; nothing depends on it")
+    depends_on: tuple[str, ...] = Field(
+        default=(), description="Ids of the jobs that must be done before this one starts"
+    )
+    component: str = Field(default=DEFAULT_ID, description="Id of the component; the default one if unset")
+    action: str = Field(default=DEFAULT_ID, description="Id of the component's action; the default one if unset")
+    input: TemplateValue = Field(default=None, description="What the component gets; the workflow's input if unset")
+    output: TemplateValue = Field(
+        default=None, description="What the job gives, as `${output}` or parts of it; all of it if unset"
+    )
 
     @property
     def input_template(self) -> Template:
@@ -40,15 +44,21 @@ JobOptions = ComponentJob
 class WorkflowOptions(Options):
     """Jobs and how their outputs become the workflow's. Without jobs: one job that runs the default component."""
 
-    id: str = "__workflow__"
-    name: str | None = None
-    title: str | None = None
-    description: str | None = None
-    job: JobOptions | None = None
-    jobs: tuple[JobOptions, ...] = ()
-    output: TemplateValue = None
-    default: bool = False
-    private: bool = Field(default=False, description="Hidden from lists and pages; still runs by its id")
+    id: str = Field(default="__workflow__", description="The name by which a request chooses this workflow")
+    name: str | None = Field(default=None, description="A name for people; nothing depends on it")
+    title: str | None = Field(default=None, description="The heading on the page")
+    description: str | None = Field(default=None, description="The text under the heading")
+    job: JobOptions | None = Field(
+        default=None, description="The only job; without any, one runs the default component"
+    )
+    jobs: tuple[JobOptions, ...] = Field(default=(), description="Several jobs")
+    output: TemplateValue = Field(
+        default=None, description="What the workflow gives; the output of its last jobs if unset"
+    )
+    default: bool = Field(default=False, description="Whether this is the workflow of a request that names none")
+    private: bool = Field(
+        default=False, description="Whether lists and the page leave this workflow out; a request may still name its id"
+    )
 
     @model_validator(mode="after")
     def _graph_is_sound(self) -> Self:
