@@ -107,8 +107,8 @@ class ModelOptions(Options):
         description="What clients may load: folders with everything below them, and repositories of the Hub (org/name, "
         "org/*); the folder of the file if unset",
     )
-    options: Annotated[SerializeAsAny[Options], AnyOf(lambda: [ENGINES[name].Options for name in ENGINES])] = Field(
-        default_factory=Options, validate_default=True, description="Options of the driver"
+    options: Annotated[SerializeAsAny[Options], AnyOf(lambda: [driver.Options for _, driver in ENGINES.usable()])] = (
+        Field(default_factory=Options, validate_default=True, description="Options of the driver")
     )
 
     @field_validator("driver")
