@@ -122,6 +122,8 @@ def _with_paths_moved(value: Any, node: Node, folders: Mapping[str, str]) -> Any
     """
     if isinstance(value, tuple):
         return tuple(_with_paths_moved(item, child(node, index) or node, folders) for index, item in enumerate(value))
+    if isinstance(value, dict):
+        return {key: _with_paths_moved(item, child(node, key) or node, folders) for key, item in value.items()}
     if not isinstance(value, Options):
         return value
     changed = {}
@@ -136,6 +138,7 @@ def _with_paths_moved(value: Any, node: Node, folders: Mapping[str, str]) -> Any
 
 
 def _moved(value: Any, node: Node, path: RelativeToFile, folders: Mapping[str, str]) -> Any:
+    """A path, or a tuple of paths, with the folder of its file in front; see _with_paths_moved."""
     if isinstance(value, tuple):
         return tuple(_moved(item, child(node, index) or node, path, folders) for index, item in enumerate(value))
     if not isinstance(value, str) or not path.is_path(value) or value.startswith(("/", "~")):
