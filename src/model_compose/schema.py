@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Union
 
 from pydantic import (
     BaseModel,
@@ -17,6 +17,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     SecretStr,
+    TypeAdapter,
     create_model,
     model_validator,
 )
@@ -63,14 +64,18 @@ class RelativeToFile:
     is_path: Callable[[str], bool] = bool
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AnyOf:
     """Annotation: the value is of one of several classes, which another field chooses.
 
     classes: returns them. It is called only when the classes are needed, since it imports them.
     """
 
-    classes: Callable[[], Iterable[type["Options"]]]
+    classes: Callable[[], Iterable[Any]]
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        every: Any = Union[tuple(self.classes())]  # noqa: UP007
+        return handler(TypeAdapter(every).core_schema)
 
 
 SecretText = Annotated[SecretStr, Secret()]
