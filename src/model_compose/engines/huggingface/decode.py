@@ -12,7 +12,7 @@ from model_compose.engines.huggingface.attention import Decode, Pass
 from model_compose.engines.huggingface.quantized import NativeLinear
 from model_compose.lora.layers import LoraModel, Projection
 from model_compose.lora.live import Layout, Mix
-from model_compose.native import FEW, KINDS, CLayer, CProjection, CRun, CShape, CStack, Kernels
+from model_compose.native import FEW, KINDS, CLayer, CProjection, CCacheRows, CHeads, CStack, Kernels
 
 if TYPE_CHECKING:
     from model_compose.engines.huggingface.decoder import Layer, Turn
@@ -36,7 +36,7 @@ class NativeLayers:
     """layers: of the decoder. norm: the last one."""
 
     def __init__(
-        self, native: Kernels, lora: LoraModel, layers: Sequence["Layer"], shape: CShape, norm: Tensor
+        self, native: Kernels, lora: LoraModel, layers: Sequence["Layer"], shape: CHeads, norm: Tensor
     ) -> None:  # fmt: skip
         self._native, self._lora, self._layers, self._shape, self._norm = native, lora, layers, shape, norm
         self._table: Table | None = None
@@ -105,12 +105,12 @@ def _layer(
     return CLayer(layer.norm.data_ptr(), layer.mlp_norm.data_ptr(), norm, layer.window or 0, *found)
 
 
-def _run(group: Decode) -> CRun:
+def _run(group: Decode) -> CCacheRows:
     block, tokens, rows = group.block, group.tokens, group.rows
     keys, values = block.pointers
     kind = KINDS[block.keys[0].dtype]
     count = tokens.stop - tokens.start
-    return CRun(
+    return CCacheRows(
         tokens.start,
         count,
         rows.start,

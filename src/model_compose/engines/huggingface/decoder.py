@@ -22,7 +22,7 @@ from model_compose.engines.huggingface.quantized import NativeLinear, quantize
 from model_compose.engines.huggingface.rotary import rotate_by_row, switch_length
 from model_compose.lora.layers import LoraModel, Projection
 from model_compose.lora.live import Mix
-from model_compose.native import KINDS, CShape, Kernels, kernels
+from model_compose.native import KINDS, CHeads, Kernels, kernels
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -63,7 +63,7 @@ class LlamaForward:
         weight = inner.embed_tokens.weight
         shape = LayerShape(keys, dim, dim, weight.dtype, weight.device)
         self.layers = [shape] * len(self._layers)
-        whole = CShape(heads, keys, dim, config.rms_norm_eps, dim**-0.5)
+        whole = CHeads(heads, keys, dim, config.rms_norm_eps, dim**-0.5)
         self._native = None if native is None else NativeLayers(native, lora, self._layers, whole, self._norm)
         sizes = Sizes(heads, keys, dim, config.rms_norm_eps)
         self._between = Between(sizes, inner.layers[0].mlp.act_fn, self._native)
