@@ -112,7 +112,7 @@ def test_no_memory_or_threads_is_a_memory_error(name: str, counted: tuple[Kernel
             before = [step.x.clone(), step.kept.clone()]
             library.refuse(ctypes.c_long(number))
             if number >= 0:
-                with pytest.raises(MemoryError, match="the system has no (memory|threads) for a call of native code"):
+                with pytest.raises(MemoryError, match=r"the system has no (memory|threads) for a call of native code"):
                     step.run(made, name)
                 assert held.value == 0
                 assert all(map(torch.equal, step.changed[:2], before))

@@ -37,7 +37,7 @@ from model_compose.progress import Progress, silent
 from model_compose.request_log import REQUEST_FORMAT
 
 if TYPE_CHECKING:
-    from model_compose.loading import Loaded
+    from model_compose.loading import ComposeFile
     from model_compose.progress import Report
     from model_compose.running import Record
 
@@ -267,7 +267,7 @@ app.command("start", hidden=True)(up)
 app.command("stop", hidden=True)(down)
 
 
-def _service(loaded: "Loaded") -> "Record | None":
+def _service(loaded: "ComposeFile") -> "Record | None":
     """The running service of this file, once it is ready; None where there is none that would give the same answer."""
     from model_compose.running import find, fingerprint
 
@@ -303,7 +303,7 @@ def _what_is_up() -> list[str]:
     return ["these are up; each line ends one:", *lines] if lines else []
 
 
-def _serve(loaded: "Loaded") -> None:
+def _serve(loaded: "ComposeFile") -> None:
     from model_compose.compose import Compose
     from model_compose.running import hold
     from model_compose.servers.serve import Addresses, serve
@@ -329,7 +329,7 @@ def _serve(loaded: "Loaded") -> None:
         asyncio.run(serve(compose, report, announce, ready))
 
 
-def _detach(loaded: "Loaded", arguments: list[str], pairs: dict[str, str]) -> None:
+def _detach(loaded: "ComposeFile", arguments: list[str], pairs: dict[str, str]) -> None:
     """Starts `up` with these arguments in the background, and reports its address once it is healthy.
 
     pairs: what -e gave; it goes into the child's environment, since everybody may read a process's arguments.

@@ -11,7 +11,7 @@ from model_compose.errors import InputError
 from model_compose.request_log import RequestFilter
 
 if TYPE_CHECKING:
-    from model_compose.loading import Loaded
+    from model_compose.loading import ComposeFile
 
 Files = Annotated[
     list[Path] | None,
@@ -36,7 +36,7 @@ def all_files(files: list[Path] | None) -> list[Path]:
     return [*global_files, *(files or [])]
 
 
-def load_files(files: list[Path] | None, env_files: list[Path] | None, env: list[str] | None) -> "Loaded":
+def load_files(files: list[Path] | None, env_files: list[Path] | None, env: list[str] | None) -> "ComposeFile":
     from model_compose.loading import environment, find_files, load
 
     found = find_files(all_files(files))

@@ -111,7 +111,7 @@ class Kernels:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises OSError or AttributeError if the file is no such library, StructMismatch if it is another version of it."""
+        """Raises OSError, ValueError or AttributeError if the file is no such library; StructMismatch."""
         self._scratch = threading.local()
         library = ctypes.CDLL(str(path))  # other Python threads run while a function of this library does
         for name, struct in STRUCTS.items():
@@ -184,8 +184,8 @@ class Kernels:
     ) -> Tensor:  # fmt: skip
         """All layers of a step in which each row has one new token, and the last norm: (tokens, size).
 
-        scales: v (tokens, rank) for each layout, in the order of the layouts' numbers in `layers`. turn: cosine and sine, as
-        in `attend`. x: (tokens, size), the embeddings; they are overwritten.
+        scales: v (tokens, rank) for each layout, in the order of the layouts' numbers in `layers`. turn: cosine and sine,
+        as in `attend`. x: (tokens, size), the embeddings; they are overwritten.
         """
         out = torch.empty_like(x)
         pointers = (_P * len(scales))(*(v.data_ptr() for v in scales))
@@ -203,8 +203,8 @@ def _check_layout(library: ctypes.CDLL, name: str, struct: type[ctypes.Structure
     theirs = list((_N * (count + 2)).in_dll(library, f"layout_of_{name}")) if count == len(fields) else [count]
     if theirs != [len(fields), ctypes.sizeof(struct), *fields]:
         raise StructMismatch(
-            f"the compiled kernels keep the struct '{name}' in another way than Python does; this is a fault of this version "
-            "of model-compose: decode.c and native/__init__.py do not match"
+            f"the compiled kernels keep the struct '{name}' in another way than Python does; this is a fault of this "
+            "version of model-compose: decode.c and native/__init__.py do not match"
         )
 
 
