@@ -12,6 +12,7 @@ import subprocess
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,8 +87,8 @@ class Affine:
     """x Wᵀ + bias, with W as it is stored.
 
     weight: (out, in) float32 or bfloat16; or (out, in) int8, where each row is filled up with zeros to whole groups; or
-    (out, in / 2) uint8, two 4-bit numbers in a byte. Byte i of a group's 16 holds the group's input i in its low half and
-    input i + 16 in its high half.
+    (out, in / 2) uint8, two 4-bit numbers in a byte. Byte i of a group's 16 holds the group's input i in its low half
+    and input i + 16 in its high half.
 
     scales: float32. For int8 (out): w = number · scale. For 4 bits (2, out, in / GROUP): the groups' scales, then their
     offsets: w = number · scale + offset. bias: float32 (out).
@@ -134,8 +135,8 @@ class Kernels:
     def expand(self, affine: Affine) -> Tensor:
         """W as float32 (out, in), from any other dtype.
 
-        The result is valid until this thread's next call. Its memory is used again, since fresh memory would cost more time
-        than the work.
+        The result is valid until this thread's next call. Its memory is used again, since fresh memory would cost more
+        time than the work.
         """
         size = len(affine.weight) * affine.inputs
         if getattr(self._scratch, "size", 0) < size:
@@ -169,9 +170,9 @@ class Kernels:
     ) -> None:  # fmt: skip
         """Rotates the new tokens of these rows, stores their keys and values in the cache, and attends, in one layer.
 
-        qkv: (tokens, (heads + 2 · key heads) · size) of the whole pass; cosine, sine: (tokens, size), the sine of the first
-        half negative; norms: (heads + key heads, size), of queries and keys; window: how many tokens back a token looks;
-        out: (tokens, heads · size).
+        qkv: (tokens, (heads + 2 · key heads) · size) of the whole pass; cosine, sine: (tokens, size), the sine of the
+        first half negative; norms: (heads + key heads, size), of queries and keys; window: how many tokens back a token
+        looks; out: (tokens, heads · size).
         """
         self._attend(
             ctypes.byref(rows), layer, ctypes.byref(heads), _pointer(norms), window or 0,
@@ -184,8 +185,8 @@ class Kernels:
     ) -> Tensor:  # fmt: skip
         """All layers of a step in which each row has one new token, and the last norm: (tokens, size).
 
-        scales: v (tokens, rank) for each layout, in the order of the layouts' numbers in `layers`. turn: cosine and sine,
-        as in `attend`. x: (tokens, size), the embeddings; they are overwritten.
+        scales: v (tokens, rank) for each layout, in the order of the layouts' numbers in `layers`. turn: cosine and
+        sine, as in `attend`. x: (tokens, size), the embeddings; they are overwritten.
         """
         out = torch.empty_like(x)
         pointers = (_P * len(scales))(*(v.data_ptr() for v in scales))
@@ -213,7 +214,8 @@ def _function(function: "ctypes._NamedFuncPointer", *types: type) -> "ctypes._Na
     return function
 
 
-def _check_result(result: int, function: "ctypes._NamedFuncPointer", arguments: tuple[object, ...]) -> None:
+def _check_result(result: Any, function: Any, _: Any) -> Any:
+    """What ctypes calls after each function, with the code that it returned."""
     if result:
         missing = {1: "memory", 2: "threads"}[result]  # NO_MEMORY and NO_THREADS of memory.h
         raise MemoryError(f"the system has no {missing} for a call of native code ({function.__name__})")
