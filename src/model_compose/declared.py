@@ -53,9 +53,8 @@ def keys_in(model: Any, location: Keys) -> Keys:
         return ()
     members = _members(plain, annotations)
     if len(members) > 1 and not _chosen(annotations):
-        if named := [member for member in members if location[0] in _labels(member)]:
-            return _longest(keys_in(member, location[1:]) for member in named)
-        return _longest(keys_in(member, rest) for member in members for rest in (location, location[1:]))
+        named = [member for member in members if location[0] in _labels(member)]
+        return _longest(keys_in(member, location[1:]) for member in named or members)
     if members:
         return _longest(keys_in(member, location) for member in members)
     return _longest((location[0], *keys_in(inner, location[1:])) for inner in _inside(plain, location[0]))

@@ -100,9 +100,7 @@ class ByName(AnyOf):
             try:
                 entry = self._registry[name]
             except PluginError as error:
-                raise _wrong(
-                    PydanticCustomError("plugin", "{problem}", {"problem": str(error)}), self._key, name
-                ) from None
+                raise invalid(str(error), self._key) from None
             self._adapters[name] = TypeAdapter(self._options(entry))
         return self._adapters[name].validate_python(value)
 
