@@ -1,7 +1,6 @@
-"""The base class of everything a user writes in YAML or sends as a request: frozen, and unknown keys are errors.
+"""The base class of everything that a user writes in YAML or sends as a request: frozen, and unknown keys are errors.
 
-Knows nothing of any particular option; each driver, component and server derives its own options from `Options`
-beside its code.
+Knows no particular option. Each driver, component and server derives its own options from `Options`, beside its code.
 """
 
 import difflib
@@ -81,9 +80,10 @@ LocalPath = Annotated[str, RelativeToFile()]
 
 
 class Options(BaseModel):
-    """A frozen pydantic model that refuses unknown keys and names the nearest valid one.
+    """A frozen pydantic model. It refuses an unknown key and suggests the nearest valid one.
 
-    later: keys of the dialect that this version accepts only at the given default; anything else is refused by name.
+    later: keys of the original model-compose that this version does not support, with their defaults. It accepts such a
+    key only with its default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -104,7 +104,7 @@ class Options(BaseModel):
 
 
 def _boolean(value: Any) -> Any:
-    """The value, where it is one of YAML 1.1's words for true and false as fields of that type take it."""
+    """True or False for a word that YAML 1.1 and pydantic read as that; any other value unchanged."""
     words = {"yes": True, "on": True, "no": False, "off": False}
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
@@ -119,7 +119,10 @@ def _cut(name: str) -> str:
 
 
 def at_most(count: int, things: str) -> BeforeValidator:
-    """Annotation: refuses a longer list or mapping before its items are looked at, as each wrong one would be an error."""
+    """Annotation: refuses a list or mapping of more than `count` items before pydantic checks the items.
+
+    Otherwise a request of a million wrong items would get a million errors.
+    """
 
     def check(value: Any) -> Any:
         if isinstance(value, list | tuple | Mapping) and len(value) > count:
@@ -133,7 +136,10 @@ def at_most(count: int, things: str) -> BeforeValidator:
 
 
 def field_of(item: ErrorDetails, data: Any) -> str:
-    """The field of `data` that pydantic speaks of, as the caller wrote it: without the names of a union's members."""
+    """The dotted path of the field that a pydantic error is about, in the keys that the caller used.
+
+    pydantic's location also names members of unions, which are not in `data`; those parts are left out.
+    """
     path = []
     for part in item["loc"]:
         inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
@@ -147,7 +153,7 @@ def field_of(item: ErrorDetails, data: Any) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest valid one, else all of them."""
+    """A hint for a misspelt name: the nearest valid name, or all valid names if none is near."""
     valid = list(valid)
     near = difflib.get_close_matches(name[:LONGEST_NAME], valid, n=1, cutoff=0.6)
     if near:
@@ -156,7 +162,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """The value as a message shows it: short, in YAML's words, and never what is inside a mapping or a list."""
+    """The value as messages show it: short and in YAML's words. The contents of mappings and lists are never shown."""
     if isinstance(value, Mapping | list | tuple):
         return "a mapping" if isinstance(value, Mapping) else "a list"
     if value is None or isinstance(value, bool):
@@ -171,7 +177,10 @@ _DECIMAL = re.compile(r"\s*[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?
 
 
 def finite_number(value: Any) -> float:
-    """A finite number, or a decimal string as forms send it. true, NaN and infinity are errors."""
+    """The value as a finite float. Accepts decimal text too, since forms send text.
+
+    Raises PydanticCustomError for anything else, such as true, NaN and infinity.
+    """
     problem = PydanticCustomError(
         "weight", "a weight must be a finite number, not {value}{advice}",
         {"value": shown(value), "advice": decimal_advice(value)},
@@ -190,7 +199,7 @@ def finite_number(value: Any) -> float:
 
 
 def decimal_advice(value: Any) -> str:
-    """How to write the number that a text means: 0,7, or one in a form that YAML 1.1 knows (012, 0x1F, 1:30, 1_000)."""
+    """Advice on how to write a number that was written as 0,7 or in a form of YAML 1.1 (012, 0x1F, 1:30, 1_000); or ""."""
     if not isinstance(value, str) or len(value) > 40:
         return ""
     if re.fullmatch(r"[-+]?[0-9]*,[0-9]+", value):
@@ -212,7 +221,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1
 
 
 def _seconds(value: Any) -> Any:
-    """The dialect's durations: a number of seconds, or 500ms, 30s, 5m, 1h, 1d."""
+    """A duration in seconds: a number of seconds, or text such as 500ms, 30s, 5m, 1h, 1d."""
     if isinstance(value, str):
         match = _DURATION.fullmatch(value.strip())
         if match is None:
@@ -228,7 +237,7 @@ Weight = Annotated[float, BeforeValidator(finite_number)]
 
 
 def has_expression(value: Any) -> bool:
-    """Whether there is a ${...} anywhere in a YAML value."""
+    """Whether a YAML value contains a ${...} anywhere."""
     if isinstance(value, Mapping):
         return any(has_expression(item) for item in value.values())
     if isinstance(value, list | tuple):
@@ -237,7 +246,7 @@ def has_expression(value: Any) -> bool:
 
 
 def checked_expression(value: Any) -> Any:
-    """The value as it is, after its expressions have been parsed once to find mistakes at load."""
+    """Returns the value unchanged. Parses its expressions once, so that mistakes are found when the file is loaded."""
     try:
         parse(value)
     except SyntaxProblem as problem:
@@ -246,11 +255,11 @@ def checked_expression(value: Any) -> Any:
 
 
 TemplateValue = Annotated[Any, BeforeValidator(checked_expression)]
-"""Any YAML value with expressions in it; kept as written, parsed where it is used."""
+"""Any YAML value that may contain expressions. It is kept as written and parsed where it is used."""
 
 
 class OrExpression:
-    """Annotation: the field's own type, or a value that contains expressions and is checked after they are evaluated."""
+    """Annotation: the field takes its own type, or a value with expressions, which is checked once they are evaluated."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def check(value: Any, inner: core_schema.ValidatorFunctionWrapHandler) -> Any:
@@ -263,9 +272,9 @@ class OrExpression:
 
 
 def templated(model: type[Options], base: type[Options]) -> type[Any]:
-    """The class for what the YAML holds of `model`: the same fields, each of which may hold expressions instead.
+    """A class with the fields of `model`, each of which may also hold expressions: what the YAML says for it.
 
-    Fields that are Options themselves (params) are taken apart, so their unknown keys are found at load too.
+    A field that is an Options class itself (params) is templated in the same way, so that its unknown keys are errors too.
     """
     fields: dict[str, Any] = {}
     for name, info in model.model_fields.items():
