@@ -189,7 +189,7 @@ def test_names_and_ranks_are_told_by_the_header(app: Path) -> None:
     put(app / "pirate/adapter_config.json", r=rank + 1)
     twice, other_rank = problems(app, error=AdapterError)
     assert "are both the lora_A of" in twice
-    assert f"has rank {rank} in its weights, and adapter_config.json says {rank + 1}" in other_rank
+    assert f"has rank {rank} in its weights, but adapter_config.json says {rank + 1}" in other_rank
 
 
 def test_a_pickled_adapter_is_left_to_whoever_reads_it(app: Path) -> None:

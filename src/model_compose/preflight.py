@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from model_compose.components import located
-from model_compose.engines import on_disk
+from model_compose.engines import ENGINES, on_disk
 from model_compose.engines.devices import check_device, check_quantization
 from model_compose.engines.options import ModelOptions
 from model_compose.engines.prompts import check_tokens
@@ -91,7 +91,8 @@ def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Co
             if read := _read_adapter(name, adapter.model, loaded, weights):
                 adapters[number] = read
     with findings.at(*at, "options"):
-        _check_driver(options, adapters, loaded)
+        named = {options.adapter_names[number]: adapter for number, adapter in adapters.items()}
+        ENGINES[options.driver].preflight(options, named, loaded.base_dir)
     if base is not None:
         unsure = []
         for number, read in adapters.items():
@@ -187,24 +188,7 @@ def _check_exactly(
             check(adapter, shapes)
 
 
-# What drivers and actions ask for.
-
-
-def _check_driver(options: ModelOptions, adapters: Mapping[int, LoraAdapter], loaded: ComposeFile) -> None:
-    """The programs that the file names, and the ranks that vLLM is started for. Raises LoadError."""
-    own = options.options.model_dump()
-    if own.get("server"):
-        from model_compose.engines.llamacpp.server import find
-
-        find(own["server"], loaded.base_dir)
-    if options.driver == "vllm":
-        from model_compose.engines.vllm.loading import choose_rank
-        from model_compose.engines.vllm.server import interpreter
-
-        if own["python"]:
-            interpreter(own["python"], loaded.base_dir)
-        if len(adapters) == len(options.peft_adapters):
-            choose_rank(options.to_blends(), {each.name: each for each in adapters.values()}, own["max_lora_rank"])
+# What actions ask for.
 
 
 def _check_actions(findings: Findings, at: Keys, options: Any, base: Base | None) -> None:

@@ -6,17 +6,18 @@ It suits engines that turn a prompt into pieces of text. An engine that loads ad
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import ClassVar
 
 from model_compose.engines import Stats
 from model_compose.engines.adapters import check_loaded
-from model_compose.engines.options import AdapterOptions, ModelOptions, refuse_common, refuse_full_rank
+from model_compose.engines.options import AdapterOptions, ModelOptions, refuse_common, refuse_full_rank, refuse_given
 from model_compose.engines.text import StopStrings
 from model_compose.errors import Conflict, InputError
 from model_compose.generation import Chunk, Finish, Request, Sampling, Usage
+from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.room import Room
@@ -60,9 +61,13 @@ class BaseEngine(ABC):
     def refuse(cls, options: ModelOptions) -> None:
         refuse_common(options)
         refuse_full_rank(options)
-        for key in OF_MODELS:
-            if key not in cls.honours and getattr(options, key) != ModelOptions.model_fields[key].default:
-                raise ValueError(f"driver {options.driver} cannot honour '{key}': it does not act on it; leave it out")
+        given = {key: getattr(options, key) != ModelOptions.model_fields[key].default for key in OF_MODELS}
+        remedy = "it does not act on it; leave it out"
+        refuse_given(options, {(key,): (is_given, remedy) for key, is_given in given.items() if key not in cls.honours})
+
+    @classmethod  # noqa: B027
+    def preflight(cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
+        """Nothing to look at before the engine opens."""
 
     async def open(self, report: Report) -> None:  # noqa: B027
         """Nothing to load."""

@@ -71,7 +71,7 @@ class ModelOptions(Options):
     precision: Precision = Field(
         default="auto",
         description="The dtype of the weights. auto is the checkpoint's own on an accelerator; on a CPU it is bfloat16 "
-        "if the processor computes that natively, else float32",
+        "where the processor computes that natively, else float32",
     )
     device: str = Field(default="auto", description="cpu, cuda or cuda:1; auto takes an accelerator if there is one")
     device_mode: Literal["auto", "single"] = Field(
@@ -79,8 +79,8 @@ class ModelOptions(Options):
     )
     quantization: Quantization | None = Field(
         default=None,
-        description="How the base's weights are stored: int8 or int4 on a CPU; int8, nf4 or fp4 on CUDA. Adapters stay "
-        "exact",
+        description="How the base's weights are stored: int8 or int4 on a CPU; int8, nf4 or fp4 on CUDA. "
+        "Adapters stay exact",
     )
     max_seq_length: int | None = Field(
         default=None, ge=1, description="Longest prompt plus answer, in tokens; the model's own context if unset"
@@ -107,8 +107,8 @@ class ModelOptions(Options):
         description="What clients may load: folders with everything below them, and repositories of the Hub (org/name, "
         "org/*); the folder of the file if unset",
     )
-    options: Annotated[SerializeAsAny[Options], AnyOf(lambda: [ENGINES[name].Options for name in ENGINES])] = Field(
-        default_factory=Options, validate_default=True, description="Options of the driver"
+    options: Annotated[SerializeAsAny[Options], AnyOf(lambda: [each.Options for each in ENGINES.usable.values()])] = (
+        Field(default_factory=Options, validate_default=True, description="Options of the driver")
     )
 
     @field_validator("driver")
@@ -116,6 +116,7 @@ class ModelOptions(Options):
     def _known_driver(cls, driver: str) -> str:
         if driver not in ENGINES:
             raise invalid(f"unknown driver '{driver}'; available: {', '.join(ENGINES)}")
+        ENGINES[driver]  # raises PluginError, which is told at this key's line
         return driver
 
     @field_validator("options", mode="before")

@@ -1,0 +1,18 @@
+# The session that `make recording` records for README: two commands of the quickstart, typed as a person would.
+# The service runs already, so nothing is loaded while the recording goes on.
+
+say() {
+  printf '\033[1;32m$\033[0m '
+  for ((i = 0; i < ${#1}; i++)); do
+    printf '%s' "${1:i:1}"
+    sleep 0.02
+  done
+  sleep 0.4
+  printf '\n'
+  eval "$1"
+  sleep 1.5
+}
+
+say "model-compose plan -f examples/quickstart/model-compose.yml"
+say "model-compose run -f examples/quickstart/model-compose.yml --input 'Why is the sky blue?' --blend alpaca=1 --stream"
+say "model-compose run -f examples/quickstart/model-compose.yml --input 'Why is the sky blue?' --blend alpaca=0.5,pirate=1.25 --stream"
