@@ -203,8 +203,8 @@ def test_unknown_driver_lists_the_known_ones(message: Message) -> None:
 NAMES = [
     ("name: pirate", "name: alpaca", "15: component: the name 'alpaca' is used twice; adapters and blends"),
     ("plain: {}", "pirate: {}", "18: component: the name 'pirate' is used twice; adapters and blends"),
-    ("plain: {}", "'a:b': {}", "18: component: a blend's name holds no ':'; got 'a:b'"),
-    ("name: pirate", "name: 'a:b'", "15: component.peft_adapters.1.name: an adapter's name holds no ':', which"),
+    ("plain: {}", "'a:b': {}", "18: component: a blend's name must not contain ':'; got 'a:b'"),
+    ("name: pirate", "name: 'a:b'", "15: component.peft_adapters.1.name: an adapter's name must not contain ':', which"),
     ("{alpaca: 2.0}", "{alpacca: 2.0}", "17: component: blend 'strong' names the unknown adapter 'alpacca'; known: alpaca"),
     (JOB, "  jobs:\n    - {id: a}\n    - {id: a}\n", "7: workflow: two jobs of workflow '__workflow__' have the id 'a'"),
     (JOB, "  jobs:\n    - {id: a}\n    - {id: b, depends_on: [c]}\n",
