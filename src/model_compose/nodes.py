@@ -140,11 +140,11 @@ class _Preparing:
         """above: the ids of the nodes that contain this one."""
         node.file = self._name  # type: ignore[attr-defined]  # the marks of libyaml's loader do not carry it
         if id(node) in above:
-            raise ConfigError(f"{at(node)}: an anchor cannot hold itself")
+            raise ConfigError(f"{at(node)}: an anchor cannot contain its own alias; remove the alias")
         if id(node) in self._extent:
             return
         if len(above) > MAX_DEPTH:
-            raise ConfigError(f"{at(node)}: mappings and lists are nested deeper than {MAX_DEPTH}")
+            raise ConfigError(f"{at(node)}: mappings and lists are nested deeper than {MAX_DEPTH}; nest fewer")
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace(_TAG, "!!")
             self.problems.append(f"{at(node)}: the tag {tag} is not supported; write the value without it")
