@@ -118,8 +118,9 @@ WRONG_VALUES = [
     ("max_output_length: 12", "max_output_length: 0",
      "22: component.action.max_output_length: must be greater than or equal to 1, not 0"),
     ("model: ./base", "model: base dir", "11: component.model: 'base dir' is neither a Hub repository (org/name) nor a "
-     "local path (which starts with ./, ../, ~ or /); for a local folder write './base dir'"),
-    ("model: ./base", "model:", "11: component.model: a model source is org/name, a local path, or a mapping, not null"),
+     "local path (which starts with ./, ../, ~ or /); if it is a local folder, write './base dir'"),
+    ("model: ./base", "model:", "11: component.model: a model source must be org/name, a local path, or a mapping, "
+     "not null"),
     ("model: ./base", "model: {provider: hugginface, repository: a/b}",
      "11: component.model: unknown provider 'hugginface'; did you mean 'huggingface'?"),
     ("task: text-generation", "task: text-genration", "9: component: unknown task 'text-genration'; did you mean "

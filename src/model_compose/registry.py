@@ -91,14 +91,24 @@ class ByName:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check)
 
+    def classes(self) -> list[Any]:
+        """The types of all entries. Imports them."""
+        return [self._options(entry) for _, entry in self._registry.usable()]
+
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        every: Any = Union[tuple(self._options(entry) for _, entry in self._registry.usable())]  # noqa: UP007
+        every: Any = Union[tuple(self.classes())]  # noqa: UP007
         return handler(TypeAdapter(every).core_schema)
 
     def _check(self, value: Any) -> Any:
         name = self._name(value)
         if name not in self._adapters:
-            self._adapters[name] = TypeAdapter(self._options(self._registry[name]))
+            try:
+                entry = self._registry[name]
+            except PluginError as error:
+                raise _wrong(
+                    PydanticCustomError("plugin", "{problem}", {"problem": str(error)}), self._key, name
+                ) from None
+            self._adapters[name] = TypeAdapter(self._options(entry))
         return self._adapters[name].validate_python(value)
 
     def _name(self, value: Any) -> str:

@@ -70,8 +70,8 @@ class ModelOptions(Options):
     model: ModelSource = Field(description="Where the weights come from: org/name of the Hub, a path, or a mapping")
     precision: Precision = Field(
         default="auto",
-        description="The dtype of the weights. auto is the checkpoint's own on an accelerator; on a CPU it is bfloat16 where "
-        "the processor computes that natively, else float32",
+        description="The dtype of the weights. auto is the checkpoint's own on an accelerator; on a CPU it is bfloat16 "
+        "where the processor computes that natively, else float32",
     )
     device: str = Field(default="auto", description="cpu, cuda or cuda:1; auto takes an accelerator if there is one")
     device_mode: Literal["auto", "single"] = Field(
@@ -79,7 +79,8 @@ class ModelOptions(Options):
     )
     quantization: Quantization | None = Field(
         default=None,
-        description="How the base's weights are stored: int8 or int4 on a CPU; int8, nf4 or fp4 on CUDA. Adapters stay exact",
+        description="How the base's weights are stored: int8 or int4 on a CPU; int8, nf4 or fp4 on CUDA. "
+        "Adapters stay exact",
     )
     max_seq_length: int | None = Field(
         default=None, ge=1, description="Longest prompt plus answer, in tokens; the model's own context if unset"
@@ -115,6 +116,7 @@ class ModelOptions(Options):
     def _known_driver(cls, driver: str) -> str:
         if driver not in ENGINES:
             raise invalid(f"unknown driver '{driver}'; available: {', '.join(ENGINES)}")
+        ENGINES[driver]  # imports it here, so that a package that cannot be imported is an error of this key
         return driver
 
     @field_validator("options", mode="before")

@@ -83,8 +83,8 @@ class HttpServerOptions(Options):
     allowed_hosts: AllowedHosts = Field(default=(), description=ALLOWED_HOSTS)
     api_keys: Annotated[tuple[SecretStr, ...] | None, BeforeValidator(_keys), Secret(danger=NO_KEY)] = Field(
         default=None,
-        description="Keys that clients must send as `Authorization: Bearer KEY`; only the health needs none. A list, or text "
-        "with commas. An empty one is an error, so that a missing variable opens no door",
+        description="Keys that clients must send as `Authorization: Bearer KEY`; only the health needs none. A list, or "
+        "text with commas. An empty one is an error, so that a missing variable opens no door",
     )
     max_body_size: int = Field(default=DEFAULT_MAX_BODY, ge=1, description="Largest request body, in bytes")
     max_tasks_size: ByteSize = Field(
