@@ -79,7 +79,7 @@ def _controller_shape(value: Any) -> str:
 
 
 class Config(Options):
-    """One file."""
+    """What one YAML file holds, or several that are merged."""
 
     later: ClassVar[Mapping[str, Any]] = {
         key: None
