@@ -1,7 +1,7 @@
 """What the documents say is true: their code runs, their links lead somewhere, and the generated pages are the code's.
 
 Each page is one test, since its blocks build on each other. They run in a copy of the repository's root, against one
-service of the quickstart. docs/contributing.md says what a block of each language must do, and how one that cannot run
+service of the quickstart. docs/contributing/documents.md says what a block of each language must do, and how one that cannot run
 is marked.
 """
 
