@@ -173,7 +173,7 @@ def _yaml() -> str:
     )
     from model_compose.config import Config, Controller, FlatController
     from model_compose.lora.methods import METHODS
-    from model_compose.servers import HttpServerOptions, WebuiOptions
+    from model_compose.server_options import HttpServerOptions, WebuiOptions
     from model_compose.sources import HuggingfaceSource, LocalSource, PypiSource
     from model_compose.workflow.jobs import ComponentJob, WorkflowOptions
 
@@ -278,7 +278,7 @@ def _drivers() -> str:
 def _http() -> str:
     from model_compose.compose import Compose
     from model_compose.loading import load
-    from model_compose.servers import HttpServerOptions
+    from model_compose.server_options import HttpServerOptions
     from model_compose.servers.http import create_app
 
     loaded = load([ROOT / "examples" / "quickstart" / "model-compose.yml"], env={})

@@ -10,7 +10,7 @@ from model_compose.components import COMPONENTS, DEFAULT_ID, ComponentOptions, l
 from model_compose.errors import Keys, NotFound
 from model_compose.registry import ByName
 from model_compose.schema import Options, Seconds, invalid
-from model_compose.servers import HttpServerOptions, WebuiOptions
+from model_compose.server_options import HttpServerOptions, WebuiOptions
 from model_compose.workflow.jobs import ComponentJob, JobOptions, WorkflowOptions
 
 if TYPE_CHECKING:

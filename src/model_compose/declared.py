@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import Tag
 
 from model_compose.errors import Keys
-from model_compose.registry import ByName
 from model_compose.schema import AnyOf, Options
 
 M = TypeVar("M")
@@ -54,9 +53,8 @@ def keys_in(model: Any, location: Keys) -> Keys:
         return ()
     members = _members(plain, annotations)
     if len(members) > 1 and not _chosen(annotations):
-        if named := [member for member in members if location[0] in _labels(member)]:
-            return _longest(keys_in(member, location[1:]) for member in named)
-        return _longest(keys_in(member, rest) for member in members for rest in (location, location[1:]))
+        named = [member for member in members if location[0] in _labels(member)]
+        return _longest(keys_in(member, location[1:]) for member in named or members)
     if members:
         return _longest(keys_in(member, location) for member in members)
     return _longest((location[0], *keys_in(inner, location[1:])) for inner in _inside(plain, location[0]))
@@ -83,8 +81,8 @@ def _members(plain: Any, annotations: tuple[Any, ...]) -> list[Any]:
     return [member for member in get_args(plain) if member is not NoneType]
 
 
-def _chosen(annotations: tuple[Any, ...]) -> list[AnyOf | ByName]:
-    return [each for each in annotations if isinstance(each, AnyOf | ByName)]
+def _chosen(annotations: tuple[Any, ...]) -> list[AnyOf]:
+    return [each for each in annotations if isinstance(each, AnyOf)]
 
 
 def _labels(member: Any) -> set[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from model_compose import scopes
 from model_compose.config import Config
 from model_compose.declared import declarations, is_later
 from model_compose.errors import ConfigError, Keys, RunError
@@ -19,7 +20,6 @@ from model_compose.explain import explain, place
 from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, convert, parse_reference, split
 from model_compose.nodes import at, child, compose, file_of, merge, typed
 from model_compose.schema import Options, RelativeToFile, Secret, nearest
-from model_compose.workflow import scopes
 
 FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Union
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     SecretStr,
+    TypeAdapter,
     create_model,
     model_validator,
 )
@@ -63,12 +64,16 @@ class RelativeToFile:
     is_path: Callable[[str], bool] = bool
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class AnyOf:
     """Annotation: the field's value is of one of these classes; another field says of which. classes: called when needed,
     since it imports them."""
 
-    classes: Callable[[], Iterable[type["Options"]]]
+    classes: Callable[[], Iterable[Any]]
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        every: Any = Union[tuple(self.classes())]  # noqa: UP007
+        return handler(TypeAdapter(every).core_schema)
 
 
 SecretText = Annotated[SecretStr, Secret()]

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from model_compose.engines import Stats
 from model_compose.engines.adapters import check_loaded
-from model_compose.engines.options import AdapterOptions, ModelOptions, refuse_common, refuse_full_rank
+from model_compose.engines.options import AdapterOptions, ModelOptions, refuse_common, refuse_full_rank, refuse_given
 from model_compose.engines.text import StopStrings
 from model_compose.errors import Conflict, InputError
 from model_compose.generation import Chunk, Finish, Request, Sampling, Usage
@@ -56,9 +56,9 @@ class BaseEngine(ABC):
     def refuse(cls, options: ModelOptions) -> None:
         refuse_common(options)
         refuse_full_rank(options)
-        for key in OF_MODELS:
-            if key not in cls.honours and getattr(options, key) != ModelOptions.model_fields[key].default:
-                raise ValueError(f"driver {options.driver} cannot honour '{key}': it does not act on it; leave it out")
+        given = {key: getattr(options, key) != ModelOptions.model_fields[key].default for key in OF_MODELS}
+        remedy = "it does not act on it; leave it out"
+        refuse_given(options, {(key,): (is_given, remedy) for key, is_given in given.items() if key not in cls.honours})
 
     async def open(self, report: Report) -> None:  # noqa: B027
         """Nothing to load."""

@@ -107,8 +107,8 @@ class ModelOptions(Options):
         description="What clients may load: folders with everything below them, and repositories of the Hub (org/name, "
         "org/*); the folder of the file if unset",
     )
-    options: Annotated[SerializeAsAny[Options], AnyOf(lambda: [ENGINES[name].Options for name in ENGINES])] = Field(
-        default_factory=Options, validate_default=True, description="Options of the driver"
+    options: Annotated[SerializeAsAny[Options], AnyOf(lambda: [each.Options for each in ENGINES.usable.values()])] = (
+        Field(default_factory=Options, validate_default=True, description="Options of the driver")
     )
 
     @field_validator("driver")
@@ -116,7 +116,7 @@ class ModelOptions(Options):
     def _known_driver(cls, driver: str) -> str:
         if driver not in ENGINES:
             raise invalid(f"unknown driver '{driver}'; available: {', '.join(ENGINES)}")
-        ENGINES[driver]  # imports it here, so that a package that cannot be imported is an error of this key
+        ENGINES[driver]  # raises PluginError, which is told at this key's line
         return driver
 
     @field_validator("options", mode="before")
