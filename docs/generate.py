@@ -72,7 +72,8 @@ environment
 
 
 class Keys:
-    """Tables of the keys of pydantic classes. sections: the heading under which each class stands on the page."""
+    """Tables of the keys of pydantic classes. sections: the heading under which each class stands on the page, or
+    page#heading."""
 
     def __init__(self, sections: Mapping[str, str]) -> None:
         self.sections = sections
@@ -111,8 +112,8 @@ class Keys:
             if name == "JsonValue":
                 yield "anything"
             else:
-                heading = self.sections[name]
-                yield f"[{heading}](#{_anchor(heading)})"
+                page, _, heading = self.sections[name].rpartition("#")
+                yield f"[{heading}]({page}#{_anchor(heading)})"
         elif "const" in field:
             yield f"`{field['const']}`"
         elif "enum" in field:
@@ -172,6 +173,7 @@ def _yaml() -> str:
         TextFormat,
     )
     from model_compose.config import Config, Controller, FlatController
+    from model_compose.engines import ENGINES
     from model_compose.lora.methods import METHODS
     from model_compose.server_options import HttpServerOptions, WebuiOptions
     from model_compose.sources import HuggingfaceSource, LocalSource, PypiSource
@@ -217,7 +219,7 @@ def _yaml() -> str:
     names = {model.__name__: heading for model, heading in headings.items()}
     # Classes made from others bear the names of those.
     names |= {ChatCompletionOptions.__name__: headings[TextGenerationOptions], FlatController.__name__: "controller"}
-    names |= {"Options": "component of type model"}
+    names |= {ENGINES[driver].Options.__name__: f"drivers.md#driver: {driver}" for driver in ENGINES}
     keys = Keys(names)
     common = set(TextGenerationAction.model_fields) & set(ChatCompletionAction.model_fields)
     parts = [
