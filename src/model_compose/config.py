@@ -81,7 +81,7 @@ def _controller_shape(value: Any) -> str:
 
 
 class Config(Options):
-    """A whole file, or several merged ones."""
+    """What one YAML file holds, or several that are merged."""
 
     later: ClassVar[Mapping[str, Any]] = {
         key: None
