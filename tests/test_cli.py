@@ -17,8 +17,8 @@ import jsonschema_rs
 import pytest
 import yaml
 
-from model_compose.cli import _service
 from model_compose.commands.inputs import read_input
+from model_compose.commands.run import service
 from model_compose.compose import Compose
 from model_compose.errors import InputError
 from model_compose.loading import load
@@ -415,9 +415,9 @@ def test_run_that_fails_prints_nothing_to_stdout(project: Path) -> None:
 def test_service_of_another_version_of_the_file_is_not_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "model-compose.yml"
     with as_running(path, "http://127.0.0.1:9"):
-        assert _service(load([path], {})) is not None
+        assert service(load([path], {})) is not None
         path.write_text(tiny.YAML.replace("weight: 0.7", "weight: 1.7"), encoding="utf-8")
-        assert _service(load([path], {})) is None
+        assert service(load([path], {})) is None
     assert capsys.readouterr().err.startswith(
         "the running service was started from another version of this file (or of"
     )

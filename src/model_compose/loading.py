@@ -16,11 +16,9 @@ from model_compose.config import Config
 from model_compose.errors import ConfigError, RunError
 from model_compose.explain import SECRETS, explain, place
 from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, convert, parse_reference, split
-from model_compose.nodes import Keys, at, below, child, compose, merge, typed
+from model_compose.nodes import FILE_NAMES, Keys, at, below, child, compose, merge, typed
 from model_compose.schema import nearest
 from model_compose.workflow import scopes
-
-FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
 
 # What other languages call our types.
 _OTHER_NAMES = {

@@ -15,6 +15,9 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from model_compose.errors import ConfigError
 
+FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
+"""What a folder's file is called, where nobody names one."""
+
 Keys = tuple[str | int, ...]
 """Where something stands in a file: keys of mappings, indices of lists."""
 
