@@ -1,7 +1,7 @@
 """Values for the shell's completion, read from the YAML files as they are, without checking them.
 
-The shell runs these while a person types. So they import neither pydantic nor torch, and whatever goes wrong means that
-there is nothing to propose.
+The shell runs these while a person types. So they import nothing heavy, and whatever goes wrong means that there is nothing
+to propose.
 """
 
 from collections.abc import Iterable, Iterator
