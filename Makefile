@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 QUICKSTART := examples/quickstart/model-compose.yml
 
-.PHONY: quickstart up test test-shuffled test-vllm test-llamacpp test-llama-server lint train measure clean
+.PHONY: quickstart up test test-fast test-shuffled test-vllm test-llamacpp test-llama-server lint graph package train measure clean
 
 quickstart: .venv/installed  ## Install, fetch the weights, print a blended answer
 	$(BIN)/model-compose run -f $(QUICKSTART) --input '{"prompt": "Why do people read books?"}'
@@ -12,8 +12,11 @@ quickstart: .venv/installed  ## Install, fetch the weights, print a blended answ
 up: .venv/installed  ## Serve the quickstart: API on 8080, page on 8081
 	$(BIN)/model-compose up -f $(QUICKSTART)
 
-test: .venv/dev lint  ## Everything: install, ruff, mypy, every test
+test: .venv/dev lint  ## Everything: install, ruff, mypy, the rules for imports, every test
 	$(BIN)/python -m pytest -q
+
+test-fast: .venv/dev  ## Every test but the slow ones
+	$(BIN)/python -m pytest -q -m "not slow"
 
 test-shuffled: .venv/dev  ## Every test, in an order of its own each time: none may lean on another
 	$(BIN)/python -m pytest -q -p randomly
@@ -34,6 +37,14 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+graph: .venv/dev  ## Print which package imports which, and check the rules for imports in pyproject.toml
+	$(BIN)/import-linter drawgraph model_compose --show-import-totals
+	$(BIN)/lint-imports --no-logo
+
+package: .venv/dev  ## Build the release into dist/, install its wheel into a fresh environment, and run the quickstart there
+	PYTHON=$(PYTHON) .ci/package
 
 train: .venv/dev  ## Train the quickstart's adapters again
 	$(BIN)/python examples/quickstart/train.py
@@ -53,4 +64,4 @@ measure: .venv/installed  ## What each weight of the quickstart does
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist

@@ -1,11 +1,11 @@
-"""Claim: our blend is the weighted sum, exactly, and takes under a second to build; PEFT's default loses much of it.
+"""Claim: our blend is the exact weighted sum and takes under a second to build; PEFT's default loses much of the sum.
 
     python -m benchmarks.blend_exactness [--repeat 3]
 
-SmolLM2-135M-Instruct in float32, the quickstart's two adapters (unequal ranks) and two random ones of equal rank, each
-pair at weights 0.7 and 0.8. Reference: a float64 dense sum. Printed for each way of combining: the time to build it, and
-its error, which is the distance of its logits to the reference's over the distance of the base's logits to it (0 is exact;
-1 is as far off as no adapters at all).
+The base is SmolLM2-135M-Instruct in float32. Two pairs of adapters are blended with weights 0.7 and 0.8: the quickstart's
+(unequal ranks) and two random ones (equal ranks). The reference is a dense sum in float64. For each way of combining, this
+prints the time to build the blend and its error: the distance of its logits from the reference's, divided by the distance
+of the base's logits from the reference's. So 0 is exact, and 1 is as wrong as using no adapters.
 """
 
 import argparse
@@ -39,13 +39,13 @@ def load_base() -> tuple[Any, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(
         base.folder, gguf_file=base.file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    # Without the mark that it came from a GGUF, peft treats the model as any other.
+    # Remove the mark of its GGUF origin, so that PEFT treats the model like any other.
     model.config.quantization_config = None
     return model.eval().requires_grad_(False), tokenizer(PROMPT, return_tensors="pt")["input_ids"]
 
 
 def random_pair(model: Any, folder: Path) -> list[Path]:
-    """Two adapters of rank 8 on q, k, v and o with factors of std 0.05."""
+    """The folders of two random adapters: rank 8 on q, k, v and o, with factors of std 0.05."""
     paths = [path for path in module_shapes(model) if path.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))]
     shapes = module_shapes(model)
     folders = []
@@ -71,7 +71,7 @@ def reference_logits(model: Any, ids: torch.Tensor, adapters: list[LoraAdapter])
 
 
 def ours(model: Any, folders: list[Path], *, fold: bool) -> tuple[float, Any]:
-    """Seconds to build, and a model to call."""
+    """Build our blend. Returns the seconds that took, and a function (ids) -> output of the model with the blend."""
     start = time.perf_counter()
     lora = LoraModel(model, [read_adapter(folder, folder.name) for folder in folders])
     blend = Blend(dict(zip([folder.name for folder in folders], WEIGHTS, strict=True)))
@@ -128,12 +128,14 @@ def compare(title: str, model: Any, ids: torch.Tensor, folders: list[Path], repe
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeat", type=int, default=3, help="builds a way; the median counts")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="how often to build each blend; the median time is printed"
+    )
     repeat = parser.parse_args().repeat
     model, ids = load_base()
     compare("quickstart adapters, unequal ranks", model, ids, [ADAPTERS / "alpaca", ADAPTERS / "pirate"], repeat)
     with tempfile.TemporaryDirectory() as folder:
-        compare("random adapters, rank 8 twice", model, ids, random_pair(model, Path(folder)), repeat)
+        compare("random adapters, both of rank 8", model, ids, random_pair(model, Path(folder)), repeat)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Claim: exporting a merged 7B model takes minutes of I/O and a few hundred MB of memory, not the model's size of it.
+"""Claim: exporting a merged 7B model takes minutes of I/O and a few hundred MB of memory, far less than the model's size.
 
     python -m benchmarks.export [--layers 32] [--folder /scratch]
 
-A random checkpoint of Llama-2-7B's shape in float16, written tensor by tensor in two shards, is exported merged with two
-adapters (r 16 on q, k, v and o) by a process of its own. Prints that process's peak resident memory, and its wall time
-split into arithmetic (with the reading of the weights that it adds to, which are mapped), other reading and writing, and
-fsync. The base is out of the page cache. Then what PEFT's default combination (svd) takes for one
-module, times the number of modules: an extrapolation, since the whole would take many minutes. Everything is removed.
+This writes a random checkpoint with Llama-2-7B's shape, in float16 and two shards, and drops it from the page cache. A
+separate process then exports it merged with two adapters (r 16 on q, k, v and o). Printed are that process's peak resident
+memory and its wall time, split into arithmetic (including reads of the changed weights, which are mapped), other reading
+and writing, and fsync. For comparison, the time of PEFT's default combination (svd) is measured for one module and
+multiplied by the number of modules, since the whole would take many minutes. All files are removed at the end.
 """
 
 import argparse
@@ -35,7 +35,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def write_project(folder: Path, layers: int) -> int:
-    """Base and adapters with random weights; returns the bytes of the base's. Memory: a tensor."""
+    """Write a base and adapters with random weights, one tensor in memory at a time. Returns the bytes of the base's
+    weights."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,7 +50,7 @@ def write_project(folder: Path, layers: int) -> int:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     entries = {name: Entry(torch.float16, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    noise = torch.randn(1 << 24).half() * 0.02  # the bytes do not matter, and random numbers would take minutes
+    noise = torch.randn(1 << 24).half() * 0.02  # repeated, since drawing all weights would take minutes
 
     def make(name: str) -> torch.Tensor:
         size = torch.Size(entries[name].shape).numel()
@@ -72,7 +73,7 @@ def write_project(folder: Path, layers: int) -> int:
 
 
 def forget(folder: Path) -> None:
-    """Takes the files out of the page cache, so that they are read from the disk."""
+    """Drop the files from the page cache, so that the export reads them from the disk."""
     for file in folder.iterdir():
         with file.open("rb+") as opened:
             os.fsync(opened.fileno())
@@ -108,7 +109,7 @@ def export_and_measure(yaml_file: Path) -> None:
 
 
 def peft_seconds(layers: int) -> float:
-    """PEFT's default, add_weighted_adapter(svd), on one 4096 x 4096 module, times the modules."""
+    """The seconds of PEFT's default, add_weighted_adapter(svd), for one 4096 x 4096 module, times the number of modules."""
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
@@ -127,7 +128,7 @@ def peft_seconds(layers: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--folder", type=Path, help="where 27 GB are free for a while")
+    parser.add_argument("--folder", type=Path, help="a folder with 27 GB of free space")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -147,13 +148,14 @@ def main() -> None:
         f"  reading and writing {io:.0f} s, arithmetic {done['arithmetic']:.1f} s, fsync {done['fsync']:.0f} s, start "
         f"{done['whole'] - done['all tensors'] - done['fsync']:.1f} s"
     )
-    print(f"  copying the base's files takes {copy:.0f} s on this disk, fsync apart")
+    print(f"  copying the base's files takes {copy:.0f} s on this disk, without fsync")
     print(
         f"PEFT's default (svd), extrapolated from one module: {peft_seconds(arguments.layers):.0f} s, arithmetic alone"
     )
 
 
 def _copy_seconds(folder: Path) -> float:
+    """The seconds of a plain copy of the base, read from the disk."""
     shutil.rmtree(folder / "out")
     forget(folder / "base")
     start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Claim: a fold into bfloat16 weights rounds part of the adapters away, which the live way does not.
+"""Claim: folding adapters into bfloat16 weights loses part of them to rounding; running them live does not.
 
     python -m benchmarks.fold_rounding
 
-For each adapter of the quickstart at weight 1, over all its modules: the RMS of (folded weight - weight - delta) relative
-to the RMS of the delta, and the share of entries that the fold leaves as they were.
+For each adapter of the quickstart at weight 1, over all its modules, this prints the RMS of (folded weight - weight -
+delta) relative to the RMS of the delta, and the share of weight entries that the fold does not change.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""Claim: sixteen texts of 2,048 tokens at once stay within the weights, the KV cache's budget and what Python takes.
+"""Claim: with sixteen texts of 2,048 tokens at once, memory is the weights, the KV cache's budget, and Python's own part.
 
     python -m benchmarks.kv_memory [--precision float32|bfloat16] [--quantization int8|int4] [--rows 16] [--tokens 2048]
 
-The quickstart's model, opened by a process of its own with a KV cache of exactly rows × tokens. As many requests with the
-same long prompt and blends of their own, grouped by two blends, fill it to the end. Prints the peak resident memory
-(VmHWM), and the bytes of the KV cache.
+A separate process opens the quickstart's model with a KV cache of exactly rows × tokens. `rows` requests with the same long
+prompt, half with one blend and half with another, fill the cache completely. Printed are the peak resident memory (VmHWM)
+and the bytes of the KV cache.
 """
 
 import argparse
@@ -74,8 +74,8 @@ def main() -> None:
     result = json.loads(match[0])
     print(f"{arguments.precision} {arguments.quantization or ''}: {result['tokens']} tokens held at once")
     print(
-        f"peak {result['peak'] / 1e9:.2f} GB ({result['opened'] / 1e9:.2f} GB once loaded), of it the KV cache "
-        f"{result['kv'] / 1e9:.2f} GB"
+        f"peak {result['peak'] / 1e9:.2f} GB ({result['opened'] / 1e9:.2f} GB after loading), including "
+        f"{result['kv'] / 1e9:.2f} GB of KV cache"
     )
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.load_memory [--layers 16] [--fold never|always]
 
-A random Llama of the shape of Llama-3.2-1B in bfloat16 safetensors, with two r-16 adapters on q, k, v and o, is opened by
-a process of its own that then answers one prompt. Prints the peak resident memory of that process (VmHWM), the time to
-load and fold, and the bound 1.15 × weights + 0.4 GB.
+This writes a random Llama with the shape of Llama-3.2-1B (bfloat16 safetensors) and two adapters (r 16 on q, k, v and o).
+A separate process opens it and answers one prompt. Printed are the peak resident memory of that process (VmHWM), the time
+to load and fold, and the bound 1.15 × weights + 0.4 GB.
 """
 
 import argparse
@@ -31,7 +31,7 @@ component:
 
 
 def write_project(folder: Path, layers: int, fold: str) -> int:
-    """Base, tokenizer and adapters with random weights; returns the bytes of the base's weights."""
+    """Write a base, a tokenizer and adapters with random weights. Returns the bytes of the base's weights."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -62,7 +62,8 @@ def write_project(folder: Path, layers: int, fold: str) -> int:
 
 
 def peak_memory() -> int:
-    """Bytes. Not ru_maxrss, which counts what the parent had before exec."""
+    """This process's peak resident memory in bytes. ru_maxrss would be wrong: it includes the parent's memory before
+    exec."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 

@@ -1,10 +1,11 @@
-"""How far each approximate method is from the exact sum, on the quickstart's two adapters at the weights of its file.
+"""Measures how far each approximate method is from the exact sum, with the quickstart's two adapters and weights.
 
     python -m benchmarks.methods
 
-SmolLM2-135M-Instruct in float32, alpaca 0.5 and pirate 1.0, greedy answers of at most 48 tokens to six held-out prompts.
-Printed for each method: ‖D - exact‖ / ‖exact‖ over all modules (Frobenius); the perplexity of the exact blend's answers
-under the method's weights; pirate words per 100 of its own answers; the seconds that it took; and its first answer.
+The base is SmolLM2-135M-Instruct in float32, with alpaca 0.5 and pirate 1.0. The model gives greedy answers of at most 48
+tokens to six held-out prompts. Printed for each method: ‖D - exact‖ / ‖exact‖ over all modules (Frobenius norm); the
+perplexity of the exact blend's answers under the method's weights; pirate words per 100 words of the method's own answers;
+the seconds to combine; and the first answer.
 """
 
 import json
@@ -26,7 +27,7 @@ from model_compose.lora.methods import METHODS, Method
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 sys.path.insert(0, str(QUICKSTART))
 
-from pirate import pirate_words_per_100  # noqa: E402  # the quickstart's own measure
+from pirate import pirate_words_per_100  # noqa: E402  # imported from the quickstart's folder
 
 WEIGHTS = {"alpaca": 0.5, "pirate": 1.0}
 CASES: list[dict[str, Any]] = [
@@ -56,13 +57,14 @@ def distance(lora: LoraModel, method: Method) -> float:
 
 
 def prompts() -> list[str]:
-    """Some of the held-out ones, in the adapters' template."""
+    """The first held-out prompts, in the adapters' template."""
     lines = (QUICKSTART / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()[:PROMPTS]
     return [f"### Instruction:\n{json.loads(line)['instruction']}\n\n### Response:\n" for line in lines]
 
 
 def perplexity(model: Any, ids: list[torch.Tensor], texts: list[torch.Tensor]) -> float:
-    """Of what stands in each text behind its prompt; (1, tokens) each."""
+    """The perplexity of the texts' tokens after their prompts. ids: the prompts; texts: prompts with answers; each (1,
+    n)."""
     losses = []
     for prompt, whole in zip(ids, texts, strict=True):
         logits = model(whole).logits[0, prompt.shape[1] - 1 : -1]
@@ -105,8 +107,8 @@ def main() -> None:
         start = time.perf_counter()
         lora.fold(Blend(WEIGHTS, None, method))
         seconds = time.perf_counter() - start
-        said = ", ".join(f"{key} {value}" for key, value in case.items() if key != "method")
-        row(f"{case['method']}, {said}", distance(lora, method), seconds)
+        settings = ", ".join(f"{key} {value}" for key, value in case.items() if key != "method")
+        row(f"{case['method']}, {settings}", distance(lora, method), seconds)
         lora.unfold()
     row("the bare base", 1.0, 0.0)
 

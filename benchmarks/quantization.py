@@ -1,10 +1,11 @@
-"""Claim: int8 and int4 bases read a text as well as the plain one, and answer faster.
+"""Claim: bases in int8 and int4 have nearly the float32 base's perplexity, and answer faster.
 
     python -m benchmarks.quantization [--rounds 10] [--rows 1 4 16]
 
-The quickstart's model and adapters. Perplexity of the beginning of Alice in Wonderland, in one pass and token by token as
-decoding sees it; then the time of a decode step with the default blend live, all kinds in turns. Prints medians, and the
-speed over float32 in the same round (median, lowest, highest).
+With the quickstart's model and adapters, this prints the perplexity of the beginning of Alice in Wonderland, computed
+in one pass and token by token (as in decoding). Then it measures decode steps with the default blend, live, for
+float32, int8 and int4 in turns. Printed are the medians, and the speed relative to float32 in the same round (median,
+lowest, highest).
 """
 
 import argparse
@@ -20,8 +21,8 @@ from benchmarks.blend_exactness import ROOT
 from model_compose.components.model import TextGenerationOptions
 from model_compose.engines.huggingface.attention import Pass, Piece
 from model_compose.engines.huggingface.cache import KVCache, Row
-from model_compose.engines.huggingface.model import Loaded
-from model_compose.engines.huggingface.model import load as load_model
+from model_compose.engines.huggingface.loading import Loaded
+from model_compose.engines.huggingface.loading import load as load_model
 from model_compose.loading import load as load_file
 from model_compose.lora.blend import Blend
 from model_compose.progress import silent
@@ -54,12 +55,12 @@ def load(kind: str | None) -> Model:
     options = load_file((path,)).config.all_components[0]
     assert isinstance(options, TextGenerationOptions)
     options = options.model_copy(update={"quantization": kind, "precision": "float32"})
-    loaded = load_model(options, path.parent, silent, trust_remote_code=False)
+    loaded = load_model(options, path.parent, silent)
     return Model(loaded, KVCache(loaded.forward.layers, 2 << 30, 2048))
 
 
 def perplexities(model: Model, text: str) -> tuple[float, float]:
-    """In one pass, and token by token."""
+    """The text's perplexity, computed in one pass and token by token."""
     ids: list[int] = model.loaded.tokenizer(text)["input_ids"]
     (row,) = model.rows(1, len(ids))
     whole = model.logits([Piece(row, ids[:-1], 0)], Blend(), all_tokens=True)
@@ -71,7 +72,7 @@ def perplexities(model: Model, text: str) -> tuple[float, float]:
 
 
 def step_seconds(model: Model, count: int, steps: int = 10) -> float:
-    """The median of some decode steps behind 48 tokens."""
+    """The median seconds of `steps` decode steps after 48 tokens, with `count` rows."""
     rows = model.rows(count, 128)
     seconds = []
     for at in range(48, 48 + steps):

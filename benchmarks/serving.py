@@ -1,23 +1,26 @@
-"""Claim: over HTTP, blends cost little, and neither many of them at once nor many loaded adapters cost more than one.
+"""Claim: over HTTP, blends cost little, many blends at once cost no more than one, and loaded adapters cost nothing.
 
-    python -m benchmarks.serving                                                    # ours, base against blends
+    python -m benchmarks.serving                                                    # ours: the base and its blends
     python -m benchmarks.serving --systems ours vllm llamacpp peft transformers static \\
         --vllm-python ~/vllm/bin/python --llamacpp-python ~/llamacpp/bin/python --baseline vllm:own
     python -m benchmarks.serving --systems ours ours+int8 ours+live --blends one     # variants of ours
     python -m benchmarks.serving --systems before ours --before ../old --blends own --pairs 3    # did a change cost speed?
     python -m benchmarks.serving --ttft-under-load                                   # a short prompt among 15 others
-    python -m benchmarks.serving --adapters-loaded 1 8 32                            # traffic uses two of them
+    python -m benchmarks.serving --adapters-loaded 1 8 32                            # requests use two of them
 
-Each system is a server on this machine, asked by streaming requests that arrive at the same time: prompts of 48 tokens
-without a common beginning, 128 greedy tokens, EOS ignored. SmolLM2-135M-Instruct, four random adapters of rank 8 on q, k,
-v and o. Blends: `base` has no adapter; `one` blends two for all requests; with `own` each request has its own weights over
-all four (vllm, which cannot blend: one of the four in turn, so a quarter of the rank). llamacpp has the Q4_1 file of the
-same weights, no blends, and like peft answers one request at a time. Variants: NAME+OPTION, of float32, bfloat16,
-int8, int4, fold, live, and a number of loaded adapters (vllm+0 is vLLM without LoRA).
+Each system is a server on this machine. Streaming requests arrive at the same time, with prompts of 48 tokens that share no
+beginning, and generate 128 greedy tokens (EOS is ignored). The model is SmolLM2-135M-Instruct with four random adapters of
+rank 8 on q, k, v and o.
 
-All servers are started at the beginning and idle while another is measured, in turns; every other round goes backwards.
-Printed for each: tokens per second in all (median, and its 95 % interval), the ratio to the baseline in the same round
-(median, lowest, highest), and the time to the first token and per further token over all requests.
+Blends: `base` uses no adapter; `one` is the same blend of two adapters for all requests; with `own`, each request has its
+own weights for all four. vllm cannot blend, so with `own` each of its requests uses one of the four (a quarter of the
+rank). llamacpp serves a Q4_1 file of the same weights without blends; it and peft answer one request at a time. A variant
+is NAME+OPTION, where OPTION is float32, bfloat16, int8, int4, fold, live, or a number of loaded adapters (vllm+0 is vLLM
+without LoRA).
+
+All servers start at the beginning. They are measured in turns, every second round in reverse order, and idle otherwise.
+Printed for each: total tokens per second (median and its 95 % interval), the ratio to the baseline in the same round
+(median, lowest, highest), and over all requests the time to the first token and the time per further token.
 """
 
 import argparse
@@ -42,7 +45,7 @@ from benchmarks.peers.weights import Weights, prepare
 WEIGHTS = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "model-compose" / "benchmarks"
 SHORT_PROMPT = 16
 LOADED = 16
-"""Requests at once in --ttft-under-load, the late one among them."""
+"""The number of concurrent requests in --ttft-under-load, including the late one."""
 
 Cell = tuple[System, str]
 Measure = Callable[[Cell], Awaitable[Wave]]
@@ -53,26 +56,26 @@ def parse() -> argparse.Namespace:
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--systems", nargs="+", default=["ours"], metavar="NAME[+OPTION…]", help="what to compare")
-    add("--blends", nargs="+", choices=BLENDS, default=["base", "one", "own"], help="what the requests ask for")
-    add("--concurrency", nargs="+", type=int, default=[1, 4, 16, 64], help="requests at once")
-    add("--serial-up-to", type=int, default=4, help="most requests at once for systems that answer one at a time")
-    add("--pairs", type=int, default=10, help="rounds")
-    add("--baseline", metavar="SYSTEM:BLEND", help="what ratios are to; the first of both if left out")
+    add("--systems", nargs="+", default=["ours"], metavar="NAME[+OPTION…]", help="the systems to compare")
+    add("--blends", nargs="+", choices=BLENDS, default=["base", "one", "own"], help="the blends that requests use")
+    add("--concurrency", nargs="+", type=int, default=[1, 4, 16, 64], help="concurrent requests")
+    add("--serial-up-to", type=int, default=4, help="highest concurrency for systems that answer one request at a time")
+    add("--pairs", type=int, default=10, help="number of rounds")
+    add("--baseline", metavar="SYSTEM:BLEND", help="what ratios compare with; default: the first system and blend")
     add("--prompt-tokens", type=int, default=48)
-    add("--tokens", type=int, default=128, help="of an answer")
-    add("--shared-prefix", type=int, default=0, metavar="TOKENS", help="a beginning that all prompts share")
-    add("--ttft-under-load", action="store_true", help="the time to a late request's first token, alone and under load")
-    add("--adapters-loaded", nargs="+", type=int, metavar="N", help="each system with N adapters; traffic uses two")
-    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of every system but llamacpp")
-    add("--quantization", choices=["int8", "int4"], help="of ours")
-    add("--fold", choices=["auto", "never", "always"], help="of ours; its own default if left out")
-    add("--max-batch-size", type=int, help="of every system that batches; the highest concurrency if left out")
+    add("--tokens", type=int, default=128, help="tokens of an answer")
+    add("--shared-prefix", type=int, default=0, metavar="TOKENS", help="let all prompts begin with the same N tokens")
+    add("--ttft-under-load", action="store_true", help="measure a short prompt's first token, alone and under load")
+    add("--adapters-loaded", nargs="+", type=int, metavar="N", help="give each system N adapters; requests use two")
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="for all systems except llamacpp")
+    add("--quantization", choices=["int8", "int4"], help="for ours")
+    add("--fold", choices=["auto", "never", "always"], help="for ours; default: the engine's own")
+    add("--max-batch-size", type=int, help="for all systems that batch; default: the highest concurrency")
     add("--vllm-python", metavar="PATH")
-    add("--vllm-arguments", default="", metavar="'--OPTION …'", help="more options of vLLM's server")
+    add("--vllm-arguments", default="", metavar="'--OPTION …'", help="further options for vLLM's server")
     add("--llamacpp-python", metavar="PATH")
     add("--before", type=Path, metavar="FOLDER", help="another checkout of this repository, for the system `before`")
-    add("--weights", type=Path, default=WEIGHTS, help="folder of base and adapters; written where they are missing")
+    add("--weights", type=Path, default=WEIGHTS, help="folder of base and adapters; created if missing")
     add("--start-timeout", type=float, default=300, metavar="SECONDS")
     add("--json", type=Path, metavar="FILE", help="write every sample")
     add("--plot", type=Path, metavar="FILE.png", help="throughput over concurrency; needs matplotlib")
@@ -100,7 +103,7 @@ def most_adapters(arguments: argparse.Namespace) -> int:
 
 
 def choose_cells(systems: Sequence[System], blends: Sequence[str]) -> list[Cell]:
-    """What can be measured; says on stderr what cannot."""
+    """The pairs of system and blend that can be measured. Prints to stderr which cannot."""
     for system in systems:
         if lacking := [blend for blend in blends if blend not in system.blends]:
             print(f"{system.label} has no {', '.join(lacking)}: not measured", file=sys.stderr)
@@ -108,7 +111,7 @@ def choose_cells(systems: Sequence[System], blends: Sequence[str]) -> list[Cell]
 
 
 def without_serial(cells: Sequence[Cell], at_once: int, most: int) -> list[Cell]:
-    """The cells for so many requests at once; says on stderr which answer one at a time and are left out."""
+    """The cells to measure with `at_once` requests: beyond `most`, only systems that batch. Prints the others to stderr."""
     if at_once <= most:
         return list(cells)
     for label in dict.fromkeys(system.label for system, _ in cells if system.serial):
@@ -117,7 +120,7 @@ def without_serial(cells: Sequence[Cell], at_once: int, most: int) -> list[Cell]
 
 
 def choose_baseline(wanted: str | None, cells: Sequence[Cell]) -> str:
-    """Raises SystemFailed for one that is not measured."""
+    """The baseline's label. Raises SystemFailed if it is not measured."""
     known = [f"{system.label}:{blend}" for system, blend in cells]
     if not known or (wanted and wanted not in known):
         raise SystemFailed(f"--baseline: '{wanted}' is not measured; there are {', '.join(known) or 'none'}")
@@ -125,7 +128,7 @@ def choose_baseline(wanted: str | None, cells: Sequence[Cell]) -> str:
 
 
 async def in_turns(cells: Sequence[Cell], pairs: int, concurrency: int, measure: Measure) -> list[list[Wave]]:
-    """Waves by cell, then by round. The first round is a warm-up and does not count."""
+    """Measure all cells in turns. Returns waves by cell, then by round, without the first round, which is a warm-up."""
     waves: list[list[Wave]] = [[] for _ in cells]
     for number in range(pairs + 1):
         order = range(len(cells)) if number % 2 else reversed(range(len(cells)))
@@ -139,7 +142,7 @@ async def in_turns(cells: Sequence[Cell], pairs: int, concurrency: int, measure:
 
 @dataclasses.dataclass
 class Load:
-    """Makes the queries of waves, none of them twice."""
+    """Makes the queries of waves. No query is used twice, so that prefix caches do not help."""
 
     prompts: Prompts
     prompt_tokens: int
@@ -160,7 +163,7 @@ class Load:
 async def throughput(
     arguments: argparse.Namespace, possible: Sequence[Cell], load: Load, measured: list[Series]
 ) -> None:
-    """Adds to `measured`, block by block, so that a failure late in a long run does not lose the rest."""
+    """Measure throughput. Appends to `measured` after each concurrency, so that a late failure loses little."""
     baseline = choose_baseline(arguments.baseline, possible)
     async with create_client() as client:
         for at_once in arguments.concurrency:
@@ -183,7 +186,10 @@ async def throughput(
 async def ttft_under_load(
     arguments: argparse.Namespace, possible: Sequence[Cell], load: Load, measured: list[Series]
 ) -> None:
-    """A request of SHORT_PROMPT tokens: alone, and while LOADED - 1 others decode. Adds series of seconds."""
+    """Measure the time to the first token of a prompt of SHORT_PROMPT tokens, alone and while LOADED - 1 others decode.
+
+    Appends series of seconds to `measured`.
+    """
     cells = without_serial(possible, LOADED, most=1)
     async with create_client() as client:
 
@@ -227,7 +233,7 @@ def write_json(
 
 def main() -> None:
     arguments, started = parse(), time.time()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are stopped then too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise, so that the servers are stopped too
     weights = prepare(arguments.weights, most_adapters(arguments))
     prompts = Prompts(weights.base("float32"))
     shared = prompts.take(arguments.shared_prefix) if arguments.shared_prefix else ""
@@ -238,7 +244,7 @@ def main() -> None:
         try:
             systems = make_systems(arguments, weights, prompts.eos, Path(folder))
             cells = choose_cells(systems, ["two"] if arguments.adapters_loaded else arguments.blends)
-            choose_baseline(arguments.baseline, cells)  # a mistake shows before anything is started
+            choose_baseline(arguments.baseline, cells)  # fails before any server is started
             with running(list(dict.fromkeys(system for system, _ in cells)), arguments.start_timeout):
                 asyncio.run(compare(arguments, cells, load, measured))
         except SystemFailed as failed:

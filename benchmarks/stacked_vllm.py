@@ -1,10 +1,10 @@
-"""Claim: on vLLM a blend costs what a single adapter of the same rank costs: a ratio of 0.95 and more.
+"""Claim: on vLLM, a blend is as fast as a single adapter of the same rank: their speeds have a ratio of at least 0.95.
 
     python -m benchmarks.stacked_vllm --vllm-python PATH [--adapters 4] [--at-once 1] [--tokens 32] [--pairs 10]
 
-SmolLM2-135M-Instruct on a server of vLLM's that model-compose starts. A blend of all adapters (rank 8 each), which is one
-stacked adapter of rank 8 · adapters to vLLM, and one adapter of that rank, asked in turns for greedy texts of the same
-length. Prints tokens per second of both and their ratios: medians with 95 % intervals.
+model-compose starts vLLM's server with SmolLM2-135M-Instruct. Two kinds of requests alternate, with greedy texts of the
+same length: a blend of all adapters (of rank 8 each), which reaches vLLM as one stacked adapter of rank 8 · adapters, and a
+single adapter of that rank. Printed are the tokens per second of both and their ratio, as medians with 95 % intervals.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks.peers.report import median_interval
 from benchmarks.peers.weights import RANK, STD, Weights, adapter_names, prepare
 from benchmarks.serving import WEIGHTS
 from model_compose.components.model import TextGenerationOptions
-from model_compose.engines.vllm import VllmEngine
+from model_compose.engines.vllm.engine import VllmEngine
 from model_compose.generation import Request, Sampling, collect
 from model_compose.lora.adapter import Factors, LoraAdapter, read_adapter, write_adapter
 from model_compose.lora.blend import Blend
@@ -36,18 +36,18 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--vllm-python", metavar="PATH", help="that of `model-compose setup vllm` if left out")
-    parser.add_argument("--adapters", type=int, default=4, help="in the blend")
-    parser.add_argument("--at-once", type=int, default=1, help="requests")
-    parser.add_argument("--tokens", type=int, default=32, help="of an answer")
+    parser.add_argument("--vllm-python", metavar="PATH", help="default: the one of `model-compose setup vllm`")
+    parser.add_argument("--adapters", type=int, default=4, help="number of adapters in the blend")
+    parser.add_argument("--at-once", type=int, default=1, help="concurrent requests")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="written where they are missing")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of base and adapters; created if missing")
     return parser.parse_args()
 
 
 def write_single(weights: Weights, rank: int, folder: Path) -> None:
-    """A random adapter of that rank on the modules of the others."""
+    """Write a random adapter of the given rank, on the same modules as the others."""
     like = read_adapter(weights.adapter("a1"), "a1")
     generator = torch.Generator().manual_seed(rank)
     modules = {
@@ -73,7 +73,7 @@ def engine_of(arguments: argparse.Namespace, weights: Weights, single: Path) -> 
             "peft_adapters": [
                 {"type": "lora", "name": name, "model": str(folder), "weight": 0} for name, folder in folders.items()
             ],
-            # both at their rank and no more: vLLM computes with the largest one
+            # vLLM pads all adapters to this rank, so it must be exactly the rank of the two that are compared
             "options": {
                 "python": arguments.vllm_python,
                 "kv_cache": "1GiB",
@@ -86,7 +86,7 @@ def engine_of(arguments: argparse.Namespace, weights: Weights, single: Path) -> 
 
 
 async def wave(engine: VllmEngine, blend: Blend, prompts: Prompts, arguments: argparse.Namespace) -> float:
-    """Tokens per second of so many requests at once."""
+    """Tokens per second of `--at-once` concurrent requests."""
     sampling = Sampling(arguments.tokens, arguments.tokens, do_sample=False)
     requests = [Request(prompts.take(PROMPT_TOKENS), blend, sampling) for _ in range(arguments.at_once)]
     start = time.perf_counter()
@@ -114,7 +114,7 @@ async def measure(arguments: argparse.Namespace, weights: Weights, single: Path)
     return speeds
 
 
-def told(values: Sequence[float]) -> str:
+def with_interval(values: Sequence[float]) -> str:
     low, high = median_interval(values)
     return f"{statistics.median(values):.3g} ({low:.3g} to {high:.3g})"
 
@@ -127,9 +127,11 @@ def main() -> None:
         write_single(weights, rank, Path(folder) / "single")
         speeds = asyncio.run(measure(arguments, weights, Path(folder) / "single"))
     print(f"tokens/s, {arguments.at_once} at once, rank {rank}, {arguments.precision}")
-    print(f"blend of {arguments.adapters} adapters  {told(speeds['stacked'])}")
-    print(f"one adapter          {told(speeds['single'])}")
-    print(f"ratio                {told([a / b for a, b in zip(speeds['stacked'], speeds['single'], strict=True)])}")
+    print(f"blend of {arguments.adapters} adapters  {with_interval(speeds['stacked'])}")
+    print(f"one adapter          {with_interval(speeds['single'])}")
+    print(
+        f"ratio                {with_interval([a / b for a, b in zip(speeds['stacked'], speeds['single'], strict=True)])}"
+    )
 
 
 if __name__ == "__main__":

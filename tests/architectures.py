@@ -1,4 +1,4 @@
-"""A tiny config of any causal architecture that transformers knows."""
+"""Makes a tiny config of any causal architecture that transformers has."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ SMALL: dict[str, int] = {
 
 
 OPTIONAL = ("head_dim", "pad_token_id", "sliding_window", "num_key_value_heads", "num_experts_per_tok")
-"""Set even where a config leaves them out."""
+"""Keys that are set even if the architecture's default config has None for them."""
 
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_heads": 4, "mamba_d_state": 8, "attn_layer_indices": [1]},
@@ -84,7 +84,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
 }
-"""What a kind needs besides."""
+"""Further values that single architectures need, by model_type."""
 
 
 UNMADE = {
@@ -99,13 +99,13 @@ UNMADE = {
     "qwen4_exp": "its indexer has no default sizes",
     "qwen4_exp_text": "its indexer has no default sizes",
 }
-"""Kinds of which no tiny model can be made here, and why."""
+"""Architectures for which this file cannot make a tiny model, and why."""
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
     "vocab_size": tiny.VOCABULARY, "max_position_embeddings": 128, "bos_token_id": tiny.BOS, "eos_token_id": tiny.EOS,
 }  # fmt: skip
-"""Of a model of the Llama family."""
+"""The sizes of a tiny model of the Llama family."""
 
 
 def tiny_config(kind: str) -> PreTrainedConfig:
@@ -123,13 +123,7 @@ def _changes(config: Any) -> dict[str, Any]:
         now = config.__dict__.get(key)
         if isinstance(now, list | dict | bool):
             continue
-        if now is not None or key in (
-            "head_dim",
-            "pad_token_id",
-            "sliding_window",
-            "num_key_value_heads",
-            "num_experts_per_tok",
-        ):
+        if now is not None or key in OPTIONAL:
             found[key] = value
     for name in getattr(config, "sub_configs", {}):
         part = getattr(config, name, None)

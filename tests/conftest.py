@@ -1,4 +1,4 @@
-"""Fixtures: one tiny project for all tests that only read it, and a served one."""
+"""Fixtures: a tiny project that tests share and must not change, opened with the Python API or served over HTTP."""
 
 import asyncio
 import os
@@ -17,15 +17,15 @@ from model_compose.servers.http import create_app
 from model_compose.servers.serve import address, bind, connections_of, listening
 from tests import tiny
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that forgets its stand-in must fail at once, not look for the Hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that forgets the fake Hub must fail at once, not ask the real one
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
-torch.set_num_threads(1)  # two that wait for each other on a busy machine make tiny steps 15 times slower
+torch.set_num_threads(1)  # on a busy machine, two threads that wait for each other make tiny steps 15 times slower
 
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The YAML of a tiny project."""
+    """The path of a tiny project's YAML file."""
     return tiny.save_project(tmp_path_factory.mktemp("project"))
 
 
@@ -37,14 +37,14 @@ async def compose(project: Path) -> AsyncIterator[Compose]:
 
 @pytest.fixture(scope="session")
 def server(project: Path) -> Iterator[str]:
-    """The URL of a loaded server of the tiny project."""
+    """The URL of a server of the tiny project, whose models are loaded."""
     with serving(project) as url:
         yield url
 
 
 @contextmanager
 def serving(path: Path, *, load_models: bool = True, env: dict[str, str] | None = None) -> Iterator[str]:
-    """The API of a file on a free port, in a thread with an event loop of its own. Yields its URL."""
+    """Serve a file's API on a free port, in a thread with its own event loop. Yields the URL."""
     ready, stop = threading.Event(), threading.Event()
     result: dict[str, str | BaseException] = {}
 

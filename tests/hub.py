@@ -1,6 +1,6 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1, for tests: the few endpoints that huggingface_hub calls.
+"""A fake Hugging Face Hub on 127.0.0.1 for tests, with the few endpoints that huggingface_hub calls.
 
-It answers as huggingface.co does, error codes included, and can be told to break connections, so that the real client
+It answers with the same JSON and error codes as huggingface.co, and tests can make it break connections. So the real client
 code is tested without the real Hub.
 """
 
@@ -24,7 +24,7 @@ import pytest
 
 @dataclass(frozen=True)
 class Repository:
-    """One commit of a model repository. With `gated` the listing is open and the files need `token`."""
+    """One commit of a model repository. If it is `gated`, its listing is public, but its files need `token`."""
 
     files: Mapping[str, bytes]
     gated: bool = False
@@ -49,13 +49,14 @@ class Request:
 
 @dataclass
 class Hub:
-    """The server's state. `repositories` and the wishes below may change between requests."""
+    """The server and its state. A test may change `repositories`, `break_after` and `status` between requests."""
 
     address: str = ""
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
-    break_after: list[int] = field(default_factory=list)  # bytes after which the next transfers of files break off
-    status: int | None = None  # answer everything with this
+    # One number for each transfer to break: the next transfer of a longer file breaks off after so many bytes.
+    break_after: list[int] = field(default_factory=list)
+    status: int | None = None  # if set, the status of every answer
     connections: set[socket.socket] = field(default_factory=set)
     _server: ThreadingHTTPServer | None = None
 
@@ -64,7 +65,7 @@ class Hub:
         return self.repositories[name]
 
     def use(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-        """Point this process's huggingface_hub, which reads the environment only when imported, to this server."""
+        """Point this process's huggingface_hub to this server. It reads the environment only on import, so we patch it."""
         from huggingface_hub import constants
 
         monkeypatch.setattr(constants, "ENDPOINT", self.address)
@@ -83,13 +84,13 @@ class Hub:
         return {**kept, "HF_ENDPOINT": self.address, "HF_HOME": str(home), **extra}
 
     def stop(self) -> None:
-        """Go away, open connections included: clients keep theirs for the next request."""
+        """Stop the server and close open connections, which clients would otherwise reuse for the next request."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
         for connection in list(self.connections):
-            with suppress(OSError):  # the client was quicker
+            with suppress(OSError):  # the client has closed it
                 connection.shutdown(socket.SHUT_RDWR)
 
     def start(self) -> None:
@@ -110,7 +111,7 @@ def running_hub() -> Iterator[Hub]:
 
 
 def python(code: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run code in another process, for what is settled when huggingface_hub is imported."""
+    """Run code in another process, for settings that huggingface_hub reads on import."""
     return subprocess.run(
         [sys.executable, "-c", code], env=dict(environment), capture_output=True, text=True, timeout=120, check=False
     )
@@ -133,7 +134,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             super().finish()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Tests' output is for tests."""
+            """Log nothing."""
 
         def do_HEAD(self) -> None:
             self._answer()

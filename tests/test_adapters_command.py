@@ -120,7 +120,7 @@ def test_what_is_suspicious_is_a_warning_and_what_is_refused_an_error(app: Path)
     assert (code, err) == (0, "")
     assert "⚠ alpaca was trained on meta/llama, but the base model is meta/llama-2" in said
     assert "alpaca is zero in every module, so it changes nothing" in said
-    assert "alpaca lists k_proj as target, but has no weights for it" in said
+    assert "alpaca lists the target k_proj, but has no weights for it" in said
     edit(app / "pirate", use_dora=True)
     code, out, err = cli("adapters", "list", cwd=app)
     assert code == 1
@@ -162,7 +162,7 @@ def test_folders_need_no_file_and_are_checked_where_one_is_named(app: Path, tmp_
     assert "adapter 'other': model.layers.0.self_attn.q_proj has A" in err
     code, _, err = cli("adapters", "inspect", "app/alpaca", str(other), cwd=tmp_path)
     assert code == 1
-    assert "the adapters 'alpaca' and 'other' are of different base models" in err
+    assert "the adapters 'alpaca' and 'other' belong to different base models" in err
     beside = document("inspect", "alpaca", "./alpaca", "./pirate", cwd=app)
     assert [adapter["name"] for adapter in beside["adapters"]] == ["alpaca", "app/alpaca", "app/pirate"]
     same = next(pair for pair in beside["pairs"] if pair["adapters"] == ["alpaca", "app/alpaca"])

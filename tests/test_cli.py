@@ -529,7 +529,7 @@ def test_what_cannot_be_loaded_is_told_by_every_command(project: Path) -> None:
     (cwd / "missing.yml").write_text(tiny.YAML.replace("./pirate", "./priate"), encoding="utf-8")
     expected = (
         "❌ missing.yml:15: component.peft_adapters.1.model: adapter 'pirate': There is no file or folder "
-        f"{cwd / 'priate'}, where './priate' leads from {cwd}: correct the path.\n"
+        f"{cwd / 'priate'} ('./priate' counted from {cwd}): correct the path.\n"
     )
     assert called("validate", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
     assert called("plan", "-f", "missing.yml", cwd=cwd) == (1, "", expected)

@@ -567,7 +567,7 @@ async def refused(opening: Open, old: str, new: str) -> ComposeError:
 async def test_adapter_path_that_does_not_exist(opening: Open, project: Path) -> None:
     error = await refused(opening, "model: ./alpaca", "model: ./alpacca")
     assert isinstance(error, SourceError)
-    assert f"There is no file or folder {project.parent / 'alpacca'}, where './alpacca' leads from" in str(error)
+    assert f"There is no file or folder {project.parent / 'alpacca'} ('./alpacca' counted from" in str(error)
 
 
 async def test_base_path_that_does_not_exist(opening: Open, project: Path) -> None:

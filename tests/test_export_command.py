@@ -1,4 +1,4 @@
-"""`export` as a user runs it: what it refuses, what an interrupted one leaves, and what memory it takes."""
+"""The command `export`: what it refuses, what is left after an interrupt, and how much memory it takes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from model_compose.cli import app
 from model_compose.commands.options import parse_blend
 from model_compose.errors import InputError
-from model_compose.export.destination import check_free, whole
+from model_compose.export.destination import atomic, check_free
 from tests import tiny
 from tests.test_cli import SOURCE, cli, start, state  # noqa: F401 - state is a fixture for every test here
 from tests.waiting import SECONDS
@@ -26,7 +26,7 @@ from tests.waiting import SECONDS
 
 @pytest.fixture
 def folder(project: Path, tmp_path: Path) -> Path:
-    """An empty folder to export to; `project` itself is shared."""
+    """An empty folder to export to, since `project` is shared between tests."""
     path = tmp_path / "exports"
     path.mkdir()
     return path
@@ -36,7 +36,7 @@ def hidden(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_path_of_the_result_is_on_stdout_and_nothing_else_is_left(project: Path, folder: Path) -> None:
+def test_stdout_has_only_the_path_of_the_result(project: Path, folder: Path) -> None:
     code, out, err = cli("export", "--format", "merged", "-o", "merged", "-f", str(project), cwd=folder)
     assert (code, out, err) == (0, "merged\n", "")
     assert [path.name for path in folder.iterdir()] == ["merged"]
@@ -93,7 +93,7 @@ def test_spellings_of_a_blend(given: str | None, meant: Any) -> None:
 
 
 @pytest.mark.parametrize("given", ["a=0.7,b", "=1", "a="])
-def test_half_a_weight_is_refused(given: str) -> None:
+def test_a_weight_without_name_or_value_is_refused(given: str) -> None:
     with pytest.raises(InputError, match="NAME=WEIGHT"):
         parse_blend(given)
 
@@ -105,7 +105,7 @@ def test_two_weights_of_one_adapter_are_refused() -> None:
         parse_blend('{"a": 0.7, "a": 0.5}')
 
 
-# Whole or not at all.
+# The destination is complete or absent.
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def slow(tmp_path: Path) -> Path:
 
 
 def writing(slow: Path, folder: Path, **how: Any) -> "subprocess.Popen[str]":
-    """An export in the midst of its files, stopped."""
+    """Start an export, and stop it (SIGSTOP) while it writes its files."""
     process = start(
         "export", "--format", "merged", "--shard-size", "1KB", "-o", "out", "-f", str(slow), cwd=folder, **how
     )
@@ -155,7 +155,7 @@ def test_kill_leaves_a_hidden_folder_that_the_next_export_removes(slow: Path, pr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="limits")
-def test_disk_that_takes_no_more_is_one_line_and_leaves_nothing(project: Path, folder: Path) -> None:
+def test_full_disk_is_one_line_and_leaves_nothing(project: Path, folder: Path) -> None:
     import resource
 
     def limit() -> None:
@@ -175,12 +175,12 @@ def test_folder_that_cannot_be_written(project: Path, folder: Path) -> None:
     assert "--output: /proc/out cannot be written" in err
 
 
-def test_two_at_once_leave_each_other_alone(tmp_path: Path) -> None:
-    """The second to end finds the place taken."""
-    with whole(tmp_path / "out") as first:
+def test_two_exports_to_one_place_do_not_touch_each_others_files(tmp_path: Path) -> None:
+    """The one that ends last may take the place only if it is an empty folder by then."""
+    with atomic(tmp_path / "out") as first:
         first.mkdir()
         (first / "of the first").touch()
-        with whole(tmp_path / "out") as second:
+        with atomic(tmp_path / "out") as second:
             second.mkdir()
             (second / "of the second").touch()
         assert first.is_dir()
@@ -190,9 +190,9 @@ def test_two_at_once_leave_each_other_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_place_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+def test_destination_that_appeared_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     def write() -> None:
-        with whole(tmp_path / "out") as path:
+        with atomic(tmp_path / "out") as path:
             path.write_text("ours")
             (tmp_path / "out").write_text("theirs")
 
@@ -202,7 +202,7 @@ def test_place_that_was_taken_meanwhile_is_not_overwritten(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_more_than_the_disk_has_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_export_larger_than_the_free_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="on another disk"):
         check_free(tmp_path / "out", 10**18)
 
@@ -225,7 +225,8 @@ print(peak_memory() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_memory_does_not_grow_with_the_model(project: Path, tmp_path: Path) -> None:
-    """An MLP 700 times as wide as the tiny project's: 500 MB in 120 tensors of 4 MB. The first export pays for imports."""
+    """The large base's MLP is 700 times as wide: 500 MB in 120 tensors of 4 MB. A small export goes first, so that the
+    memory of imports does not count."""
     wide, layers = 32_768, 40
     base = tmp_path / "base"
     config = tiny.llama_config(num_hidden_layers=layers, intermediate_size=wide)

@@ -1,4 +1,4 @@
-"""Blends of GGUF bases, and as GGUF files."""
+"""Exports of blends whose base is a GGUF file, and exports as GGUF files."""
 
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ WEIGHTS = {"alpaca": 0.7, "pirate": 0.8}
 
 
 def config(family: str, **changes: Any) -> Any:
-    """Matrices of whole blocks of 32."""
+    """A tiny config whose matrices have rows of a multiple of 32, GGUF's block size."""
     made = tiny.llama_config(intermediate_size=64, **changes)
     return made if family == "llama" else Qwen2Config(**{k: v for k, v in made.to_dict().items() if k != "model_type"})
 
 
 def project(folder: Path, family: str = "llama", kind: Kind = Kind.Q8_0, **changes: Any) -> Path:
-    """A file with a GGUF base, and two adapters trained on what it was made from. Returns the YAML's path."""
+    """Write a project with a GGUF base and two adapters for the model it was converted from. Returns the YAML's path."""
     origin = tiny.save_base(folder / "origin", config(family, **changes))
     tiny.save_adapter(folder / "alpaca", origin, seed=1, target_modules=["q_proj", "k_proj", "v_proj"])
     tiny.save_adapter(folder / "pirate", origin, seed=2, r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"])
@@ -53,7 +53,7 @@ def adapters_of(folder: Path) -> dict[str, LoraAdapter]:
 
 
 def unpacked(file: Path) -> Any:
-    """A GGUF file by transformers' own reader."""
+    """A GGUF file, dequantised by transformers' own reader."""
     return AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     ).eval()
@@ -71,7 +71,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
-def test_merged_model_of_a_gguf_base_is_the_sum_with_what_it_unpacks_to(
+def test_merged_model_of_a_gguf_base_is_the_sum_with_its_dequantised_weights(
     family: str, kind: Kind, tmp_path: Path
 ) -> None:
     merged = exported(project(tmp_path, family, kind), "merged", "merged")
@@ -81,7 +81,7 @@ def test_merged_model_of_a_gguf_base_is_the_sum_with_what_it_unpacks_to(
     assert AutoTokenizer.from_pretrained(merged)("Ahoy")["input_ids"] == tiny.tokenizer()("Ahoy")["input_ids"]
 
 
-def test_merged_model_of_a_half_precision_gguf_stays_one(tmp_path: Path) -> None:
+def test_merged_model_of_a_float16_gguf_is_float16(tmp_path: Path) -> None:
     merged = exported(project(tmp_path, kind=Kind.F16), "merged", "merged")
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
     assert model.dtype == torch.float16
@@ -93,7 +93,7 @@ def test_merged_model_of_a_half_precision_gguf_stays_one(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_merged_gguf_is_the_sum_and_otherwise_the_file_it_was(family: str, tmp_path: Path) -> None:
+def test_merged_gguf_is_the_sum_and_otherwise_the_same_file(family: str, tmp_path: Path) -> None:
     file = exported(project(tmp_path, family), "gguf-merged", "merged.gguf", precision="float32")
     assert oracle.error(logits(unpacked(file)), logits(reference(tmp_path))) <= oracle.TOLERANCE
     before, after = gguf.GGUFReader(tmp_path / "base.gguf"), gguf.GGUFReader(file)
@@ -110,7 +110,7 @@ def test_merged_gguf_is_the_sum_and_otherwise_the_file_it_was(family: str, tmp_p
             assert after.fields[name].contents() == field.contents(), name
 
 
-def test_merged_gguf_keeps_touched_tensors_in_16_bits_where_they_were_packed(tmp_path: Path) -> None:
+def test_quantised_tensors_that_the_blend_changes_become_float16(tmp_path: Path) -> None:
     file = exported(project(tmp_path), "gguf-merged", "merged.gguf")
     kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(file).tensors}
     assert (kinds["blk.0.attn_q.weight"], kinds["blk.0.ffn_up.weight"]) == (Kind.F16, Kind.Q8_0)
@@ -128,12 +128,12 @@ def test_gguf_adapter_is_the_blend(tmp_path: Path) -> None:
     assert oracle.error(product, change.double()) <= oracle.TOLERANCE
 
 
-def test_tied_embedding_of_a_gguf_is_merged_only_where_it_can_be_untied(tmp_path: Path) -> None:
+def test_tied_embedding_of_a_gguf_can_be_merged_only_into_safetensors(tmp_path: Path) -> None:
     path = project(tmp_path, kind=Kind.F32)
     drop_head(tmp_path / "base.gguf")
     file = tmp_path / "pirate" / "adapter_model.safetensors"
     prefix = "base_model.model.lm_head"
-    a, b = torch.full((2, 32), 0.05), torch.full((VOCABULARY, 2), 0.05)  # a token more than the checkpoint has
+    a, b = torch.full((2, 32), 0.05), torch.full((VOCABULARY, 2), 0.05)  # VOCABULARY is one more than the checkpoint's
     save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, file)
     with pytest.raises(AdapterError, match=r"lm_head.*--format merged"):
         exported(path, "gguf-merged", "merged.gguf")
@@ -142,7 +142,7 @@ def test_tied_embedding_of_a_gguf_is_merged_only_where_it_can_be_untied(tmp_path
 
 
 def drop_head(file: Path) -> None:
-    """Without its output head a GGUF file ties it to the embedding."""
+    """Remove the output head; readers then tie it to the embedding."""
     reader = gguf.GGUFReader(file)
     writer = gguf.GGUFWriter(file.with_suffix(".tied"), "llama")
     for field in reader.fields.values():
@@ -159,6 +159,6 @@ def drop_head(file: Path) -> None:
     file.with_suffix(".tied").replace(file)
 
 
-def test_precision_that_a_gguf_adapter_does_not_have(tmp_path: Path) -> None:
+def test_gguf_adapter_in_another_precision_than_float32_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="float32"):
         exported(project(tmp_path), "gguf", "blend.gguf", precision="bfloat16")

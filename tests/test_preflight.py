@@ -66,10 +66,10 @@ def test_everything_is_told_at_once_with_its_line(app: Path) -> None:
     edit(app, "./alpaca", "./alpacca")
     put(app / "pirate/adapter_config.json", use_dora=True)
     assert problems(app, error=SourceError) == [
-        f"model-compose.yml:11: component.model: There is no file or folder {app}/bose, where './bose' leads from {app}: "
+        f"model-compose.yml:11: component.model: There is no file or folder {app}/bose ('./bose' counted from {app}): "
         "correct the path.",
         "model-compose.yml:14: component.peft_adapters.0.model: adapter 'alpaca': There is no file or folder "
-        f"{app}/alpacca, where './alpacca' leads from {app}: correct the path.",
+        f"{app}/alpacca ('./alpacca' counted from {app}): correct the path.",
         "model-compose.yml:15: component.peft_adapters.1.model: adapter 'pirate': use_dora is true; DoRA rescales the "
         "merged weight, so its effect is not a weighted sum. Such an adapter is refused.",
     ]
@@ -510,7 +510,7 @@ async def test_local_files_are_looked_at_before_the_hub_is_asked(app: Path, hub:
 def test_what_is_settled_in_the_cache_counts_as_local(app: Path, hub: Hub) -> None:
     edit(app, "./alpaca", "{repository: someone/alpaca, local_files_only: true}")
     (problem,) = problems(app, error=SourceError)
-    assert "someone/alpaca is not, or not wholly, in the cache" in problem
+    assert "someone/alpaca is missing or incomplete in the cache" in problem
     assert hub.requests == []
 
 

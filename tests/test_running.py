@@ -10,7 +10,7 @@ import pytest
 
 from model_compose import running as running_module
 from model_compose.errors import ConfigError, Conflict
-from model_compose.loading import Loaded, load
+from model_compose.loading import ComposeFile, load
 from model_compose.oneshot import _lines
 from model_compose.running import (
     Mix,
@@ -35,18 +35,18 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def loaded(tmp_path: Path) -> Loaded:
+def loaded(tmp_path: Path) -> ComposeFile:
     return load_in(tmp_path / "project")
 
 
-def load_in(folder: Path, yaml: str = YAML) -> Loaded:
+def load_in(folder: Path, yaml: str = YAML) -> ComposeFile:
     folder.mkdir(exist_ok=True)
     path = folder / "model-compose.yml"
     path.write_text(yaml, encoding="utf-8")
     return load([path], {})
 
 
-def test_a_held_record_is_found_and_a_released_one_is_gone(loaded: Loaded, tmp_path: Path) -> None:
+def test_a_held_record_is_found_and_a_released_one_is_gone(loaded: ComposeFile, tmp_path: Path) -> None:
     before = time.time()
     assert find(loaded.files) is None
     with hold(loaded.files, loaded.config, tmp_path / "log") as running:
@@ -74,7 +74,7 @@ def test_a_record_holds_no_secret(tmp_path: Path) -> None:
         assert "s3cret" not in path.read_text()
 
 
-def test_a_second_service_of_the_same_files_is_refused(loaded: Loaded) -> None:
+def test_a_second_service_of_the_same_files_is_refused(loaded: ComposeFile) -> None:
     with hold(loaded.files, loaded.config) as running:
         running.update(api="http://127.0.0.1:1")
         with (
@@ -98,7 +98,7 @@ def test_services_of_different_files_do_not_meet(tmp_path: Path) -> None:
     assert find((*one.files, *two.files)) is None
 
 
-def test_a_killed_service_is_not_up(loaded: Loaded, state: Path) -> None:
+def test_a_killed_service_is_not_up(loaded: ComposeFile, state: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from model_compose.loading import load\n"
         "from model_compose.running import hold\n"
@@ -119,7 +119,7 @@ def test_a_killed_service_is_not_up(loaded: Loaded, state: Path) -> None:
         assert find(loaded.files) is not None
 
 
-def test_a_record_that_cannot_be_understood_is_no_service(loaded: Loaded, state: Path) -> None:
+def test_a_record_that_cannot_be_understood_is_no_service(loaded: ComposeFile, state: Path) -> None:
     with hold(loaded.files, loaded.config):
         (path,) = state.glob("*.json")
         for text in ("{", "", "[]", "{}", '{"pid": "x"}', '{"pid": 0}', '{"pid": 1, "models": 5}', "\xff"):
@@ -130,7 +130,7 @@ def test_a_record_that_cannot_be_understood_is_no_service(loaded: Loaded, state:
         assert find(loaded.files) == Record(1)
 
 
-def test_listing_passes_over_what_is_no_service_of_ours(loaded: Loaded, state: Path) -> None:
+def test_listing_passes_over_what_is_no_service_of_ours(loaded: ComposeFile, state: Path) -> None:
     with hold(loaded.files, loaded.config):
         (state / "a.json").mkdir()
         (state / "b.json").symlink_to(state / "nowhere")
@@ -141,7 +141,7 @@ def test_listing_passes_over_what_is_no_service_of_ours(loaded: Loaded, state: P
 
 
 def test_looking_for_a_service_never_keeps_one_from_starting(
-    loaded: Loaded, state: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: ComposeFile, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`find` takes the lock for an instant; a service that starts in that instant waits for it."""
     from threading import Timer
@@ -158,7 +158,7 @@ def test_looking_for_a_service_never_keeps_one_from_starting(
         assert find(loaded.files) is not None
 
 
-def test_fingerprint_tells_files_apart_that_answer_differently(loaded: Loaded, tmp_path: Path) -> None:
+def test_fingerprint_tells_files_apart_that_answer_differently(loaded: ComposeFile, tmp_path: Path) -> None:
     same = load_in(tmp_path / "same", f"# a comment\n{YAML}")
     other = load_in(tmp_path / "other", YAML.replace("weight: 0.7", "weight: 0.6"))
     prompt = load_in(tmp_path / "prompt", YAML.replace("text: ${", "text: Say ${"))
@@ -169,7 +169,7 @@ def test_fingerprint_tells_files_apart_that_answer_differently(loaded: Loaded, t
 
 
 def test_state_folder_that_cannot_be_made_says_what_to_set(
-    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: ComposeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))

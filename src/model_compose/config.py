@@ -1,44 +1,55 @@
 """The YAML's frame, frozen. Each driver, component, job and server declares its own options beside its code; the frame
 takes them in from the registries."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Union
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from model_compose.components import COMPONENTS, DEFAULT_ID, ComponentOptions, one_or_many, pick
-from model_compose.errors import NotFound
-from model_compose.schema import Options, Seconds
+from model_compose.components import COMPONENTS, DEFAULT_ID, ComponentOptions, located, one_or_many, pick
+from model_compose.errors import Keys, NotFound
+from model_compose.registry import ByName
+from model_compose.schema import Options, Seconds, invalid
 from model_compose.servers import HttpServerOptions, WebuiOptions
-from model_compose.workflow.jobs import JobOptions, WorkflowOptions
+from model_compose.workflow.jobs import ComponentJob, JobOptions, WorkflowOptions
 
 if TYPE_CHECKING:
     AnyComponent = ComponentOptions
 else:
-    AnyComponent = Annotated[Union[tuple(COMPONENTS[name].Options for name in COMPONENTS)], Field()]  # noqa: UP007
+    AnyComponent = Annotated[ComponentOptions, ByName(COMPONENTS, "type", lambda component: component.Options)]
 
 
 class _Serving(Options):
     """What a controller says besides its adapter."""
 
     later: ClassVar[Mapping[str, Any]] = {"queue": None, "threaded": False, "shutdown_pending_period": "0s"}
-    name: str | None = None
-    runtime: Literal["native", "embedded"] = "native"
-    webui: WebuiOptions | None = None
-    max_concurrent_count: int = Field(default=0, ge=0, description="Runs at once; 0 is unlimited")
-    shutdown_timeout: Seconds = Field(default=10.0, ge=0, description="How long running requests may go on at shutdown")
+    name: str | None = Field(default=None, description="A name for people; nothing depends on it")
+    runtime: Literal["native", "embedded"] = Field(
+        default="native", description="Accepted for files of the original; both run in this process"
+    )
+    webui: WebuiOptions | None = Field(default=None, description="The web page; none if unset")
+    max_concurrent_count: int = Field(
+        default=0, ge=0, description="Workflows that run at once; further ones wait. 0 is unlimited"
+    )
+    shutdown_timeout: Seconds = Field(
+        default=10.0,
+        ge=0,
+        description="Time that running requests get to finish when the service stops: seconds, or 500ms, 30s, 5m",
+    )
 
 
 class Controller(_Serving):
     """Who serves the workflows, and how many runs at once."""
 
-    adapter: HttpServerOptions | None = None
-    adapters: tuple[HttpServerOptions, ...] = Field(default=(), max_length=1)
+    adapter: HttpServerOptions | None = Field(default=None, description="The HTTP server; none if unset")
+    adapters: tuple[HttpServerOptions, ...] = Field(default=(), max_length=1, description="The same as a list of one")
 
     @model_validator(mode="after")
     def _one_adapter(self) -> Self:
         if self.adapter is not None and self.adapters:
-            raise ValueError("there are 'adapter' and 'adapters'; this version serves one, so keep one of the two")
+            raise invalid(
+                "there are 'adapter' and 'adapters'; this version serves one, so keep one of the two", "adapters"
+            )
         return self
 
     @property
@@ -78,43 +89,53 @@ class Config(Options):
     controller: Annotated[
         Annotated[Controller, Tag("controller")] | Annotated[FlatController, Tag("flat")],
         Discriminator(_controller_shape),
-    ] = Controller(adapter=HttpServerOptions())
-    workflow: WorkflowOptions | None = None
-    workflows: tuple[WorkflowOptions, ...] = ()
-    component: AnyComponent | None = None
-    components: tuple[AnyComponent, ...] = ()
+    ] = Field(
+        default=Controller(adapter=HttpServerOptions()),
+        description="Who serves the workflows; if unset, an HTTP server on 127.0.0.1:8080 without a page",
+    )
+    workflow: WorkflowOptions | None = Field(
+        default=None, description="The only workflow; without any, requests run the default component's default action"
+    )
+    workflows: tuple[WorkflowOptions, ...] = Field(default=(), description="Several workflows")
+    component: AnyComponent | None = Field(default=None, description="The only component")
+    components: tuple[AnyComponent, ...] = Field(default=(), description="Several components")
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:
-        if not self.all_components:
-            raise ValueError("there is no component; add one, for example {type: model, task: text-generation, …}")
-        _check_ids(self.all_components, "component")
-        _check_ids(self.all_workflows, "workflow")
-        for component in self.all_components:
-            _check_ids(component.all_actions, "action", f"component '{component.id}': ")
-        for workflow in self.all_workflows:
-            for job in workflow.all_jobs:
-                if problem := self._unresolved(job):
-                    written = self.workflow or self.workflows
-                    where = f"workflow '{workflow.id}', job '{job.id}': " if written else "without a workflow: "
-                    raise ValueError(where + problem)
+        components = located(self.component, self.components, "component")
+        workflows = located(self.workflow, self.workflows, "workflow")
+        if not components:
+            raise invalid("there is no component; add one, for example {type: model, task: text-generation, …}")
+        _check_ids(components, "component")
+        _check_ids(workflows, "workflow")
+        for at, component in components:
+            _check_ids(component.located_actions(at), "action", f"component '{component.id}': ")
+        if not workflows:
+            self._check_job(ComponentJob(), (), "without a workflow: ")
+        for at, workflow in workflows:
+            jobs = located(workflow.job, workflow.jobs, "job")
+            for place, job in jobs or [((), ComponentJob())]:
+                self._check_job(job, (*at, *place), f"workflow '{workflow.id}', job '{job.id}': ")
         return self
 
-    def _unresolved(self, job: JobOptions) -> str | None:
-        """Why a job's component or action cannot be found, with the remedy."""
+    def _check_job(self, job: JobOptions, at: Keys, where: str) -> None:
+        """Raises for a component or an action that cannot be found, with the remedy. at: where the job stands."""
         try:
             component = pick(self.all_components, job.component, "component")
         except NotFound as error:
-            return str(error) + ("" if job.component != DEFAULT_ID else _remedy(self.all_components, "component"))
+            remedy = "" if job.component != DEFAULT_ID else _remedy(self.all_components, "component")
+            raise invalid(f"{where}{error}{remedy}", *at, "component") from None
+        if not component.all_actions:
+            problem = f"the component '{component.id}' has no action; add one, for example action: {{text: …}}"
+            (place,) = (
+                keys for keys, each in located(self.component, self.components, "component") if each is component
+            )
+            raise invalid(where + problem, *place)
         try:
             component.find_action(job.action)
         except NotFound as error:
-            if not component.all_actions:
-                return f"the component '{component.id}' has no action; add one, for example action: {{text: …}}"
-            return f"component '{component.id}': {error}" + (
-                "" if job.action != DEFAULT_ID else _remedy(component.all_actions, "action")
-            )
-        return None
+            remedy = "" if job.action != DEFAULT_ID else _remedy(component.all_actions, "action")
+            raise invalid(f"{where}component '{component.id}': {error}{remedy}", *at, "action") from None
 
     @property
     def serving(self) -> Controller | FlatController:
@@ -135,16 +156,19 @@ class Config(Options):
         return pick(self.all_workflows, id or DEFAULT_ID, "workflow")
 
 
-def _check_ids(items: Any, what: str, where: str = "") -> None:
-    """No two have one id, and at most one is the default."""
-    ids = [item.id for item in items]
-    if twice := next((id for id in ids if ids.count(id) > 1), None):
-        raise ValueError(f"{where}two {what}s have the id '{twice}'; give each its own id")
-    defaults = [item.id for item in items if item.default]
+def _check_ids(items: Collection[tuple[Keys, Any]], what: str, where: str = "") -> None:
+    """No two of the items, each given with its place, have one id, and at most one is the default."""
+    seen = set[str]()
+    for at, item in items:
+        if item.id in seen:
+            raise invalid(f"{where}two {what}s have the id '{item.id}'; give each its own id", *at, "id")
+        seen.add(item.id)
+    defaults = [(at, item.id) for at, item in items if item.default]
     if len(defaults) > 1:
-        raise ValueError(f"{where}two {what}s say 'default: true': '{defaults[0]}' and '{defaults[1]}'; only one can")
+        (_, first), (at, second) = defaults[:2]
+        raise invalid(f"{where}two {what}s say 'default: true': '{first}' and '{second}'; only one can", *at, "default")
 
 
-def _remedy(items: Any, what: str) -> str:
-    """How to choose where nothing says which is meant."""
+def _remedy(items: Collection[Any], what: str) -> str:
+    """How to choose one of several, where the job does not say which."""
     return f"; name one with {what}: in the job, or mark one with default: true" if items else ""

@@ -8,6 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Keys = tuple[str | int, ...]
+"""Where a value stands in a file or a request: the keys of mappings and the indices of lists that lead to it."""
+
 
 class ComposeError(Exception):
     """Base of all errors raised on purpose. `status` is the HTTP status, `title` the problem's short name."""
@@ -47,6 +50,15 @@ class ConfigError(ComposeError):
         self.problems = problems
 
 
+class PluginError(ConfigError, ValueError):
+    """Something that another package registers cannot be used: two have one name, or its module does not import.
+
+    A ValueError too, so that pydantic tells at which line of the file the name stands.
+    """
+
+    title = "Plug-in not usable"
+
+
 class SourceError(ComposeError):
     """Weights cannot be had: missing, gated, no network, damaged."""
 
@@ -83,14 +95,20 @@ class FieldError:
 
 
 class InputError(ComposeError):
-    """A request is wrong: `fields` names each field and the allowed values."""
+    """A request is wrong: `fields` names each field and the allowed values.
+
+    at: the keys from the refused value down to its wrong part; () means the whole value.
+    """
 
     status = 400
     title = "Invalid request"
 
-    def __init__(self, message: str, fields: Sequence[FieldError] = (), *, field: str | None = None) -> None:
+    def __init__(
+        self, message: str, fields: Sequence[FieldError] = (), *, field: str | None = None, at: Keys = ()
+    ) -> None:
         super().__init__(message)
         self.fields = tuple(fields) or ((FieldError(field, message),) if field else ())
+        self.at = at
 
 
 class NotFound(ComposeError):

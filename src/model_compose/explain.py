@@ -5,17 +5,17 @@ A value is repeated in a message only where it cannot be a secret.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from yaml.nodes import Node, ScalarNode
+from yaml.nodes import Node
 
-from model_compose.nodes import at, below, child, keys
-from model_compose.schema import decimal_advice, nearest, shown
-
-SECRETS = frozenset(("token", "api_keys", "callback_secret"))
-"""Keys whose values never appear in a message."""
+from model_compose.config import Config
+from model_compose.declared import declarations, keys_in
+from model_compose.errors import Keys
+from model_compose.nodes import at, culprit, follow
+from model_compose.schema import Secret, decimal_advice, nearest, shown
 
 # What was expected, by the type of pydantic's error.
 _EXPECTED = {
@@ -37,17 +37,18 @@ _EXPECTED = {
 
 
 def explain(error: ValidationError, root: Node) -> list[str]:
-    """One line a problem, in the order in which pydantic found them."""
-    found: dict[tuple[str, str], list[Any]] = {}
+    """One line for each problem, in the order in which pydantic found them. root: the nodes of the validated file."""
+    found: dict[tuple[str, Keys], list[Any]] = {}
     for item in error.errors(include_url=False):
-        node, path = _locate(root, item)
+        node, keys = follow(root, keys_in(Config, item["loc"]))
+        line = at(culprit(node, item.get("ctx", {}).get("at", ())))
         # The members of a union fail one by one at the same place: they are one problem.
-        found.setdefault((at(node), ".".join(path)), []).append(item)
+        found.setdefault((line, keys), []).append(item)
     lines = []
-    for (place, keys_to_it), items in found.items():
-        where = f"{place}: {keys_to_it}: " if keys_to_it else f"{place}: "
-        secret = bool(SECRETS & set(keys_to_it.split(".")))
-        lines += [where + message for message in dict.fromkeys(_messages(items, secret))]
+    for (line, keys), items in found.items():
+        where = ": ".join(filter(None, (line, ".".join(map(str, keys)))))
+        secret = any(declarations(Config, keys, Secret))
+        lines += [f"{where}: {message}" for message in dict.fromkeys(_messages(items, secret))]
     return lines
 
 
@@ -107,51 +108,7 @@ def _tag(kind: str, context: Mapping[str, Any]) -> str:
     return f"unknown {key} '{tag}'; {nearest(tag, names)}"
 
 
-def _locate(root: Node, item: Any) -> tuple[Node, list[str]]:
-    """The node that an error speaks of, and its path as the user wrote it.
-
-    Parts of pydantic's location that are no keys of the file (a union's tags, a missing key) are skipped.
-    """
-    node, path = _walk(root, item["loc"])
-    return _culprit(node, item) or node, path
-
-
-def place(root: Node, path: Iterable[Any]) -> str:
+def place(root: Node, keys: Keys) -> str:
     """ "file:line: keys" of what stands at a path of keys."""
-    node, keys_to_it = _walk(root, path)
-    return f"{at(node)}: {'.'.join(keys_to_it)}"
-
-
-def _walk(root: Node, path: Iterable[Any]) -> tuple[Node, list[str]]:
-    node, keys_to_it = root, []
-    for part in path:
-        found = child(node, part)
-        if found is not None:
-            node = found
-            keys_to_it.append(str(part))
-    return node, keys_to_it
-
-
-def _culprit(node: Node, item: Any) -> Node | None:
-    """The key or scalar under `node` that the error is about, where its own location stops at `node`."""
-    kind, context = item["type"], item.get("ctx", {})
-    if kind in ("unknown_key", "unsupported_key"):
-        return _last(keys(node), context["key"])
-    if kind == "unknown_adapter":
-        blend = child(child(node, "blends"), context["blend"])
-        return _last([*keys(blend), *keys(child(blend, "weights"))], context["key"])
-    if kind in ("duplicate_name", "name"):  # the second of the two
-        adapters = child(node, "peft_adapters")
-        names = [child(adapter, "name") for adapter in (adapters.value if adapters is not None else ())]
-        return _last([*filter(None, names), *keys(child(node, "blends"))], context["key"])
-    if kind == "value_error":
-        # Our own messages quote what they complain of before the semicolon, the culprit last.
-        for name in reversed(re.findall(r"'([^']+)'", item["msg"].split(";")[0])):
-            scalars = [part for part in below(node) if isinstance(part, ScalarNode)]
-            if found := _last(keys(node), name) or _last(scalars, name):
-                return found
-    return None
-
-
-def _last(nodes: Sequence[Node], value: Any) -> Node | None:
-    return next((node for node in reversed(nodes) if node.value == value), None)
+    node, found = follow(root, keys)
+    return f"{at(node)}: {'.'.join(map(str, found))}"

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from model_compose.errors import RunError
+from model_compose.errors import Keys, RunError
 
 CONVERTED_TYPES = frozenset(
     ["string", "text", "markdown", "integer", "number", "boolean", "list", "object", "json", "base64"]
@@ -35,7 +35,14 @@ ALL = slice(None)
 
 
 class SyntaxProblem(ValueError):
-    """An expression that cannot be parsed; the message says what and where in the text."""
+    """An expression that cannot be parsed. The message quotes it.
+
+    at: the keys from the value that `parse` was given down to the text or the mapping with the problem.
+    """
+
+    def __init__(self, message: str, at: Keys = ()) -> None:
+        super().__init__(message)
+        self.at = at
 
 
 @dataclass(frozen=True)
@@ -127,20 +134,23 @@ class Template:
         return found
 
 
-def parse(value: Any) -> Template:
-    """Parses a YAML value and all that is in it. Raises SyntaxProblem."""
+def parse(value: Any, at: Keys = ()) -> Template:
+    """Parses a YAML value and all that is in it. Raises SyntaxProblem. at: what its `at` starts with."""
     if isinstance(value, dict):
         for key in value:
             if key in OPERATOR_KEYS:
-                raise SyntaxProblem(f"the structural operator '{key}' is not supported in this version")
-        return Template({key: parse(item) for key, item in value.items()})
+                raise SyntaxProblem(f"the structural operator '{key}' is not supported in this version", (*at, key))
+        return Template({key: parse(item, (*at, key)) for key, item in value.items()})
     if isinstance(value, list | tuple):
-        return Template([parse(item) for item in value])
+        return Template([parse(item, (*at, index)) for index, item in enumerate(value)])
     if not isinstance(value, str) or "${" not in value:
         return Template(value)
     if value.startswith("...${"):
-        raise SyntaxProblem("the structural operator '...' is not supported in this version")
-    parts = tuple(_parts(value))
+        raise SyntaxProblem("the structural operator '...' is not supported in this version", at)
+    try:
+        parts = tuple(_parts(value))
+    except SyntaxProblem as problem:
+        raise SyntaxProblem(str(problem), at) from None
     return Template(parts[0] if len(parts) == 1 and isinstance(parts[0], Reference) else Splice(parts))
 
 

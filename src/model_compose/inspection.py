@@ -1,6 +1,6 @@
-"""What `adapters` tells: the adapters of a model, whether they fit its base, and how they stand beside each other.
+"""Examines the adapters of a model for the command `adapters`: whether they fit the base, and how they compare.
 
-Of the base only the config is read, as `plan` does; of the adapters everything.
+Like `plan`, it reads only the base's config. It reads the adapters completely.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model_compose.engines import ModelOptions
-from model_compose.engines.huggingface import HuggingfaceOptions
+from model_compose.engines.on_disk import CONFIG_FILES
+from model_compose.engines.options import ModelOptions
 from model_compose.errors import AdapterError, LoadError, SourceError
 from model_compose.lora.adapter import LoraAdapter, check, read_adapter
 from model_compose.lora.blend import Blend, Blends
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inspected:
-    """One adapter. ranks, alphas, scalings: those that its modules have, ascending. size: bytes of its weights' file."""
+    """One adapter. ranks, alphas, scalings: all values that occur in its modules, ascending. size: the bytes of the file
+    with its weights."""
 
     name: str
     source: str
@@ -44,7 +45,7 @@ class Inspected:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Of its factors, as stored."""
+        """The dtypes of its factors in the file."""
         tensors = [tensor for factors in self.adapter.modules.values() for tensor in (factors.a, factors.b)]
         return tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}))
 
@@ -55,10 +56,10 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One model's adapters, or those of folders without a model.
+    """The adapters of one model, or of folders that belong to no model (`component` and `base` are then None).
 
-    shown: the names that were asked for; the geometry is that of all. problems: adapters that cannot be used, a sentence
-    each. unchecked: why nothing was checked against the base.
+    adapters: all that can be used. shown: the names that the user asked for; the geometry covers all adapters. problems:
+    one sentence for each adapter that cannot be used. unchecked: why the adapters could not be checked against the base.
     """
 
     component: str | None
@@ -72,18 +73,19 @@ class Inspection:
 
     @property
     def listed(self) -> tuple[Inspected, ...]:
+        """The adapters that the user asked for."""
         return tuple(each for each in self.adapters if each.name in self.shown)
 
     @property
     def pairs(self) -> "tuple[Pair, ...]":
-        """Of which at least one is shown; those that overlap most come first."""
+        """The pairs with at least one adapter that the user asked for, those with the largest overlap first."""
         found = [pair for pair in self.geometry.pairs if {pair.one, pair.other} & set(self.shown)]
         return tuple(sorted(found, key=_overlap, reverse=True))
 
 
 @dataclass(frozen=True)
 class Base:
-    """What is known of a base from its config: the modules' shapes, and where the config lies."""
+    """A base known by its config only. fetched: where the config is. shapes: the modules' shapes, by path."""
 
     options: ModelOptions
     fetched: "Fetched"
@@ -94,10 +96,10 @@ def inspect(
     options: ModelOptions | None, folders: Mapping[str, str], base_dir: Path, *, component: str | None, blend: Any,
     names: Sequence[str] = (), report: Report,
 ) -> Inspection:  # fmt: skip
-    """Reads the adapters of a model (None: there is none) and those of further folders {name: path}, and compares them.
+    """Read and compare the adapters of a model (`options`, or None if there is no model) and of `folders`, {name: path}.
 
-    blend: a name, weights, or None for the default; without a model that is every adapter at 1. names: those to show, all
-    if empty. Raises InputError for an unknown blend, AdapterError for folders of different bases.
+    blend: a name, {adapter: weight}, or None for the default (without a model: every adapter with weight 1). names: the
+    adapters to show; all if empty. Raises InputError for an unknown blend, AdapterError for adapters of different bases.
     """
     sources: dict[str, ModelSource] = {}
     blends = Blends((), {}, Blend(dict.fromkeys(folders, 1.0)))
@@ -131,29 +133,23 @@ def _measure(found: Sequence[Inspected], report: Report) -> "Geometry":
 
 
 def _read_base(options: ModelOptions, base_dir: Path, report: Report) -> tuple[Base | None, str | None]:
-    """The base's shapes, or why they are not known."""
-    import torch
-
-    from model_compose.engines.huggingface import model as engine
-    from model_compose.engines.parts import CONFIG_FILES
-    from model_compose.lora.layers import module_shapes
+    """The base, or the reason why its shapes are unknown."""
+    from model_compose.engines.blueprint import read_blueprint
     from model_compose.sources.survey import survey
 
-    trusted = isinstance(options.options, HuggingfaceOptions) and options.options.trust_remote_code
     try:
         found = survey(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report).fetched
         if found is None:
-            return None, "the base's config comes with its weights, which are not here yet"
-        with engine.load_errors(describe(options.model), torch.device("meta")):
-            shapes = module_shapes(engine.on_meta(engine.base_config(found, trusted), trusted))
+            return None, "the base's config comes with its weights, which have not been downloaded yet"
+        shapes = read_blueprint(options, found).shapes
     except (SourceError, LoadError) as error:
         return None, str(error)
     return Base(options, found, shapes), None
 
 
 def _read(name: str, source: ModelSource, base_dir: Path, base: Base | None, report: Report) -> Inspected:
-    """Raises SourceError, AdapterError."""
-    from model_compose.engines.parts import fetch_adapter_folder
+    """Read one adapter and, if the base is known, check that it fits. Raises SourceError or AdapterError."""
+    from model_compose.engines.adapters import fetch_adapter_folder
     from model_compose.lora.adapter import WEIGHT_FILES
 
     folder = fetch_adapter_folder(name, source, base_dir, report)
@@ -162,33 +158,33 @@ def _read(name: str, source: ModelSource, base_dir: Path, base: Base | None, rep
         adapter = check(adapter, base.shapes)
     modules = adapter.modules.values()
     power = 0.5 if config.get("use_rslora") else 1.0
-    # s = alpha / r, or alpha / √r; rounded, as what the config says is seldom more than a whole number
+    # The scaling is alpha / r, or alpha / √r for rsLoRA. Rounding removes the division's error, as alphas are mostly whole.
     alphas = sorted({round(factors.scaling * factors.rank**power, 9) for factors in modules})
     size = next((folder / file).stat().st_size for file in WEIGHT_FILES if (folder / file).is_file())
     return Inspected(name, describe(source), adapter, tuple(alphas), size, tuple(_warnings(adapter, config, base)))
 
 
 def _warnings(adapter: LoraAdapter, config: Mapping[str, Any], base: Base | None) -> list[str]:
-    """What is no error, but worth a second look."""
-    from model_compose.engines.huggingface.model import other_base
+    """Things that are not errors but may be mistakes, each a sentence without its subject (the adapter)."""
+    from model_compose.engines.blueprint import other_base
 
     found = []
     if base is not None and (other := other_base(adapter, base.options, base.fetched)):
         found.append(
-            f"was trained on {adapter.base}, but the base model is {other}; the shapes fit, the text may still suffer"
+            f"was trained on {adapter.base}, but the base model is {other}; the shapes fit, but the text may be worse"
         )
     zeros = [path for path, factors in adapter.modules.items() if not (factors.a.any() and factors.b.any())]
     if len(zeros) == len(adapter.modules):
-        found.append("is zero in every module, so it changes nothing; was it trained at all?")
+        found.append("is zero in every module, so it changes nothing; was it trained?")
     elif zeros:
-        found.append(f"is zero in {len(zeros)} of its {len(adapter.modules)} modules, {zeros[0]} among them")
+        found.append(f"is zero in {len(zeros)} of its {len(adapter.modules)} modules, such as {zeros[0]}")
     listed = config.get("target_modules")
     named = listed if isinstance(listed, list) else []
     if missing := [name for name in named if not any(f".{path}".endswith(f".{name}") for path in adapter.modules)]:
-        found.append(f"lists {', '.join(map(str, missing))} as target, but has no weights for it")
+        found.append(f"lists the target {', '.join(map(str, missing))}, but has no weights for it")
     if adapter.copies:
         found.append(
-            f"brings a copy of the base's {', '.join(adapter.copies)}; whether it is equal is seen when the model is loaded"
+            f"brings a copy of the base's {', '.join(adapter.copies)}; loading the model will check that it is equal"
         )
     return found
 
@@ -198,7 +194,7 @@ def _overlap(pair: "Pair") -> float:
 
 
 def as_json(inspection: Inspection) -> dict[str, Any]:
-    """Everything, by layer too. Sizes in bytes; norms are Frobenius norms of s B A, without the blend's weight."""
+    """All results, also by layer. Sizes are in bytes. Norms are Frobenius norms of s B A, without the blend's weights."""
     geometry, weights = inspection.geometry, inspection.blend.weights
     norms, shares = geometry.norms(), geometry.shares(weights)
     layers = {layer: (geometry.norms(layer=layer), geometry.shares(weights, layer=layer)) for layer in geometry.layers}
@@ -209,7 +205,7 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
         "unchecked": inspection.unchecked,
         "blend": {
             "name": inspection.blend.name, "weights": dict(weights),
-            "method": inspection.blend.method.model_dump() if inspection.blend.method else None,  # the norms are the sum's
+            "method": inspection.blend.method.model_dump() if inspection.blend.method else None,  # norms ignore it
             "norm": geometry.blend_norm(weights),
             "layers": {layer: geometry.blend_norm(weights, layer=layer) for layer in layers},
         },
@@ -241,7 +237,7 @@ def as_json(inspection: Inspection) -> dict[str, Any]:
 
 
 def targets_of(inspected: Inspected) -> list[str]:
-    """The kinds of module that it acts on, in the order of the model."""
+    """The adapter's target modules (q_proj, …), in the order of the model."""
     from model_compose.lora.geometry import place
 
     places = sorted(place(path) for path in inspected.adapter.modules)

@@ -13,11 +13,12 @@ from pydantic import ValidationError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from model_compose.config import Config
-from model_compose.errors import ConfigError, RunError
-from model_compose.explain import SECRETS, explain, place
+from model_compose.declared import declarations, is_later
+from model_compose.errors import ConfigError, Keys, RunError
+from model_compose.explain import explain, place
 from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, convert, parse_reference, split
-from model_compose.nodes import FILE_NAMES, Keys, at, below, child, compose, merge, typed
-from model_compose.schema import nearest
+from model_compose.nodes import FILE_NAMES, at, child, compose, file_of, merge, typed
+from model_compose.schema import Options, RelativeToFile, Secret, nearest
 from model_compose.workflow import scopes
 
 # What other languages call our types.
@@ -28,7 +29,7 @@ _OTHER_NAMES = {
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ComposeFile:
     """A config with the files it came from, and their merged YAML. Relative paths in it are relative to base_dir."""
 
     config: Config
@@ -54,15 +55,12 @@ def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
     return tuple(path.resolve() for path in paths)
 
 
-def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> Loaded:
+def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> ComposeFile:
     """Reads, merges and checks the files; later ones win. `env` fills ${env.…}. Raises ConfigError."""
     base_dir = files[0].parent
     root: Node = compose(files[0], _short(files[0]))
     for path in files[1:]:
-        node = compose(path, _short(path))
-        if path.parent != base_dir:
-            _move_paths(node, os.path.relpath(path.parent, base_dir))
-        root = merge(root, node)
+        root = merge(root, compose(path, _short(path)))
     problems: list[str] = []
     data = _construct(root, os.environ if env is None else env, (), problems)
     if problems:
@@ -71,9 +69,12 @@ def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> Loaded:
         config = Config.model_validate(data)
     except ValidationError as error:
         raise ConfigError(*explain(error, root)) from None
+    folders = {_short(path): os.path.relpath(path.parent, base_dir) for path in files if path.parent != base_dir}
+    if folders:
+        config = _with_paths_moved(config, root, folders)
     if nowhere := [f"{place(root, problem.keys)}: {problem.message}" for problem in scopes.problems(config)]:
         raise ConfigError(*nowhere)
-    return Loaded(config, tuple(files), base_dir, root)
+    return ComposeFile(config, tuple(files), base_dir, root)
 
 
 def environment(env_files: Sequence[Path] = (), pairs: Sequence[str] = ()) -> dict[str, str]:
@@ -103,55 +104,66 @@ def environment(env_files: Sequence[Path] = (), pairs: Sequence[str] = ()) -> di
     return merged
 
 
-def _move_paths(root: Node, folder: str) -> None:
-    """Relative paths of models count from the file that says them: those of a file in `folder` get it in front."""
-    moved: set[int] = set()  # an anchored node is met more than once
-    for mapping in below(root):
-        source = child(mapping, "model")
-        short = isinstance(source, ScalarNode) and source.value.startswith(("./", "../"))
-        told_otherwise = child(source, "package") or child(source, "repository")
-        path = source if short else None if told_otherwise else child(source, "path")
-        if isinstance(path, ScalarNode) and id(path) not in moved and not path.value.startswith(("/", "~", "${")):
-            moved.add(id(path))
-            path.value = os.path.join(".", folder, path.value)
-        for path in _scalars(child(mapping, "runtime_adapter_sources")):
-            if id(path) not in moved and path.value.startswith("."):
-                moved.add(id(path))
-                path.value = os.path.join(".", folder, path.value)
+def _with_paths_moved(value: Any, node: Node, folders: Mapping[str, str]) -> Any:
+    """The options with the folder of their file in front of each relative path. node: where `value` stands in the YAML.
+
+    folders: for the name of each file that is not in the first file's folder, its own folder as seen from there. A text
+    that starts with ${...} has nothing put in front: a variable's value counts from the first file's folder.
+    """
+    if isinstance(value, tuple):
+        return tuple(_with_paths_moved(item, child(node, index) or node, folders) for index, item in enumerate(value))
+    if not isinstance(value, Options):
+        return value
+    changed = {}
+    for name in value.model_fields_set:
+        given = getattr(value, name)
+        stands = child(node, name) or node  # the short form of a model, a text, has no node for its key
+        path = next(declarations(type(value), (name,), RelativeToFile), None)
+        changed[name] = (
+            _moved(given, stands, path, folders) if path is not None else _with_paths_moved(given, stands, folders)
+        )
+    return value.model_copy(update=changed)
 
 
-def _scalars(node: Node | None) -> list[ScalarNode]:
-    """One scalar, or those of a list."""
-    nodes = node.value if isinstance(node, SequenceNode) else [node]
-    return [part for part in nodes if isinstance(part, ScalarNode)]
+def _moved(value: Any, node: Node, path: RelativeToFile, folders: Mapping[str, str]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(item, child(node, index) or node, path, folders) for index, item in enumerate(value))
+    if not isinstance(value, str) or not path.is_path(value) or value.startswith(("/", "~")):
+        return value
+    folder = folders.get(file_of(node))
+    if folder is None or (isinstance(node, ScalarNode) and node.value.startswith("${")):
+        return value
+    return os.path.join(".", folder, value)
 
 
-def _construct(node: Node, env: Mapping[str, str], path: tuple[str, ...], problems: list[str]) -> Any:
+def _construct(node: Node, env: Mapping[str, str], path: Keys, problems: list[str]) -> Any:
     """Node -> plain data with ${env.…} filled in. Problems are collected with their places."""
     if isinstance(node, MappingNode):
         return {key.value: _construct(value, env, (*path, key.value), problems) for key, value in node.value}
     if isinstance(node, SequenceNode):
-        return [_construct(item, env, (*path, str(index)), problems) for index, item in enumerate(node.value)]
+        return [_construct(item, env, (*path, index), problems) for index, item in enumerate(node.value)]
     assert isinstance(node, ScalarNode)
     try:
         return _scalar(node, env, path)
     except (SyntaxProblem, ConfigError) as error:
-        problems.append(f"{at(node)}: {'.'.join(path)}: {error}")
+        if is_later(Config, path):
+            return node.value  # the error is that the key is not supported, whatever its value
+        problems.append(f"{at(node)}: {'.'.join(map(str, path))}: {error}")
         return None
 
 
-def _scalar(node: ScalarNode, env: Mapping[str, str], path: tuple[str, ...]) -> Any:
+def _scalar(node: ScalarNode, env: Mapping[str, str], path: Keys) -> Any:
     text: str = node.value
     filled = text
     if "${" in text:
-        pieces = [_fill(piece, env, path) if is_expression else piece for piece, is_expression in split(text)]
+        secret = next(declarations(Config, path, Secret), None)
+        pieces = [_fill(piece, env, secret) if is_expression else piece for piece, is_expression in split(text)]
         if len(pieces) == 1 and not isinstance(pieces[0], str):
             return pieces[0]
         filled = "".join("" if piece is None else str(piece) for piece in pieces)
-        if filled != text and SECRETS & set(path):
-            # A key of digits stays text. An empty one would leave the door open.
-            if "api_keys" in path and not filled.strip():
-                raise ConfigError("the API key is empty, so the server refuses to start; give the variable a value")
+        if filled != text and secret is not None:
+            if secret.danger and not filled.strip():
+                raise ConfigError(f"the value is empty; {secret.danger}; give the variable a value")
             return filled
     try:
         return typed(node, filled)
@@ -159,15 +171,15 @@ def _scalar(node: ScalarNode, env: Mapping[str, str], path: tuple[str, ...]) -> 
         raise ConfigError(f"{filled!r} does not fit the tag {node.tag}") from None
 
 
-def _fill(piece: str, env: Mapping[str, str], path: tuple[str, ...]) -> Any:
+def _fill(piece: str, env: Mapping[str, str], secret: Secret | None) -> Any:
     """${env.…} -> its value. Any other expression stays as it is, but for a ${env.…} in its default."""
     reference = parse_reference(piece)
     _check_type(reference)
     if reference.key == "env":
-        return _env_value(reference, env, path)
+        return _env_value(reference, env, secret)
     if isinstance(reference.default, Reference):
         inner = reference.default.source
-        value = _fill(inner, env, path)
+        value = _fill(inner, env, secret)
         if value != inner:
             literal = str(value)
             if "}" in literal or "@(" in literal:
@@ -176,13 +188,13 @@ def _fill(piece: str, env: Mapping[str, str], path: tuple[str, ...]) -> Any:
     return piece
 
 
-def _env_value(reference: Reference, env: Mapping[str, str], path: tuple[str, ...]) -> Any:
+def _env_value(reference: Reference, env: Mapping[str, str], secret: Secret | None) -> Any:
     (name,) = reference.path if len(reference.path) == 1 else (None,)
     if not isinstance(name, str):
         raise ConfigError(f"{reference.source}: expected ${{env.NAME}}")
     value: Any = env.get(name)
     if value is None and isinstance(reference.default, Reference):
-        value = _fill(reference.default.source, env, path)
+        value = _fill(reference.default.source, env, secret)
         if value == reference.default.source and reference.type:
             raise ConfigError(
                 f"{reference.source}: write the type in the default: {value[:-1]} as {reference.type.name}}}"
@@ -190,12 +202,12 @@ def _env_value(reference: Reference, env: Mapping[str, str], path: tuple[str, ..
     elif value is None:
         value = reference.default
     if value is None:
-        if path[-1] == "token":
+        if secret is not None and secret.unset_is_none:
             return None
-        key = "the API key would be missing, so the server refuses to start; " if "api_keys" in path else ""
+        danger = secret.danger if secret is not None else None
         raise ConfigError(
-            f"the environment variable {name} is not set; {key}set it, use --env-file or -e {name}=…"
-            + ("" if key else f", or write a default: ${{env.{name} | …}}")
+            f"the environment variable {name} is not set; {f'{danger}; ' if danger else ''}set it, use --env-file or "
+            f"-e {name}=…" + ("" if danger else f", or write a default: ${{env.{name} | …}}")
         )
     try:
         return convert(value, reference.type) if reference.type else value

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -111,6 +112,10 @@ class Metrics:
                 if (value := read(stats)) is not None:
                     family.add_metric((component,), value)
             yield family
+
+    def families(self) -> Iterator[Any]:
+        """Every metric with its samples as of now, as prometheus_client has them."""
+        yield from self._registry.collect()
 
     def _counter(self, name: str, meaning: str, *more: str) -> Counter:
         return Counter(PREFIX + name, meaning, (*REQUEST, *more), registry=self._registry)

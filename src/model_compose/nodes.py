@@ -5,7 +5,7 @@ say where its cause stands.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,13 +13,10 @@ from typing import Any, ClassVar
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from model_compose.errors import ConfigError
+from model_compose.errors import ConfigError, Keys
 
 FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
-"""What a folder's file is called, where nobody names one."""
-
-Keys = tuple[str | int, ...]
-"""Where something stands in a file: keys of mappings, indices of lists."""
+"""The names of a folder's file, where the user names none. The first one that exists counts."""
 
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
@@ -257,24 +254,38 @@ def child(node: Node | None, part: str | int) -> Node | None:
     return None
 
 
-def keys(node: Node | None) -> list[Node]:
-    """The keys of a mapping, as nodes."""
-    return [key for key, _ in node.value] if isinstance(node, MappingNode) else []
+def follow(root: Node, keys: Keys) -> tuple[Node, Keys]:
+    """The node at the end of `keys`, and the keys that lead to it. Keys that the file does not have are skipped."""
+    node, found = root, []
+    for key in keys:
+        inner = child(node, key)
+        if inner is not None:
+            node = inner
+            found.append(key)
+    return node, tuple(found)
 
 
-def below(node: Node) -> Iterator[Node]:
-    """The node and all that is in it, keys included."""
-    yield node
-    if isinstance(node, MappingNode):
-        for key, value in node.value:
-            yield key
-            yield from below(value)
-    elif isinstance(node, SequenceNode):
-        for item in node.value:
-            yield from below(item)
+def culprit(node: Node, keys: Keys) -> Node:
+    """The node that an error below `node` points at: the last of `keys`, for a mapping the key itself and not its value.
+
+    Where the file does not have all keys, the nearest node that it has.
+    """
+    found: Node = node
+    for key in keys:
+        inner = child(node, key)
+        if inner is None:
+            break
+        names = [name for name, _ in node.value if name.value == key] if isinstance(node, MappingNode) else []
+        found, node = (names or [inner])[0], inner
+    return found
+
+
+def file_of(node: Node) -> str:
+    """What messages call the file in which a node stands."""
+    file: str = node.file  # type: ignore[attr-defined]
+    return file
 
 
 def at(node: Node) -> str:
     """ "file:line" of a node."""
-    file: str = node.file  # type: ignore[attr-defined]
-    return f"{file}:{node.start_mark.line + 1}"
+    return f"{file_of(node)}:{node.start_mark.line + 1}"

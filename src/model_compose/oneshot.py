@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from model_compose.components import Answer
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, FieldError, InputError, RunError
-from model_compose.loading import Loaded
+from model_compose.loading import ComposeFile
 from model_compose.progress import Report
 from model_compose.running import Mix, Record
 from model_compose.terminal import Answered
@@ -28,7 +28,7 @@ class Ran(NamedTuple):
 
 
 async def run_here(
-    loaded: Loaded,
+    loaded: ComposeFile,
     value: Any,
     workflow: str | None,
     blend: Any,
@@ -67,7 +67,9 @@ def _answered(answers: Sequence[Answer]) -> list[Answered]:
     ]  # fmt: skip
 
 
-def run_there(record: Record, loaded: Loaded, value: Any, workflow: str | None, blend: Any, show: Show | None) -> Ran:
+def run_there(
+    record: Record, loaded: ComposeFile, value: Any, workflow: str | None, blend: Any, show: Show | None
+) -> Ran:
     """Asks the running service. Raises RunError or InputError with the service's own words."""
     import httpx
 

@@ -1,7 +1,7 @@
-"""`plan`: what a file will need, from configs alone: memory on each device, and bytes to download.
+"""Computes what a file needs, from configs alone, for the command `plan`: memory on each device, and bytes to download.
 
-Components are gone through in the order in which `up` loads them, and what one takes is gone for the next. The arithmetic
-is the engine's (engines/huggingface/memory.py), so `up` refuses what `plan` refuses.
+It goes through the components in the order in which `up` loads them; memory that one takes is not free for the next. It
+uses the driver's own arithmetic (`needs`), so that `up` refuses what `plan` refuses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from model_compose.config import Config
-from model_compose.engines import ModelOptions
-from model_compose.engines.huggingface import HuggingfaceOptions
+from model_compose.engines import ENGINES
+from model_compose.engines.devices import Devices, check_quantization, device_name, pick_dtype, size_text
+from model_compose.engines.needs import Needs, check_fits
+from model_compose.engines.options import ModelOptions
 from model_compose.errors import InputError, LoadError, SourceError
-from model_compose.loading import Loaded
+from model_compose.loading import ComposeFile
 from model_compose.preflight import check_files
 from model_compose.progress import Report, silent
 from model_compose.sources import describe
@@ -25,16 +27,16 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from model_compose.engines.huggingface.memory import Needs
-    from model_compose.engines.huggingface.sizes import AdapterSize
+    from model_compose.engines.sizes import AdapterSize
 
 CUDA_CONTEXT = 512 << 20
-"""What CUDA takes of a card before the first tensor: gone from the free memory that a card reports, not from its size."""
+"""The bytes that CUDA itself takes on a card before the first tensor. The free memory that a card reports does not include
+them, but a size given by `--memory` does."""
 
 
 @dataclass(frozen=True)
 class Download:
-    """One source. total: all its bytes, missing: those that are not on this machine; None where nobody says."""
+    """One source. total: all its bytes. missing: the bytes that are not on this machine. Both are None if unknown."""
 
     name: str
     total: int | None
@@ -43,12 +45,13 @@ class Download:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """One model component. unknown: why its memory cannot be told; problem: why it does not fit."""
+    """One model component. needs: the memory on each device. unknown: why (part of) its memory is unknown. problem: why it
+    does not fit."""
 
     component: str
     model: str
     downloads: tuple[Download, ...]
-    needs: "tuple[Needs, ...]" = ()
+    needs: tuple[Needs, ...] = ()
     parameters: int | None = None
     precision: str | None = None
     quantization: str | None = None
@@ -65,51 +68,49 @@ class Plan:
         return [model.problem for model in self.models if model.problem is not None]
 
 
-class Memory:
-    """How much every device has: what `--memory` pretends, else what is free, less what earlier components take."""
+class Memory(Devices):
+    """The free memory of each device: the size that `--memory` pretends, else what is free now, minus what earlier
+    components take. pretended: bytes by device, from `parse_memory`."""
 
     def __init__(self, pretended: Mapping[str, int]) -> None:
         self._pretended, self._taken = pretended, dict[str, int]()
 
-    def device(self, name: str) -> "torch.device":
-        """As the engine picks it, but pretended devices exist. Raises LoadError."""
+    def pick(self, name: str) -> "torch.device":
+        """The device that the engine would choose, if the pretended devices existed. Raises LoadError."""
         import torch
-
-        from model_compose.engines.huggingface.memory import device_name
-        from model_compose.engines.huggingface.model import pick_device
 
         if name == "auto":
             name = next((key for key in self._pretended if key not in ("", "cpu")), "auto")
         try:
             device = torch.device(name)
-        except RuntimeError:  # auto, or no device's name
-            return pick_device(name)
-        return device if device_name(device) in self._pretended or "" in self._pretended else pick_device(name)
+        except RuntimeError:  # "auto", or a name that is not a device's
+            return super().pick(name)
+        return device if device_name(device) in self._pretended or "" in self._pretended else super().pick(name)
 
     def free(self, device: "torch.device") -> int | None:
-        from model_compose.engines.huggingface.free import free_memory
-        from model_compose.engines.huggingface.memory import device_name
-
+        """The bytes that are left on the device; None if unknown."""
         name = device_name(device)
         size = self._pretended.get(name, self._pretended.get(""))
         if size is None:
-            size = free_memory(device)
+            size = super().free(device)
         elif device.type == "cuda":
             size -= CUDA_CONTEXT
         return None if size is None else max(0, size - self._taken.get(name, 0))
 
-    def taken(self, needs: "Needs") -> int:
-        """What earlier components take of the device."""
+    def taken(self, needs: Needs) -> int:
+        """The bytes that earlier components take on the device."""
         return self._taken.get(needs.device, 0)
 
-    def take(self, needs: "Needs") -> None:
+    def take(self, needs: Needs) -> None:
+        """Count the bytes of this component as taken."""
         self._taken[needs.device] = self._taken.get(needs.device, 0) + needs.weights + needs.kv_cache
 
 
-def plan(loaded: Loaded, pretended: Mapping[str, int], report: Report = silent) -> Plan:
+def plan(loaded: ComposeFile, pretended: Mapping[str, int], report: Report = silent) -> Plan:
     """What every model component needs. pretended: bytes by device ("" is any), from `parse_memory`.
 
-    Fetches configs. Raises SourceError, AdapterError, LoadError for what `up` would refuse for another reason than memory.
+    Fetches configs. A component that does not fit is a problem in the plan; for other reasons to refuse the file, this
+    raises SourceError, AdapterError or LoadError, as `up` would.
     """
     check_files(loaded, weights=False)
     memory = Memory(pretended)
@@ -117,7 +118,8 @@ def plan(loaded: Loaded, pretended: Mapping[str, int], report: Report = silent) 
 
 
 def parse_memory(given: Sequence[str]) -> dict[str, int]:
-    """16GB, or cuda:0=16GB -> bytes by device, where "" is whichever device a model goes to. Raises InputError."""
+    """Parse "16GB" or "cuda:0=16GB" into bytes by device. A size without a device gets the key "", which means the device
+    that a model is placed on. Raises InputError."""
     sizes = {}
     for text in given:
         device, _, size = text.rpartition("=")
@@ -129,7 +131,7 @@ def parse_memory(given: Sequence[str]) -> dict[str, int]:
 
 
 def models(config: Config) -> list[tuple[str, ModelOptions]]:
-    """The model components by the names that /v1 has for them."""
+    """The model components with their names on /v1."""
     return [
         ("default" if component.id == "__component__" else component.id, component)
         for component in config.all_components
@@ -138,22 +140,21 @@ def models(config: Config) -> list[tuple[str, ModelOptions]]:
 
 
 def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory, report: Report) -> ModelPlan:
-    from model_compose.engines.huggingface.memory import check_fits, size_text
-    from model_compose.engines.parts import CONFIG_FILES, check_quantization
+    from model_compose.engines.on_disk import CONFIG_FILES
 
-    device = memory.device(options.device)  # looked at before anything is fetched, as `up` does
+    device = memory.pick(options.device)  # refuse a missing device before fetching anything, as `up` does
     check_quantization(options.quantization, str(device))
     base = survey(options.model, base_dir=base_dir, only=CONFIG_FILES, report=report)
     adapters = _survey_adapters(options, base_dir, report)
     named = {describe(options.model): base, **{f"adapter {name}": survey for name, survey in adapters.items()}}
     downloads = tuple(Download(name, survey.total, survey.missing) for name, survey in named.items())
     made = ModelPlan(name, describe(options.model), downloads)
-    if not isinstance(options.options, HuggingfaceOptions):
-        return replace(made, unknown=f"{options.driver} chooses its own memory")
+    if ENGINES[options.driver].needs is None:
+        return replace(made, unknown=f"the driver {options.driver} decides by itself how much memory it takes")
     if base.fetched is None:
-        return replace(made, unknown="the config comes with the weights, so memory can be told only once they are here")
-    if not isinstance(options.options, HuggingfaceOptions):
-        return replace(made, unknown=f"driver {options.driver} takes its memory outside this arithmetic")
+        return replace(
+            made, unknown="the config comes with the weights, so the memory is known only after the download"
+        )
     made = _measure(made, options, base, adapters, device, memory)
     for needs in made.needs:
         before = memory.taken(needs)
@@ -161,7 +162,7 @@ def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory
         try:
             check_fits(needs)
         except LoadError as error:
-            hint = f" (the components before it take {size_text(before)}: their kv_cache may be set)" if before else ""
+            hint = f" (earlier components take {size_text(before)}; set their kv_cache to less)" if before else ""
             made = replace(made, problem=made.problem or f"{error}{hint}")
     return made
 
@@ -186,39 +187,35 @@ def _measure(
     device: "torch.device",
     memory: Memory,
 ) -> ModelPlan:
-    """`made` with the numbers of the base and of every adapter whose config is there."""
+    """`made` with the numbers of the base, and of every adapter whose config has been fetched."""
     import torch
 
-    from model_compose.engines.huggingface import model as engine
-    from model_compose.engines.huggingface.memory import needs
-    from model_compose.engines.huggingface.sizes import checkpoint_dtype, checkpoint_of, stored_bits
+    from model_compose.engines.blueprint import read_blueprint
+    from model_compose.engines.sizes import checkpoint_dtype, checkpoint_of, stored_bits
 
+    needs = ENGINES[options.driver].needs
     assert base.fetched is not None
-    assert isinstance(options.options, HuggingfaceOptions)
-    trusted, name = options.options.trust_remote_code, describe(options.model)
-    with engine.load_errors(name, device):
-        model = engine.on_meta(engine.base_config(base.fetched, trusted), trusted)
-    checkpoint = checkpoint_of(base.files, base.fetched.file)
-    dtype: Any = engine.pick_dtype(options.precision, device)
+    assert needs is not None
+    blueprint = read_blueprint(options, base.fetched)
+    model, checkpoint = blueprint.model, checkpoint_of(base.files, base.fetched.file)
+    dtype = pick_dtype(options.precision, device)
     compute = dtype if isinstance(dtype, torch.dtype) else checkpoint_dtype(model, checkpoint)
     found = {adapter: _adapter_size(adapter, survey, model) for adapter, survey in adapters.items()}
     sizes = {adapter: size for adapter, size in found.items() if size is not None}
-    untold = ", ".join(adapter for adapter in found if adapter not in sizes)
+    uncounted = ", ".join(adapter for adapter in found if adapter not in sizes)
     return replace(
         made,
         precision=str(compute).removeprefix("torch."),
-        quantization=options.quantization or (f"{bits} bits, as stored" if (bits := stored_bits(model.config)) else None),
+        quantization=options.quantization
+        or (f"{bits} bits, as stored" if (bits := stored_bits(model.config)) else None),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        needs=needs(
-            options, model, sizes, checkpoint,
-            name=name, device=device, dtype=dtype, place=memory.device, free=memory.free,
-        ),
-        unknown=f"adapters not counted, as their config comes with the weights: {untold}" if untold else None,
-    )  # fmt: skip
+        needs=needs(options, blueprint, sizes, checkpoint, memory),
+        unknown=f"not counted, since their config comes with the weights: adapters {uncounted}" if uncounted else None,
+    )
 
 
 def _adapter_size(name: str, found: Survey, model: Any) -> "AdapterSize | None":
-    from model_compose.engines.huggingface.sizes import adapter_size
+    from model_compose.engines.sizes import adapter_size
     from model_compose.lora.adapter import WEIGHT_FILES
     from model_compose.lora.peft_config import read_config
 
@@ -245,16 +242,16 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _device_json(needs: "Needs") -> dict[str, Any]:
+def _device_json(needs: Needs) -> dict[str, Any]:
     """All in bytes, but for context and kv_tokens."""
     inner = ("model", "adapters_at_once", "kv_least", "kv_given", "smaller")
-    told = {key: value for key, value in vars(needs).items() if key not in inner}
+    fields = {key: value for key, value in vars(needs).items() if key not in inner}
     derived = {"weights": needs.weights, "least": needs.least, "kv_tokens": needs.tokens, "missing": needs.missing}
-    return told | derived
+    return fields | derived
 
 
 def show(plan: Plan) -> None:
-    """A table for each component, to stdout: as wide as the terminal, plain when piped."""
+    """Print a table for each component to stdout: as wide as the terminal, and without colours if piped."""
     from rich.console import Console
 
     console = Console(highlight=False, emoji=False)
@@ -278,33 +275,29 @@ def _print(plan: Plan, console: "Console") -> None:
             table.add_row(*(escape(cell) for cell in row))
         console.print(table)
         if model.unknown:
-            console.print(escape(f"not known: {model.unknown}"))
+            console.print(escape(f"unknown: {model.unknown}"))
     if not plan.models:
         console.print("no model components: nothing to load")
     elif not plan.problems:
         unknown = any(model.unknown for model in plan.models)
-        console.print("✅ What is known fits" if unknown else "✅ Everything fits")
+        console.print("✅ Everything that is known fits" if unknown else "✅ Everything fits")
 
 
 def _rows(model: ModelPlan) -> list[tuple[str, str, str]]:
-    from model_compose.engines.huggingface.memory import size_text
-
     rows = []
     for needs in model.needs:
-        free = "free memory not known" if needs.free is None else f"of {size_text(needs.free)} free"
+        free = "free memory unknown" if needs.free is None else f"of {size_text(needs.free)} free"
         rows.append((needs.device, size_text(needs.weights + needs.kv_cache), free))
         rows += [(f"  {what}", size_text(size), note) for what, size, note in _parts(model, needs) if size]
     for download in model.downloads:
-        size = "not known" if download.missing is None else size_text(download.missing)
+        size = "unknown" if download.missing is None else size_text(download.missing)
         whole = download.total is not None and download.total != download.missing
         rows.append(("download", size, download.name + (f", {size_text(download.total or 0)} in all" if whole else "")))
     return rows
 
 
-def _parts(model: ModelPlan, needs: "Needs") -> list[tuple[str, int, str]]:
+def _parts(model: ModelPlan, needs: Needs) -> list[tuple[str, int, str]]:
     """What, how many bytes, how they come about."""
-    from model_compose.engines.huggingface.memory import size_text
-
     packed = f", Linear weights in {model.quantization}" if model.quantization else ""
     mapped = ", mapped from the files" if needs.mapped else ""
     per_token = f"{needs.tokens:,} tokens of {needs.kv_per_token:,} B"
@@ -314,10 +307,10 @@ def _parts(model: ModelPlan, needs: "Needs") -> list[tuple[str, int, str]]:
         ("base", needs.base, f"{model.parameters or 0:,} parameters in {model.precision}{packed}{mapped}"),
         *((f"adapter {name}", size, "") for name, size in needs.adapters.items()),
         ("adapters as stored", needs.kept, "stay in main memory, for folding"),
-        ("folded", needs.folded, f"the weights that the default blend touches, once more (fold: {needs.fold})"),
-        ("folded ahead", needs.full_rank, "the weights that the blend of full rank touches, once more"),
-        ("while loading", needs.loading, "the base is converted whole before it is quantised"),
+        ("folded", needs.folded, f"a copy of the weights that the default blend changes (fold: {needs.fold})"),
+        ("folded ahead", needs.full_rank, "a copy of the weights that the blend of full rank changes"),
+        ("while loading", needs.loading, "the whole base is converted before it is quantised"),
         ("KV cache", needs.kv_cache, f"{per_token}, {context}"),
-        ("working memory", needs.working, "besides, while it computes (an estimate)"),
-        ("too few", needs.missing, f"for a KV cache of {size_text(needs.kv_least)} besides"),
+        ("working memory", needs.working, "in addition, while it computes (an estimate)"),
+        ("too few", needs.missing, f"for a KV cache of {size_text(needs.kv_least)} in addition"),
     ]

@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from model_compose.components import located
-from model_compose.engines import ModelOptions, on_disk
-from model_compose.engines.parts import check_device, check_quantization, check_tokens
-from model_compose.errors import ComposeError, SourceError
+from model_compose.engines import on_disk
+from model_compose.engines.devices import check_device, check_quantization
+from model_compose.engines.options import ModelOptions
+from model_compose.engines.prompts import check_tokens
+from model_compose.errors import ComposeError, Keys, SourceError
 from model_compose.headers import Gguf, Stored
-from model_compose.loading import Loaded
+from model_compose.loading import ComposeFile
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
 from model_compose.lora.gguf import PERMUTED, PLAIN, Architecture
 from model_compose.lora.header import has_weights, read_header, shapes_in
 from model_compose.lora.peft_config import read_config
-from model_compose.nodes import Keys
 from model_compose.schema import has_expression
-from model_compose.sources import Fetched, ModelSource, at_hand, describe
+from model_compose.sources import Fetched, ModelSource, at_hand
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Findings:
             self.found.append((keys, error))
 
 
-def check_files(loaded: Loaded, *, weights: bool = True) -> None:
+def check_files(loaded: ComposeFile, *, weights: bool = True) -> None:
     """Raises the error of the first problem, with every problem in a line of its own.
 
     weights: whether they must be there; without, configs are enough.
@@ -73,7 +74,7 @@ def check_files(loaded: Loaded, *, weights: bool = True) -> None:
         raise type(findings.found[0][1])("\n".join(lines))
 
 
-def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Loaded, weights: bool) -> None:
+def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: ComposeFile, weights: bool) -> None:
     with findings.at(*at, "device"):
         check_device(options.device)
         if options.device != "auto":
@@ -104,7 +105,7 @@ def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Lo
 # The base.
 
 
-def _read_base(options: ModelOptions, loaded: Loaded, weights: bool) -> Base | None:
+def _read_base(options: ModelOptions, loaded: ComposeFile, weights: bool) -> Base | None:
     """None where only the network can tell. Raises SourceError, LoadError."""
     fetched = at_hand(options.model, base_dir=loaded.base_dir)
     if fetched is None:
@@ -132,7 +133,7 @@ def _read_base(options: ModelOptions, loaded: Loaded, weights: bool) -> Base | N
 # Adapters.
 
 
-def _read_adapter(name: str, source: ModelSource, loaded: Loaded, weights: bool) -> LoraAdapter | None:
+def _read_adapter(name: str, source: ModelSource, loaded: ComposeFile, weights: bool) -> LoraAdapter | None:
     """Its shapes; None where only the network, or the weights themselves, can tell. Raises SourceError, AdapterError."""
     try:
         fetched = at_hand(source, base_dir=loaded.base_dir)
@@ -174,16 +175,13 @@ def _check_exactly(
     findings: Findings, at: Keys, options: ModelOptions, base: Base, adapters: Mapping[int, LoraAdapter]
 ) -> None:
     """By the modules of the model itself, made from its config without weights."""
-    if not adapters or base.gguf is not None or options.options.model_dump().get("trust_remote_code"):
+    if not adapters or base.gguf is not None or options.trust_remote_code:
         return
-    import torch
-
-    from model_compose.engines.huggingface import model as engine
-    from model_compose.lora.layers import module_shapes
+    from model_compose.engines.blueprint import read_blueprint
 
     shapes: Mapping[str, ModuleShape] = {}
-    with findings.at(*at, "model"), engine.load_errors(describe(options.model), torch.device("meta")):
-        shapes = module_shapes(engine.on_meta(engine.base_config(base.fetched, False), False))
+    with findings.at(*at, "model"):
+        shapes = read_blueprint(options, base.fetched).shapes
     for number, adapter in adapters.items() if shapes else ():
         with findings.at(*at, "peft_adapters", number, "model"):
             check(adapter, shapes)
@@ -192,7 +190,7 @@ def _check_exactly(
 # What drivers and actions ask for.
 
 
-def _check_driver(options: ModelOptions, adapters: Mapping[int, LoraAdapter], loaded: Loaded) -> None:
+def _check_driver(options: ModelOptions, adapters: Mapping[int, LoraAdapter], loaded: ComposeFile) -> None:
     """The programs that the file names, and the ranks that vLLM is started for. Raises LoadError."""
     own = options.options.model_dump()
     if own.get("server"):
@@ -216,7 +214,7 @@ def _check_actions(findings: Findings, at: Keys, options: Any, base: Base | None
         given = action.response_format
         format = None if given is None or has_expression(given) else given.format
         if format is not None and not own.get("base_url"):  # another server has its own grammars
-            from model_compose.engines.huggingface.grammar import check_format
+            from model_compose.engines.stepping.grammar import check_format
 
             with findings.at(*at, *place, "response_format"):
                 check_format(format)

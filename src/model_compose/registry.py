@@ -1,25 +1,132 @@
-"""Named things that are found by their YAML name and imported only when used."""
+"""Things that a YAML file refers to by name: engines, components, methods, export formats.
 
-from collections.abc import Iterator, Mapping
-from importlib import import_module
-from typing import Generic, TypeVar
+Each name stands for "module:attribute", and the module is imported only when the name is used. Other packages add names
+through entry points (docs/how-to/extend.md). This module does not know what the named things are.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Generic, TypeVar, Union
+
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
+
+from model_compose.errors import PluginError
+from model_compose.schema import nearest, shown
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Names -> "module:attribute". Looking a name up imports its module, so a table costs nothing to keep."""
+    """Names -> "module:attribute". Looking a name up imports its module, so a table costs nothing to keep.
 
-    def __init__(self, entries: Mapping[str, str]) -> None:
-        self._entries = dict(entries)
+    what: what a name names, for messages. group: the entry points that other packages register theirs under.
+    """
+
+    def __init__(self, what: str, group: str, entries: Mapping[str, str]) -> None:
+        self.what = what
+        self._group, self._own = group, entries
+
+    @cached_property
+    def _claims(self) -> Mapping[str, list[EntryPoint]]:
+        """Each name with everything that is registered under it: our own first, which has no distribution."""
+        found = {name: [EntryPoint(name, value, self._group)] for name, value in self._own.items()}
+        for entry in sorted(entry_points(group=self._group), key=lambda entry: entry.name):
+            found.setdefault(entry.name, []).append(entry)
+        return found
 
     def __getitem__(self, name: str) -> T:
-        module, _, attribute = self._entries[name].partition(":")
-        found: T = getattr(import_module(module), attribute)
+        """Raises KeyError, and PluginError for another package's entry that cannot be used."""
+        claims = self._claims[name]
+        if len(claims) > 1:
+            owners = " and by ".join(map(_owner, claims))
+            raise PluginError(f"the {self.what} '{name}' is registered twice: by {owners}; uninstall one of them")
+        try:
+            found: T = claims[0].load()
+        except Exception as error:  # another package's module may raise anything
+            if claims[0].dist is None:
+                raise
+            raise PluginError(
+                f"the {self.what} '{name}' comes from {_owner(claims[0])}, which cannot be imported: "
+                f"{type(error).__name__}: {error}; mend or uninstall that package"
+            ) from error
         return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._claims
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._claims)
+
+    def usable(self) -> Iterator[tuple[str, T]]:
+        """Every entry with its name. Logs a warning for each entry of another package that cannot be used, and skips it."""
+        for name in self:
+            try:
+                yield name, self[name]
+            except PluginError as error:
+                log.warning("%s", error)
+
+
+def _owner(claim: EntryPoint) -> str:
+    if claim.dist is None:
+        return "model-compose itself"
+    return f"the package {claim.dist.name} {claim.dist.version} ({claim.value})"
+
+
+class ByName:
+    """Annotation: a mapping whose `key` names an entry of a registry; it is checked as that entry's options.
+
+    options: entry -> the type that pydantic checks the mapping as. Only entries that a file names are imported, but the
+    JSON schema shows all of them.
+    """
+
+    def __init__(self, registry: Registry[Any], key: str, options: Callable[[Any], Any]) -> None:
+        self._registry, self._key, self._options = registry, key, options
+        self._adapters: dict[str, TypeAdapter[Any]] = {}
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def classes(self) -> list[Any]:
+        """The types of all entries. Imports them."""
+        return [self._options(entry) for _, entry in self._registry.usable()]
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        every: Any = Union[tuple(self.classes())]  # noqa: UP007
+        return handler(TypeAdapter(every).core_schema)
+
+    def _check(self, value: Any) -> Any:
+        name = self._name(value)
+        if name not in self._adapters:
+            try:
+                entry = self._registry[name]
+            except PluginError as error:
+                raise _wrong(
+                    PydanticCustomError("plugin", "{problem}", {"problem": str(error)}), self._key, name
+                ) from None
+            self._adapters[name] = TypeAdapter(self._options(entry))
+        return self._adapters[name].validate_python(value)
+
+    def _name(self, value: Any) -> str:
+        """Raises PydanticKnownError, ValidationError."""
+        if isinstance(value, Mapping):
+            if self._key not in value:
+                raise _wrong("missing", self._key, value)
+            name = value[self._key]
+        else:
+            name = getattr(value, self._key, None)  # options that have been checked already
+            if name is None:
+                raise PydanticKnownError("dict_type")
+        if not isinstance(name, str) or name not in self._registry:
+            given = {"key": self._key, "name": shown(name), "hint": nearest(str(name), self._registry)}
+            raise _wrong(PydanticCustomError("unknown_name", "unknown {key} {name}; {hint}", given), self._key, name)
+        return name
+
+
+def _wrong(problem: str | PydanticCustomError, key: str, given: Any) -> ValidationError:
+    """An error at a key of the value that is being checked."""
+    return ValidationError.from_exception_data("", [InitErrorDetails(type=problem, loc=(key,), input=given)])

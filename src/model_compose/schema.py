@@ -7,7 +7,8 @@ beside its code.
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    SecretStr,
     create_model,
     model_validator,
 )
@@ -25,7 +27,52 @@ from pydantic_core import CoreSchema, ErrorDetails, PydanticCustomError, core_sc
 from model_compose.expressions import SyntaxProblem, parse
 
 LONGEST_NAME = 256
-"""Characters of a key that are compared and shown: comparing takes time that grows with its square."""
+"""Characters of a key that are compared and shown. Comparing takes time that grows with the square of the length."""
+
+
+def invalid(message: str, *at: str | int) -> PydanticCustomError:
+    """The error that a validator raises about a part of what it validates, so that the file's line of it can be told.
+
+    at: the keys from the validated value down to the wrong part; none means the whole value.
+    """
+    return PydanticCustomError("invalid", "{message}", {"message": message, "at": at})
+
+
+# What a field declares about itself, beside its type.
+
+
+@dataclass(frozen=True)
+class Secret:
+    """Annotation: no message shows the value, and a variable's value stays text however much it looks like a number.
+
+    unset_is_none: an unset variable means no value, instead of an error. danger: what would happen without a value, which
+    makes an empty one an error too.
+    """
+
+    unset_is_none: bool = False
+    danger: str | None = None
+
+
+@dataclass(frozen=True)
+class RelativeToFile:
+    """Annotation: the value is a path, or a list of paths, and counts from the folder of the file that says it.
+
+    is_path: tells paths from other texts, where the field takes both.
+    """
+
+    is_path: Callable[[str], bool] = bool
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """Annotation: the field's value is of one of these classes; another field says of which. classes: called when needed,
+    since it imports them."""
+
+    classes: Callable[[], Iterable[type["Options"]]]
+
+
+SecretText = Annotated[SecretStr, Secret()]
+LocalPath = Annotated[str, RelativeToFile()]
 
 
 class Options(BaseModel):
@@ -45,9 +92,7 @@ class Options(BaseModel):
         valid = {field.alias or name for name, field in cls.model_fields.items()}
         for key, value in data.items():
             if key in cls.later and value is not None and _boolean(value) != cls.later[key]:
-                raise PydanticCustomError(
-                    "unsupported_key", "'{key}' is not supported in this version; leave it out", {"key": key}
-                )
+                raise invalid(f"'{key}' is not supported in this version; leave it out", key)
             if key not in valid and key not in cls.later:
                 raise unknown_key(str(key), sorted(valid))
         return {key: value for key, value in data.items() if key not in cls.later}
@@ -60,9 +105,12 @@ def _boolean(value: Any) -> Any:
 
 
 def unknown_key(key: str, valid: list[str]) -> PydanticCustomError:
-    """The error for a key that is not in `valid`; ctx["key"] lets the loader find its line."""
-    key = key if len(key) <= LONGEST_NAME else f"{key[:LONGEST_NAME]}..."
-    return PydanticCustomError("unknown_key", "unknown key '{key}'; {hint}", {"key": key, "hint": nearest(key, valid)})
+    """The error for a key that is not in `valid`."""
+    return invalid(f"unknown key '{_cut(key)}'; {nearest(key, valid)}", key)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
 
 
 def at_most(count: int, things: str) -> BeforeValidator:
@@ -89,8 +137,7 @@ def field_of(item: ErrorDetails, data: Any) -> str:
             data = data[part]
     if item["type"] == "missing":
         path.append(str(item["loc"][-1]))
-    if key := item.get("ctx", {}).get("key"):
-        path.append(key)
+    path += (_cut(str(part)) for part in item.get("ctx", {}).get("at", ()))
     return ".".join(path)
 
 
@@ -189,7 +236,7 @@ def checked_expression(value: Any) -> Any:
     try:
         parse(value)
     except SyntaxProblem as problem:
-        raise PydanticCustomError("expression", "{problem}", {"problem": str(problem)}) from None
+        raise invalid(str(problem), *problem.at) from None
     return value
 
 
@@ -219,7 +266,10 @@ def templated(model: type[Options], base: type[Options]) -> type[Any]:
     for name, info in model.model_fields.items():
         annotation: Any = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, Options):
-            fields[name] = (templated(annotation, Options), FieldInfo(default_factory=dict))
+            fields[name] = (
+                templated(annotation, Options),
+                FieldInfo(default_factory=dict, description=info.description),
+            )
         else:
             field = FieldInfo.merge_field_infos(info, annotation=info.annotation)
             fields[name] = (Annotated[(annotation, *info.metadata, OrExpression())], field)

@@ -14,7 +14,8 @@ import pytest
 import pytest_asyncio
 
 from model_compose.components.model import TextGenerationOptions
-from model_compose.engines import ENGINES, AdapterOptions, Engine
+from model_compose.engines import ENGINES, Engine
+from model_compose.engines.options import AdapterOptions
 from model_compose.errors import Conflict, InputError
 from model_compose.generation import Chunk, Message, Request, Sampling, collect
 from model_compose.lora.blend import Blend

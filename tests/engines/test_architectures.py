@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from model_compose.engines.huggingface.attention import Pass, Piece
 from model_compose.engines.huggingface.cache import KVCache
-from model_compose.engines.huggingface.model import Loaded, load
-from model_compose.engines.huggingface.sizes import kv_bytes_per_token
+from model_compose.engines.huggingface.loading import Loaded, load
+from model_compose.engines.sizes import kv_bytes_per_token
 from model_compose.errors import AdapterError, LoadError
 from model_compose.lora.adapter import Factors, LoraAdapter, write_adapter
 from model_compose.lora.layers import module_shapes
@@ -115,7 +115,7 @@ class Made:
 
     def load(self) -> Loaded:
         engine: Any = make("huggingface", self.folder)
-        return load(engine._options, self.folder, silent, trust_remote_code=False)
+        return load(engine._options, self.folder, silent)
 
 
 def made(config: PreTrainedConfig, folder: Path, unfit: str | None = None) -> Made:

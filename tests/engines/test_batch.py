@@ -17,9 +17,9 @@ from model_compose.engines.huggingface.batch import Batch
 from model_compose.engines.huggingface.cache import SMALLEST, KVCache, LayerShape
 from model_compose.engines.huggingface.decoder import LlamaForward, native_for
 from model_compose.engines.huggingface.forward import NAME, TransformersForward
-from model_compose.engines.huggingface.model import Loaded, load
+from model_compose.engines.huggingface.loading import Loaded, load
 from model_compose.engines.huggingface.prefix import CHUNK, PrefixCache
-from model_compose.engines.huggingface.sequence import Prompt, Sequence
+from model_compose.engines.stepping.sequence import Prompt, Sequence
 from model_compose.errors import ComposeError, InputError, LoadError, Overloaded
 from model_compose.generation import Chunk, Request, ResponseFormat, Sampling, collect
 from model_compose.lora.blend import Blend
@@ -39,7 +39,7 @@ TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
 @pytest.fixture(scope="module")
 def loaded(project: Path) -> Loaded:
     engine: Any = make("huggingface", project.parent)
-    return load(engine._options, project.parent, silent, trust_remote_code=False)
+    return load(engine._options, project.parent, silent)
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,7 @@ async def test_the_kv_cache_limits_the_context(project: Path, caplog: pytest.Log
 
 
 async def test_adapters_are_loaded_and_unloaded_while_requests_run(project: Path, tmp_path: Path) -> None:
-    from model_compose.engines import AdapterOptions
+    from model_compose.engines.options import AdapterOptions
 
     other = tiny.save_adapter(tmp_path / "other", project.parent / "base", seed=9, std=0.5)
     engine = await opened(project.parent)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from model_compose.engines import child as module
-from model_compose.engines.child import Child, inherited
+from model_compose.engines.served import child as module
+from model_compose.engines.served.child import Child, inherited
 from model_compose.errors import LoadError
 from tests.waiting import until
 
@@ -34,7 +34,7 @@ time.sleep(600)
 # model-compose, as far as a child sees it.
 PARENT = """
 import asyncio, os, pathlib, sys
-from model_compose.engines.child import Child
+from model_compose.engines.served.child import Child
 async def ready(): return (pathlib.Path(sys.argv[1]) / "ready").exists()
 async def main():
     child = Child("x", [sys.executable, "-c", sys.argv[2], sys.argv[1]], dict(os.environ), ready, lambda: None, patience=20)

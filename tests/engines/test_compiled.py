@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model_compose.engines.compiled import Compiled
+from model_compose.engines.served.compiled import Compiled
 from model_compose.errors import AdapterError
 from model_compose.lora.adapter import Factors, LoraAdapter, read_adapter
 from model_compose.lora.blend import Blend

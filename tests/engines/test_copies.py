@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model_compose.engines import AdapterOptions
-from model_compose.engines.huggingface import HuggingfaceEngine
+from model_compose.engines.huggingface.engine import HuggingfaceEngine
 from model_compose.engines.llamacpp.base import read_base
+from model_compose.engines.options import AdapterOptions
 from model_compose.errors import AdapterError, LoadError
 from model_compose.export import checkpoint
 from model_compose.export.checkpoint import open_checkpoint

@@ -9,7 +9,7 @@ import pytest
 
 from model_compose.compose import Compose
 from model_compose.engines import on_disk
-from model_compose.engines.parts import load_tokenizer
+from model_compose.engines.tokenizer import load_tokenizer
 from model_compose.errors import LoadError
 from model_compose.headers import HeaderError, read_gguf
 from model_compose.sources import Fetched

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from model_compose.engines.huggingface.grammar import Constraint, Grammars
+from model_compose.engines.stepping.grammar import Constraint, Grammars
 from model_compose.errors import InputError
 from model_compose.generation import ResponseFormat
 from tests import tiny

@@ -28,9 +28,9 @@ from transformers import (
     Qwen3Config,
 )  # fmt: skip
 
-from model_compose.engines.huggingface import HuggingfaceEngine
-from model_compose.engines.huggingface.model import pick_device, pick_dtype
-from model_compose.engines.huggingface.text import Detokenizer, StopStrings
+from model_compose.engines.devices import pick_device, pick_dtype
+from model_compose.engines.huggingface.engine import HuggingfaceEngine
+from model_compose.engines.text import Detokenizer, StopStrings
 from model_compose.errors import AdapterError, InputError, LoadError, RunError
 from model_compose.generation import Request, Sampling, collect
 from model_compose.lora.blend import Blend
@@ -311,7 +311,7 @@ def test_out_of_memory_at_load_says_what_to_do(tmp_path: Path) -> None:
     script = f"""
 import asyncio, re, resource
 from pathlib import Path
-import torch, transformers, model_compose.engines.huggingface.model
+import torch, transformers, model_compose.engines.huggingface.loading
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from tests.contracts.test_engine import make
 used = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -19,10 +19,11 @@ import pytest
 import pytest_asyncio
 from pydantic import ValidationError
 
-from model_compose.engines import Engine, child
+from model_compose.engines import Engine
 from model_compose.engines.llamacpp.llama import Settings
 from model_compose.engines.llamacpp.server import ServerEngine, command
 from model_compose.engines.llamacpp.slots import Slots
+from model_compose.engines.served import child
 from model_compose.errors import InputError, LoadError, NotReady, Overloaded, RunError
 from model_compose.generation import Request, ResponseFormat, Sampling
 from model_compose.lora.blend import Blend

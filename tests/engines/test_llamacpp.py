@@ -16,8 +16,9 @@ import pytest
 from pydantic import ValidationError
 from transformers import AutoConfig
 
-from model_compose.engines import AdapterOptions, Engine
-from model_compose.engines.llamacpp import LlamacppEngine
+from model_compose.engines import Engine
+from model_compose.engines.llamacpp.embedded import EmbeddedEngine
+from model_compose.engines.options import AdapterOptions
 from model_compose.errors import AdapterError, InputError, LoadError, Overloaded, RunError
 from model_compose.generation import Completion, Request, ResponseFormat, Sampling, collect
 from model_compose.lora.blend import Blend
@@ -40,7 +41,7 @@ async def opened(folder: Path, driver: str = "llamacpp", **changes: Any) -> Any:
 
 
 @pytest.fixture
-async def engine(project: Path) -> AsyncIterator[LlamacppEngine]:
+async def engine(project: Path) -> AsyncIterator[EmbeddedEngine]:
     made = await opened(project.parent, options={"kv_cache": "1MB"})
     yield made
     await made.close()
@@ -107,7 +108,7 @@ async def test_greedy_and_drawn_text_are_the_embedded_engines(engine: Engine, pr
 
 
 @needs_llama_cpp
-async def test_token_ids_are_those_of_llama_cpps_own_vocabulary(engine: LlamacppEngine) -> None:
+async def test_token_ids_are_those_of_llama_cpps_own_vocabulary(engine: EmbeddedEngine) -> None:
     import llama_cpp
 
     assert engine._loaded is not None
@@ -179,7 +180,7 @@ async def test_the_last_row_left_goes_on_in_place(project: Path) -> None:
 
 
 @needs_llama_cpp
-async def test_n_texts_read_their_prompt_once(engine: LlamacppEngine) -> None:
+async def test_n_texts_read_their_prompt_once(engine: EmbeddedEngine) -> None:
     prompt = "x" * 100
     sampling = Sampling(8, 8, seed=3, num_return_sequences=3, temperature=2.0)
     completion = await answer(engine, prompt, BLENDS[1], sampling)
@@ -220,7 +221,7 @@ async def test_more_texts_than_rows_and_cells(project: Path) -> None:
 
 @needs_llama_cpp
 async def test_a_failing_request_harms_no_other(
-    engine: LlamacppEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = await text(engine, "Hello")
     assert engine._loaded is not None
@@ -251,7 +252,7 @@ async def test_what_is_too_much_is_answered_429(project: Path) -> None:
 
 
 @needs_llama_cpp
-async def test_adapters_come_and_go_while_requests_run(engine: LlamacppEngine, project: Path) -> None:
+async def test_adapters_come_and_go_while_requests_run(engine: EmbeddedEngine, project: Path) -> None:
     blend = Blend({"alpaca": 1.0})
     before, identity = await text(engine, "Hello", blend), engine.identity(blend)
     chunks = engine.generate(Request("Hello", blend, ENDLESS))

@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, GemmaConfig, GPT2Config, PreTrainedConfig
 
-from model_compose.engines.huggingface import HuggingfaceOptions, model
-from model_compose.engines.huggingface.free import main_memory
-from model_compose.engines.huggingface.memory import Needs, check_fits, kv_budget
+from model_compose.engines.blueprint import on_meta
+from model_compose.engines.devices import main_memory
+from model_compose.engines.huggingface.memory import kv_budget
+from model_compose.engines.huggingface.options import HuggingfaceOptions
 from model_compose.engines.huggingface.quantized import NativeLinear, quantize_modules
-from model_compose.engines.huggingface.sizes import (
+from model_compose.engines.needs import Needs, check_fits
+from model_compose.engines.sizes import (
     Checkpoint,
     adapter_size,
     base_bytes,
@@ -46,7 +48,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 def test_base_and_cache_are_as_large_as_the_real_ones(family: str, dtype: torch.dtype) -> None:
     config = FAMILIES[family]
     real = AutoModelForCausalLM.from_config(config).to(dtype)
-    assert base_bytes(model.on_meta(config, False), dtype) == sum(parameter.nbytes for parameter in real.parameters())
+    assert base_bytes(on_meta(config, False), dtype) == sum(parameter.nbytes for parameter in real.parameters())
     cache = DynamicCache(config=config)
     with torch.no_grad():
         real(torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
@@ -71,7 +73,7 @@ def test_base_and_cache_are_as_large_as_the_real_ones(family: str, dtype: torch.
 def test_an_adapter_is_as_large_as_its_config_says(tmp_path: Path, family: str, options: dict[str, Any]) -> None:
     base = tiny.save_base(tmp_path / "base", FAMILIES[family])
     folder = tiny.save_adapter(tmp_path / "adapter", base, **options)
-    meta = model.on_meta(FAMILIES[family], False)
+    meta = on_meta(FAMILIES[family], False)
     size = adapter_size(read_config(folder, "x"), meta, "x")
     real = read_adapter(folder, "x").modules
     assert size.ranks == {path: factors.rank for path, factors in real.items()}
@@ -80,7 +82,7 @@ def test_an_adapter_is_as_large_as_its_config_says(tmp_path: Path, family: str, 
 
 
 def test_configs_that_peft_has_not_resolved_mean_what_peft_means_by_them() -> None:
-    meta = model.on_meta(tiny.llama_config(), False)
+    meta = on_meta(tiny.llama_config(), False)
     linear = adapter_size({"r": 2, "target_modules": "all-linear"}, meta, "x").ranks
     assert {path.rpartition(".")[2] for path in linear} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -104,11 +106,11 @@ def test_a_quantised_base_is_as_large_as_the_real_one(family: str, kind: str) ->
             assert module._packed is not None
             assert module._packed.scales is not None
             held += module._packed.weight.nbytes + module._packed.scales.nbytes
-    assert base_bytes(model.on_meta(FAMILIES[family], False), torch.bfloat16, kind) == held
+    assert base_bytes(on_meta(FAMILIES[family], False), torch.bfloat16, kind) == held
 
 
 def test_bitsandbytes_packs_all_linear_weights_but_the_head() -> None:
-    meta = model.on_meta(tiny.llama_config(), False)
+    meta = on_meta(tiny.llama_config(), False)
     linear = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     rows = 2 * (32 + 32 + 16 + 16 + 48 + 48 + 32)
     other = sum(parameter.numel() for parameter in meta.parameters()) - linear
@@ -119,7 +121,7 @@ def test_bitsandbytes_packs_all_linear_weights_but_the_head() -> None:
 def test_the_dtype_of_a_checkpoint_that_does_not_say_it_is_told_by_its_size() -> None:
     config = tiny.llama_config()
     config.dtype = None
-    meta = model.on_meta(config, False)
+    meta = on_meta(config, False)
     numbers = sum(parameter.numel() for parameter in meta.parameters())
     assert checkpoint_dtype(meta, Checkpoint("safetensors", 4 * numbers + 900)) == torch.float32
     assert checkpoint_dtype(meta, Checkpoint("safetensors", 2 * numbers + 900)) == torch.float16
@@ -127,7 +129,7 @@ def test_the_dtype_of_a_checkpoint_that_does_not_say_it_is_told_by_its_size() ->
     assert checkpoint_dtype(meta, Checkpoint("gguf", 2 * numbers)) == torch.float16
     assert checkpoint_dtype(meta, Checkpoint()) == torch.float16
     config.dtype = torch.bfloat16
-    assert checkpoint_dtype(model.on_meta(config, False), Checkpoint()) == torch.bfloat16
+    assert checkpoint_dtype(on_meta(config, False), Checkpoint()) == torch.bfloat16
 
 
 SIZES = st.integers(0, 1 << 40)

@@ -12,9 +12,14 @@ from peft.utils import merge_utils
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
-from model_compose.engines import AdapterOptions, low_rank
-from model_compose.engines.huggingface import batch, memory, sizes
-from model_compose.engines.huggingface.model import Loaded, load, on_meta
+from model_compose.engines import sizes
+from model_compose.engines.blueprint import Blueprint, on_meta
+from model_compose.engines.devices import Devices
+from model_compose.engines.huggingface import batch, memory
+from model_compose.engines.huggingface.loading import Loaded, load
+from model_compose.engines.needs import Needs, check_fits
+from model_compose.engines.options import AdapterOptions
+from model_compose.engines.stepping import low_rank
 from model_compose.errors import InputError, LoadError
 from model_compose.generation import Sampling
 from model_compose.lora.adapter import read_adapter
@@ -135,7 +140,7 @@ def merging(project: Path) -> Loaded:
     from model_compose.lora.blend import stack
 
     engine: Any = make("huggingface", project.parent)
-    loaded = load(engine._options, project.parent, silent, trust_remote_code=False)
+    loaded = load(engine._options, project.parent, silent)
     loaded.lora.load(replace(stack(SMALL, loaded.lora.adapters), name="small"))
     return loaded
 
@@ -269,15 +274,13 @@ async def test_fold_always_takes_no_blend_of_the_same_weights_by_a_method(projec
 
 def test_memory_counts_the_copy_and_what_svd_makes(project: Path) -> None:
     engine: Any = make("huggingface", project.parent, blends=FILE)
-    options, loaded = engine._options, load(engine._options, project.parent, silent, trust_remote_code=False)
-    model, cpu = on_meta(tiny.llama_config(), False), torch.device("cpu")
+    options, loaded = engine._options, load(engine._options, project.parent, silent)
+    config = tiny.llama_config()
+    blueprint = Blueprint("tiny", config, on_meta(config, False))
     adapters = {name: sizes.loaded_size(adapter) for name, adapter in loaded.lora.adapters.items()}
 
-    def needed(what: Any) -> memory.Needs:
-        (found,) = memory.needs(
-            what, model, adapters, sizes.Checkpoint(), name="tiny", device=cpu, dtype=torch.float32,
-            place=lambda _: cpu, free=lambda _: 1 << 30,
-        )  # fmt: skip
+    def needed(what: Any) -> Needs:
+        (found,) = memory.needs(what, blueprint, adapters, sizes.Checkpoint(), Devices())
         return found
 
     with_methods, without = needed(options), needed(options.model_copy(update={"blends": {}}))
@@ -291,6 +294,4 @@ def test_memory_counts_the_copy_and_what_svd_makes(project: Path) -> None:
     assert size == 4 * sum(f.a.shape[1] + f.b.shape[0] for f in rank_1.values())
     assert with_methods.least - without.least == weights + 2 * size
     with pytest.raises(LoadError, match="the weights of the blend of full rank"):
-        memory.check_fits(
-            memory.Needs("tiny", "cpu", free=100, base=50, full_rank=60, smaller={"precision: bfloat16": 25})
-        )
+        check_fits(Needs("tiny", "cpu", free=100, base=50, full_rank=60, smaller={"precision: bfloat16": 25}))

@@ -14,7 +14,7 @@ import pytest_asyncio
 from safetensors.torch import load_file, save_file
 
 from model_compose.engines import Engine
-from model_compose.engines.vllm import VllmEngine
+from model_compose.engines.vllm.engine import VllmEngine
 from model_compose.errors import AdapterError, InputError
 from model_compose.generation import Request, ResponseFormat, Sampling, collect
 from model_compose.lora.blend import Blend

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Phi3Config, PhimoeConfig
 
-from model_compose.engines.huggingface.model import Loaded, load
-from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.engines.huggingface.loading import Loaded, load
+from model_compose.engines.stepping.sequence import Sequence
 from model_compose.generation import Chunk
 from model_compose.progress import silent
 from tests import tiny
@@ -75,7 +75,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> Loaded:
     engine: Any = make("huggingface", folder)
-    return load(engine._options, folder, silent, trust_remote_code=False)
+    return load(engine._options, folder, silent)
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from model_compose.engines.huggingface import sampling as ours
-from model_compose.engines.huggingface.sampling import Chooser, draw
+from model_compose.engines.stepping import sampling as ours
+from model_compose.engines.stepping.sampling import Chooser, draw
 from model_compose.errors import InputError
 from model_compose.generation import Sampling
 

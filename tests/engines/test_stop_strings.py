@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model_compose.engines.huggingface.text import StopStrings, _Stop
+from model_compose.engines.text import StopStrings, _Stop
 
 few = st.text("ab", min_size=1, max_size=6)
 

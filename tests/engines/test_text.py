@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from model_compose.engines.huggingface.text import LONGEST_RUN, Detokenizer, Transcript, token_bytes
-from model_compose.engines.text import ServedText
+from model_compose.engines.served.text import ServedText
+from model_compose.engines.text import LONGEST_RUN, Detokenizer, Transcript, token_bytes
 from model_compose.generation import Sampling
 
 SPECIAL = ["<unk>", "<s>", "</s>"]

@@ -19,8 +19,10 @@ import torch
 from pydantic import ValidationError
 
 from model_compose.components.model import TextGenerationOptions
-from model_compose.engines import AdapterOptions, Engine, child
-from model_compose.engines.vllm import VllmEngine
+from model_compose.engines import Engine
+from model_compose.engines.options import AdapterOptions
+from model_compose.engines.served import child
+from model_compose.engines.vllm.engine import VllmEngine
 from model_compose.engines.vllm.loading import check_rank, choose_rank, rank, zero_adapter
 from model_compose.engines.vllm.server import Installed, Settings, command, environment
 from model_compose.engines.vllm.stream import Prompt, Text, body

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from model_compose.errors import ConfigError
-from model_compose.loading import Loaded, load
+from model_compose.loading import ComposeFile, load
 from model_compose.native import compiling, kernels
 from model_compose.native.compiling import find_compiler, load_compiled
 from model_compose.running import find, hold, log_file, make_state_dir
@@ -31,7 +31,7 @@ def mode(path: Path) -> int:
 
 
 @pytest.fixture
-def loaded(folder: Path) -> Loaded:  # noqa: F811
+def loaded(folder: Path) -> ComposeFile:  # noqa: F811
     return load([folder / "model-compose.yml"], {})
 
 
@@ -39,7 +39,7 @@ def loaded(folder: Path) -> Loaded:  # noqa: F811
 
 
 @pytest.mark.parametrize("before", [None, 0o777])
-def test_records_locks_and_logs_are_this_users_alone(loaded: Loaded, before: int | None, record: Record) -> None:
+def test_records_locks_and_logs_are_this_users_alone(loaded: ComposeFile, before: int | None, record: Record) -> None:
     """Also where a version before left them open, or the umask would."""
     umask = os.umask(0)
     try:

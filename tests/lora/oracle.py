@@ -1,4 +1,4 @@
-"""The independent reference: float64 dense sums, W + Σ w s B A, and random adapters for any base."""
+"""The independent reference for blends: dense sums W + Σ w s B A in float64. Also makes random adapters for any base."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -11,11 +11,11 @@ from model_compose.lora.adapter import Factors, LoraAdapter
 from model_compose.lora.layers import module_shapes
 
 TOLERANCE = 1e-5
-"""max|ours - reference| / max|reference| in float32, factors drawn with std ≤ 0.05 (CONTRACT.md)."""
+"""The largest allowed `error` in float32, for factors drawn with std ≤ 0.05. (With larger factors float32 itself errs.)"""
 
 
 def dense(model: nn.Module, adapters: Iterable[LoraAdapter], weights: Mapping[str, float]) -> Any:
-    """A float64 copy of the model with the weighted sum added into its dense weights, tied weights untied."""
+    """A float64 copy of the model with the weighted sum added to its weights. Tied weights are separated first."""
     reference = copy.deepcopy(model).double()
     for module in reference.modules():
         weight = module._parameters.get("weight")
@@ -31,13 +31,14 @@ def dense(model: nn.Module, adapters: Iterable[LoraAdapter], weights: Mapping[st
 
 
 def error(ours: Tensor, reference: Tensor) -> float:
+    """max|ours - reference| / max|reference|"""
     return float((ours.double() - reference).abs().max() / reference.abs().max())
 
 
 def random_adapter(
     name: str, model: nn.Module, paths: Iterable[str], ranks: Iterable[int], scalings: Iterable[float], seed: int
 ) -> LoraAdapter:
-    """Factors with std 0.05 for each path, each with its own rank and scaling."""
+    """An adapter with random factors (std 0.05) for each path, each with its own rank and scaling."""
     generator = torch.Generator().manual_seed(seed)
     shapes = module_shapes(model)
     modules = {}

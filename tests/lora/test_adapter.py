@@ -1,4 +1,4 @@
-"""Reading PEFT folders: what PEFT itself computes is what we compute, and what we cannot compute exactly is refused."""
+"""Reading PEFT folders: we compute the same as PEFT, and refuse adapters that we cannot compute exactly."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_one_adapter_at_weight_1_is_what_peft_computes(base: Path, tmp_path: Pat
 
 
 def test_peft_loads_a_stacked_blend(base: Path, tmp_path: Path) -> None:
-    """The stacked way, written as an ordinary PEFT folder whose ranks differ by module."""
+    """PEFT computes the same from a blend that we wrote as one stacked adapter, whose ranks differ between modules."""
     one = read_adapter(tiny.save_adapter(tmp_path / "one", base, seed=1), "one")
     two = read_adapter(
         tiny.save_adapter(tmp_path / "two", base, seed=2, r=2, target_modules=["v_proj", "embed_tokens"]), "two"
@@ -79,7 +79,7 @@ def test_peft_loads_a_stacked_blend(base: Path, tmp_path: Path) -> None:
 
 
 def test_pickled_weights_and_old_configs(base: Path, tmp_path: Path) -> None:
-    """As tloen/alpaca-lora-7b has them: adapter_model.bin, and keys that PEFT has dropped since."""
+    """The format of tloen/alpaca-lora-7b: adapter_model.bin, and config keys that PEFT has since removed."""
     folder = tiny.save_adapter(tmp_path / "new", base)
     old = tmp_path / "old"
     old.mkdir()
@@ -140,7 +140,7 @@ def test_a_pickle_never_executes(base: Path, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_is_not_a_plain_weighted_sum_is_refused(
+def test_options_that_change_more_than_the_low_rank_sum_are_refused(
     base: Path, tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     folder = tiny.save_adapter(tmp_path / "adapter", base)
@@ -154,7 +154,7 @@ def test_what_is_not_a_plain_weighted_sum_is_refused(
 @pytest.mark.parametrize(
     "key", ["q_proj.lora_magnitude_vector", "q_proj.lora_B.bias", "lm_head.modules_to_save.weight", "norm.bias"]
 )
-def test_tensors_that_are_no_factors_are_refused(base: Path, tmp_path: Path, key: str) -> None:
+def test_tensors_that_are_not_factors_are_refused(base: Path, tmp_path: Path, key: str) -> None:
     folder = tiny.save_adapter(tmp_path / "adapter", base)
     path = folder / "adapter_model.safetensors"
     save_file(load_file(path) | {f"base_model.model.model.{key}": torch.zeros(4)}, path)
@@ -162,8 +162,8 @@ def test_tensors_that_are_no_factors_are_refused(base: Path, tmp_path: Path, key
         read_adapter(folder, "x")
 
 
-def test_a_trained_embedding_is_refused_and_an_equal_copy_is_not(base: Path, tmp_path: Path) -> None:
-    """PEFT stores the base's embedding beside the adapter of an embedding."""
+def test_a_trained_embedding_is_refused_and_a_copy_of_the_bases_is_not(base: Path, tmp_path: Path) -> None:
+    """PEFT stores the base's embedding in an adapter of the embedding."""
     folder = tiny.save_adapter(tmp_path / "adapter", base, target_modules=["embed_tokens"])
     assert read_adapter(folder, "x").copies  # peft did store it
     ours(base, folder)

@@ -1,4 +1,4 @@
-"""Blends: how they are named, resolved and told apart."""
+"""Blends: how requests name them, how names become weights, and when two blends are the same."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ DIGESTS = {"alpaca": "d1", "pirate": "d2"}
         ({"alpaca": 3}, {"alpaca": 3.0}),
     ],
 )
-def test_a_request_replaces_the_default_whole(value: Any, weights: dict[str, float]) -> None:
+def test_a_requests_blend_replaces_the_whole_default(value: Any, weights: dict[str, float]) -> None:
     assert BLENDS.resolve(value).weights == weights
 
 
@@ -53,7 +53,7 @@ def test_a_request_replaces_the_default_whole(value: Any, weights: dict[str, flo
         (1.5, "blend must be a name or a mapping"),
     ],
 )
-def test_a_wrong_blend_names_place_value_and_remedy(value: Any, message: str) -> None:
+def test_the_error_for_a_wrong_blend_names_place_value_and_remedy(value: Any, message: str) -> None:
     with pytest.raises(InputError) as caught:
         BLENDS.resolve(value)
     assert message in str(caught.value)
@@ -63,7 +63,9 @@ weights = st.dictionaries(st.sampled_from(["alpaca", "pirate"]), st.floats(-2, 3
 
 
 @given(weights, weights)
-def test_identity_is_equal_exactly_where_the_active_weights_are(one: dict[str, float], two: dict[str, float]) -> None:
+def test_two_blends_have_equal_identities_if_and_only_if_their_nonzero_weights_are_equal(
+    one: dict[str, float], two: dict[str, float]
+) -> None:
     first, second = Blend(one, "a"), Blend(dict(reversed(two.items())), "b")
     same = {k: v for k, v in one.items() if v} == {k: v for k, v in two.items() if v}
     assert (first.identity("base", DIGESTS) == second.identity("base", DIGESTS)) == same

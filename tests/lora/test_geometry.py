@@ -18,12 +18,13 @@ SHAPES = {path: (5 + i, 7 - i) for i, path in enumerate(PATHS)}
 
 
 WEIGHT = st.integers(-2000, 2000).map(lambda thousandths: thousandths / 1000)
-"""Not so small that its square is no number any more."""
+"""A multiple of 0.001: a smaller weight's square could underflow to 0."""
 
 
 @st.composite
 def adapters(draw: st.DrawFn, name: str) -> LoraAdapter:
-    """Random modules of random ranks, dtypes and sizes; some of their factors zero, some of lower rank than they look."""
+    """Random modules of random ranks, dtypes and sizes. Some updates are zero ("zero"), and some have a lower rank than
+    their factors' shapes say ("twin", with two equal columns)."""
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
     modules = {}
     for path in draw(st.sets(st.sampled_from(PATHS), min_size=1)):
@@ -59,7 +60,9 @@ def projector(matrix: Any) -> Any:
 
 @settings(max_examples=150, deadline=None)
 @given(adapters("one"), adapters("other"), WEIGHT, WEIGHT)
-def test_everything_is_that_of_the_dense_updates(one: LoraAdapter, other: LoraAdapter, w: float, v: float) -> None:
+def test_norms_shares_and_cosines_are_those_of_the_dense_updates(
+    one: LoraAdapter, other: LoraAdapter, w: float, v: float
+) -> None:
     made = measure([one, other])
     a, b = whole(one), whole(other)
     weights = {"one": w, "other": v}
@@ -84,7 +87,7 @@ def test_everything_is_that_of_the_dense_updates(one: LoraAdapter, other: LoraAd
 @settings(max_examples=150, deadline=None)
 @given(adapters("one"), adapters("other"))
 def test_overlaps_are_those_of_the_projectors(one: LoraAdapter, other: LoraAdapter) -> None:
-    """tr(P₁P₂) = ‖Q₁ᵀQ₂‖²_F for the projectors onto the two subspaces."""
+    """tr(P₁P₂) = ‖Q₁ᵀQ₂‖²_F, where P₁ and P₂ project onto the two subspaces."""
     sides: dict[str, list[float]] = {"inputs": [], "outputs": []}
     for path in one.modules.keys() & other.modules.keys():
         for side in sides:
@@ -102,8 +105,9 @@ def test_overlaps_are_those_of_the_projectors(one: LoraAdapter, other: LoraAdapt
             assert 0 <= found.value <= 1 + 1e-12
 
 
-def test_an_adapter_overlaps_wholly_with_itself_scaled_and_mixed() -> None:
-    """Another basis of the same subspace, and a larger one that holds it, overlap wholly; an orthogonal one not at all."""
+def test_the_overlap_of_equal_contained_and_orthogonal_subspaces() -> None:
+    """The overlap is 1 for another basis of the same subspace and for a larger subspace that contains it, and 0 for an
+    orthogonal one."""
     torch.manual_seed(0)
     b = torch.randn(40, 4, dtype=torch.float64)
     same, wider = basis(b @ torch.randn(4, 4, dtype=torch.float64)), basis(torch.cat([b, torch.randn(40, 3)], dim=1))
@@ -134,7 +138,7 @@ def test_the_same_adapter_cancels_itself() -> None:
     assert made.shares({"a": 1.0, "b": -1.0}) == {"a": 0.5, "b": 0.5}
 
 
-def test_layers_stand_in_the_order_of_the_model() -> None:
+def test_layers_are_listed_in_the_order_of_the_model() -> None:
     torch.manual_seed(0)
     modules = {path: Factors(torch.randn(2, i), torch.randn(o, 2), 1.0) for path, (o, i) in SHAPES.items()}
     made = measure([LoraAdapter("x", modules, "x")])

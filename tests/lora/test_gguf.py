@@ -1,4 +1,4 @@
-"""LoRA -> GGUF: every product of the file equals the adapter's own, in the rows where llama.cpp has the base's."""
+"""Writing a LoRA as GGUF: every product B A in the file equals the adapter's, with rows in llama.cpp's order."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,8 +45,8 @@ def made(folder: Path, config: PreTrainedConfig, **options: Any) -> tuple[LoraAd
 
 
 @pytest.mark.parametrize("config", [LlamaConfig(**SIZES), Qwen2Config(**SIZES)], ids=lambda config: config.model_type)
-def test_products_lie_in_the_rows_that_a_converted_base_has(tmp_path: Path, config: PreTrainedConfig) -> None:
-    """The deltas themselves converted as weights of a base, against B A from the adapter's file."""
+def test_products_have_their_rows_in_the_order_of_a_converted_base(tmp_path: Path, config: PreTrainedConfig) -> None:
+    """We put the deltas into a base as its weights, convert that base, and compare with B A from the adapter's file."""
     patterns = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
     adapter, architecture = made(tmp_path, config, **patterns)
     write_gguf(adapter, architecture, tmp_path / "adapter.gguf")
@@ -64,8 +64,8 @@ def test_products_lie_in_the_rows_that_a_converted_base_has(tmp_path: Path, conf
         assert np.abs(ours - weights[name]).max() <= 1e-6 * np.abs(weights[name]).max()
 
 
-def test_transformers_reads_the_tests_base_as_it_was(tmp_path: Path) -> None:
-    """Its reader moves the rows of q and k back, independently of ours: so the base of these tests is a Llama's."""
+def test_transformers_reads_the_gguf_base_of_these_tests_as_the_original(tmp_path: Path) -> None:
+    """transformers' own reader restores the row order of q and k, so this proves that gguf_base.py orders them rightly."""
     base = tiny.save_base(tmp_path / "base", LlamaConfig(**SIZES))
     file = gguf_base.save_gguf(base, tmp_path / "base.gguf")
     before = AutoModelForCausalLM.from_pretrained(base).state_dict()
@@ -80,12 +80,12 @@ def test_permute_makes_halves_neighbours() -> None:
     assert permute(torch.arange(12), 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
-def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
+def test_the_metadata_of_the_file(tmp_path: Path) -> None:
     adapter, architecture = made(tmp_path, LlamaConfig(**SIZES))
     write_gguf(adapter, architecture, tmp_path / "adapter.gguf")
     fields = gguf.GGUFReader(tmp_path / "adapter.gguf").fields
-    said = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
-    assert said == {
+    metadata = {key: field.contents() for key, field in fields.items() if not key.startswith("GGUF.")}
+    assert metadata == {
         "general.architecture": "llama", "general.type": "adapter", "general.name": "it", "adapter.type": "lora",
         "adapter.lora.alpha": 0.0,
     }  # fmt: skip
@@ -93,7 +93,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
 
 
 def test_embedding_and_head_of_an_untied_base(tmp_path: Path) -> None:
-    """llama.cpp looks rows of A up: it wants A of an embedding with a row for each token."""
+    """llama.cpp looks up rows of A, so A of an embedding must have one row for each token."""
     adapter, architecture = made(tmp_path, LlamaConfig(**SIZES), target_modules=["embed_tokens", "lm_head"])
     write_gguf(adapter, architecture, tmp_path / "adapter.gguf")
     found = {name: tensor.shape for name, tensor in tensors(tmp_path / "adapter.gguf").items()}
@@ -121,7 +121,7 @@ def test_a_stacked_blend_is_written_like_any_adapter(tmp_path: Path) -> None:
 
 
 def test_two_spellings_of_a_module_are_one(tmp_path: Path) -> None:
-    """The same module is named otherwise by another version of transformers, and by a model that sees pictures too."""
+    """Another version of transformers, or a model with a vision part, has another path for the same module."""
     one, architecture = made(tmp_path, LlamaConfig(**SIZES), target_modules=["q_proj"])
     base = read_base(gguf_base.save_gguf(tmp_path / "base", tmp_path / "base.gguf"), "x")
     own, around = "model.layers.", ("language_model.model.layers.", "model.language_model.layers.")
@@ -143,11 +143,13 @@ def test_two_spellings_of_a_module_are_one(tmp_path: Path) -> None:
         AdapterError, match=r"'language_model.model.layers.0.*' and '.*' are the same module 'model.layers"
     ):
         base.check(both)
-    with pytest.raises(AdapterError, match=r"adapter 'it': two of its modules are one, blk.0.attn_q.weight"):
+    with pytest.raises(
+        AdapterError, match=r"adapter 'it': two of its modules have the same tensor in GGUF, blk.0.attn_q"
+    ):
         write_gguf(both, architecture, tmp_path / "both.gguf")
 
 
-def test_architectures_and_modules_that_are_not_known_are_refused_by_name(tmp_path: Path) -> None:
+def test_unknown_architectures_and_modules_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"architecture falcon cannot be converted.*known: gemma, .*llama"):
         Architecture.of_config(FalconConfig())
     with pytest.raises(AdapterError, match="architecture mixtral cannot be converted"):

@@ -1,4 +1,4 @@
-"""Live, folded and stacked ways against the float64 dense sum, for every kind of module and base."""
+"""The live, folded and stacked ways of running a blend equal the float64 dense sum, for every kind of module and base."""
 
 import copy
 import functools
@@ -45,7 +45,7 @@ def base(family: str) -> Any:
 
 @st.composite
 def adapters_and_rows(draw: st.DrawFn, model: Any) -> tuple[list[LoraAdapter], list[Blend]]:
-    """2 to 4 adapters of different ranks, scalings (rsLoRA's among them) and targets; a different blend for each row."""
+    """2 to 4 adapters with different ranks, scalings (some of rsLoRA) and targets, and a blend for each of 1 to 3 rows."""
     shapes = module_shapes(model)
     adapters = []
     for number in range(draw(st.integers(2, 4))):
@@ -86,7 +86,7 @@ def test_every_way_equals_the_dense_sum(family: str, data: st.DataObject) -> Non
                     assert error(stacked.model(one).logits, expected[row : row + 1]) <= TOLERANCE
 
 
-def test_unfold_restores_the_very_weights() -> None:
+def test_unfold_restores_the_weights_bit_for_bit() -> None:
     model = base("llama-tied").bfloat16()
     adapter = random_adapter("a", model, sorted(module_shapes(model)), [2] * 16, [1.0] * 16, seed=3)
     lora = LoraModel(model, [adapter])
@@ -119,7 +119,7 @@ def test_changing_weights_rebuilds_nothing() -> None:
     lora, path = two_adapters()
 
     def run(*rows: Blend) -> list[int]:
-        """The memory of the stacked factors after a pass under these blends."""
+        """The addresses of the stacked factors after a pass with these blends."""
         with torch.inference_mode(), lora.use(rows):
             lora.model(torch.arange(5)[None].repeat(len(rows), 1))
         stacks = lora._sites[path].branch.stacks
@@ -129,8 +129,8 @@ def test_changing_weights_rebuilds_nothing() -> None:
     assert first == run(Blend({"a": 1.5, "b": -1})) == run(Blend({"b": 2}), Blend({"a": 1})) == run(Blend({"a": 0.1}))
 
 
-def test_adapters_without_a_request_leave_the_stack() -> None:
-    """No product is formed with an adapter that nobody has asked for during a while."""
+def test_adapters_that_no_request_uses_leave_the_stack() -> None:
+    """After IDLE_USES passes without an adapter, products no longer include that adapter."""
     lora, path = two_adapters()
     branch = lora._sites[path].branch
 
@@ -146,7 +146,7 @@ def test_adapters_without_a_request_leave_the_stack() -> None:
     assert run(Blend({"a": 1.0})) == {"a"}
 
 
-def test_only_so_many_adapters_stay_on_the_device() -> None:
+def test_at_most_max_on_device_adapters_stay_on_the_device() -> None:
     model = base("llama")
     path = "model.layers.0.self_attn.q_proj"
     adapters = [random_adapter(name, model, [path], [4], [2.0], seed=5) for name in "abcd"]
@@ -156,13 +156,13 @@ def test_only_so_many_adapters_stay_on_the_device() -> None:
         with torch.inference_mode(), lora.use([Blend({name: 1.0})]):
             model(ids)
         assert len(lora._sites[path].branch._resident) <= 2
-    with torch.inference_mode(), lora.use([Blend(dict.fromkeys("abc", 1.0))]):  # one request may need more
+    with torch.inference_mode(), lora.use([Blend(dict.fromkeys("abc", 1.0))]):  # a request that needs more gets them
         ours = model(ids).logits
     assert error(ours, dense(base("llama"), adapters, dict.fromkeys("abc", 1.0))(ids).logits) <= TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen"])
-def test_fused_linears_are_one_product_with_the_same_result(family: str) -> None:
+def test_a_fused_projection_equals_its_separate_linears(family: str) -> None:
     model = base(family)
     paths = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
     adapters = [
@@ -188,7 +188,7 @@ def test_fused_linears_are_one_product_with_the_same_result(family: str) -> None
         lora.unfold(keep=True)
         with lora.use(blends, counts) as mix:
             assert error(projection(x, mix), torch.cat(parts)) <= TOLERANCE
-        lora.fold(blends[2])  # the kept weights
+        lora.fold(blends[2])  # takes the folded weights that `keep` kept
         assert error(projection(x[3:], None), parts[2]) <= TOLERANCE
 
 
@@ -213,7 +213,7 @@ def test_a_fold_that_runs_out_of_memory_leaves_the_base_as_it_was(monkeypatch: p
     assert lora.folded is None
 
 
-def test_adapters_come_and_go() -> None:
+def test_adapters_can_be_loaded_and_unloaded() -> None:
     model = base("llama")
     path = "model.layers.0.self_attn.q_proj"
     one, two = (random_adapter(name, model, [path], [4], [2.0], seed=ord(name)) for name in "ab")
@@ -235,7 +235,7 @@ def test_adapters_come_and_go() -> None:
 
 
 def test_an_adapter_computes_in_its_own_precision() -> None:
-    """float32 factors on a bfloat16 base keep their precision until the sum is rounded once."""
+    """float32 factors on a bfloat16 base compute in float32; only the final sum is rounded to bfloat16."""
     model = base("llama").bfloat16()
     adapter = random_adapter("a", model, ["lm_head"], [4], [2.0], seed=5)
     exact = LoraModel(model, [adapter], {"a": Placement(dtype=torch.float32)})
@@ -258,7 +258,7 @@ def test_an_adapter_computes_in_its_own_precision() -> None:
         ("model.norm", (4, 32), (32, 4), ["no module 'model.norm'"]),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_an_adapter_that_does_not_fit_the_base_is_refused_by_name(
     path: str, a: tuple[int, int], b: tuple[int, int], words: list[str]
 ) -> None:
     adapter = LoraAdapter("odd", {path: Factors(torch.zeros(a), torch.zeros(b), 1.0)}, "d", base="some/base")
@@ -268,8 +268,8 @@ def test_what_does_not_fit_is_refused_by_name(
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_modules_that_see_rows_and_tokens_flattened() -> None:
-    """As the shared expert of Qwen2-MoE does: (rows * tokens, in), still with the blend of each row."""
+def test_modules_whose_input_has_rows_and_tokens_flattened() -> None:
+    """The shared expert of Qwen2-MoE gets (rows * tokens, in). Each row must still have its own blend."""
     model = base("llama")
     adapter = random_adapter("a", model, ["lm_head"], [3], [1.5], seed=4)
     lora, rows = LoraModel(model, [adapter]), [Blend({"a": 0.5}), Blend({"a": -2.0})]

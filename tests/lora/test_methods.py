@@ -1,4 +1,4 @@
-"""Approximate methods against independent implementations on the dense deltas: peft's merge_utils and torch.linalg.svd."""
+"""Approximate methods equal independent implementations on dense deltas: PEFT's merge_utils and torch.linalg.svd."""
 
 import copy
 import importlib
@@ -45,7 +45,7 @@ def random_deltas(count: int, shape: tuple[int, int] = (12, 17), seed: int = 0) 
 
 
 def adapters(*ranks: int, paths: Sequence[str] = (PATH,), scaling: float = 2.0) -> dict[str, LoraAdapter]:
-    """Called a, b, …; one of each rank."""
+    """One adapter for each rank, named a, b, …"""
     return {
         name: random_adapter(name, base("llama"), paths, [rank] * len(paths), [scaling] * len(paths), seed=ord(name))
         for name, rank in zip("abcd", ranks, strict=False)
@@ -53,7 +53,7 @@ def adapters(*ranks: int, paths: Sequence[str] = (PATH,), scaling: float = 2.0) 
 
 
 def pefts(method: Method, deltas: Sequence[Tensor], weights: Sequence[float], key: str) -> Tensor:
-    """The same by peft, whose random masks come from torch's default generator."""
+    """The result of PEFT's implementation. PEFT draws its masks from torch's default generator, so we seed that one."""
     options = method.model_dump(exclude={"method", "seed"})
     if method.method in ("ties", "magnitude_prune"):
         merged: Tensor = getattr(merge_utils, method.method)(list(deltas), torch.tensor(weights), **options)
@@ -92,7 +92,7 @@ def test_a_method_has_the_same_name_everywhere() -> None:
     majority=st.sampled_from(["total", "frequency"]),
     weights=st.lists(st.floats(-2, 2).filter(bool), min_size=4, max_size=4),
 )  # fmt: skip
-def test_full_rank_methods_are_what_peft_computes_on_deltas(
+def test_full_rank_methods_equal_pefts_on_deltas(
     count: int, density: float, seed: int, majority: Any, weights: list[float]
 ) -> None:
     deltas, weights = random_deltas(count, seed=seed), weights[:count]
@@ -125,14 +125,14 @@ def test_ties_of_adapters_that_agree_is_their_mean() -> None:
         assert torch.allclose(signs, -mean, atol=1e-6)
 
 
-def test_ties_leaves_the_minority_out() -> None:
+def test_ties_leaves_out_the_minority() -> None:
     one, two, three = (torch.tensor([[value]]) for value in (1.0, 2.0, -5.0))
     by_total, by_number = Ties(density=1), Ties(density=1, majority_sign_method="frequency")
     assert by_total.combine([one, two, three], [1.0, 1.0, 0.5], key="").item() == -2.5
     assert by_number.combine([one, two, three], [1.0, 1.0, 0.5], key="").item() == 1.5
 
 
-def test_dare_expects_the_exact_sum() -> None:
+def test_the_mean_of_many_dare_results_is_the_exact_sum() -> None:
     deltas, weights = random_deltas(2, (8, 8)), [0.7, 0.5]
     total = 0.7 * deltas[0] + 0.5 * deltas[1]
     draws = torch.stack([DareLinear(density=0.4, seed=seed).combine(deltas, weights, key="m") for seed in range(2000)])
@@ -140,19 +140,19 @@ def test_dare_expects_the_exact_sum() -> None:
     assert ((draws.mean(dim=0) - total).abs() < 5 * spread + 1e-6).all()
 
 
-def test_dare_is_fixed_by_seed_and_module() -> None:
+def test_dares_masks_depend_only_on_seed_module_and_adapter() -> None:
     deltas, weights = random_deltas(2), [1.0, 1.0]
 
     def drawn(seed: int, key: str) -> Tensor:
         return DareLinear(density=0.5, seed=seed).combine(deltas, weights, key=key)
 
     first = drawn(0, "m")
-    torch.rand(5)  # nothing else that draws matters
+    torch.rand(5)  # other draws do not matter
     assert torch.equal(drawn(0, "m"), first)
     assert not torch.equal(drawn(1, "m"), first)
     assert not torch.equal(drawn(0, "n"), first)
     same = DareLinear(density=0.5).combine([deltas[0]] * 2, [1.0, -1.0], key="m")
-    assert same.abs().max() > 0, "two adapters have masks of their own"
+    assert same.abs().max() > 0, "each adapter has its own mask"
 
 
 @settings(max_examples=30, deadline=None)
@@ -160,7 +160,7 @@ def test_dare_is_fixed_by_seed_and_module() -> None:
     ranks=st.lists(st.integers(1, 20), min_size=1, max_size=3), rank=st.integers(1, 40), data=st.data()
 )  # fmt: skip
 def test_svd_is_the_truncated_svd_of_the_dense_sum(ranks: list[int], rank: int, data: st.DataObject) -> None:
-    """Also where the stacked rank is above the module's width, 32."""
+    """Also if the stacked rank is larger than the module's width, 32."""
     loaded = adapters(*ranks)
     blend = Blend({name: data.draw(st.floats(0.2, 2)) for name in loaded})
     compressed = Blend(blend.weights, method=Svd(rank=rank))
@@ -185,7 +185,7 @@ def test_svd_at_the_full_rank_is_the_exact_stack() -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_adapter_of_weight_0_takes_no_part(name: str) -> None:
+def test_an_adapter_with_weight_0_does_not_count(name: str) -> None:
     loaded, method = adapters(4, 4, 4), EXAMPLES[name]
     with_it = delta(Blend({"a": 0.7, "c": 0.0, "b": 1.1}, method=method), loaded, PATH)
     without = delta(Blend({"b": 1.1, "a": 0.7}, method=method), loaded, PATH)
@@ -200,8 +200,8 @@ def test_an_adapter_of_weight_0_takes_no_part(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FULL_RANK)
-def test_full_rank_methods_see_scaled_products_and_are_no_lora(name: str) -> None:
-    """The scaling belongs to the delta: half of alpha is half of the delta, whatever the method."""
+def test_full_rank_methods_get_scaled_deltas_and_cannot_be_stacked(name: str) -> None:
+    """The scaling is part of the delta: with half the alpha, a method gets half the delta."""
     loaded, method = adapters(4, 2), EXAMPLES[name]
     assert isinstance(method, FullRank)
     blend = Blend({"a": 0.7, "b": -0.5}, "mix", method)
@@ -213,7 +213,7 @@ def test_full_rank_methods_see_scaled_products_and_are_no_lora(name: str) -> Non
         stack(blend, loaded)
 
 
-def test_identity_counts_the_method_with_its_options() -> None:
+def test_the_identity_depends_on_the_method_and_its_options() -> None:
     digests, weights = {"a": "d1", "b": "d2"}, {"a": 0.7, "b": 0.5}
     kinds: list[Method | None] = [
         None, Ties(density=0.3), Ties(density=0.2), Ties(density=0.3, majority_sign_method="frequency"), Svd(rank=3),
@@ -222,7 +222,7 @@ def test_identity_counts_the_method_with_its_options() -> None:
     assert len({Blend(weights, "x", kind).identity("base", digests) for kind in kinds}) == len(kinds)
     named = Blend(weights, "y", Ties(density=0.3)).identity("base", digests)
     assert named == Blend(weights, "x", Ties(density=0.3)).identity("base", digests)
-    # What was cached under an exact blend before there were methods stays valid.
+    # Exact blends keep the identity that they had before methods existed, so caches stay valid.
     assert Blend(weights).identity("base", digests) == "1346620fdb8b9df8"
 
 
@@ -237,7 +237,7 @@ def test_options_are_checked() -> None:
 @pytest.mark.parametrize("name", EXAMPLES)
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
 def test_the_folded_way_adds_the_delta_to_every_kind_of_module(family: str, name: str) -> None:
-    """Linear, Conv1D and embedding, the latter tied to the head."""
+    """Linear, Conv1D, and an embedding that is tied to the head."""
     model = base(family)
     paths = (
         [PATH, "model.layers.1.mlp.down_proj", "model.embed_tokens"]
@@ -273,8 +273,8 @@ def test_a_fold_rounds_once_from_float32() -> None:
     assert torch.equal(model.get_submodule(PATH).weight, (weight.float() + added).bfloat16())
 
 
-def test_folds_of_several_methods_lie_side_by_side() -> None:
-    """One copy for each method: swapping between them computes nothing, and the originals always come back."""
+def test_folds_of_several_methods_are_kept_at_once() -> None:
+    """Each blend has its own copy of the weights: swapping between them computes nothing, and the originals come back."""
     model = base("llama")
     loaded = adapters(4, 2)
     lora = LoraModel(model, loaded.values())
@@ -297,7 +297,7 @@ def test_folds_of_several_methods_lie_side_by_side() -> None:
         assert torch.equal(weight(blend), kept)
         assert blend is None or weight(blend).data_ptr() == kept.data_ptr()
     other = Blend({"b": 1.0})
-    weight(other)  # another sum takes the place of the sum
+    weight(other)  # another sum replaces the copy of the first sum
     weight(None)
     assert lora.keeps(merged)
     assert lora.keeps(other)

@@ -1,4 +1,4 @@
-"""Adapters as they are found: what is exact is taken as it stands, and everything else ends in one clear AdapterError."""
+"""Adapters from strangers: they load unchanged if we can apply them exactly, and else raise one clear AdapterError."""
 
 import json
 import os
@@ -53,8 +53,8 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-def taken(read: Callable[[], object]) -> bool:
-    """Whether it is read as it should be, or refused by name; anything else is raised."""
+def read_or_refused(read: Callable[[], object]) -> bool:
+    """Whether `read` returns something true, or raises an AdapterError with the adapter's name. Others pass through."""
     try:
         return bool(read())
     except AdapterError as error:
@@ -83,30 +83,30 @@ def pefts(base: Path, adapter: Path) -> torch.Tensor:
     return found
 
 
-# Two of what there may be one.
+# Two things where there may be only one.
 
 
-def test_several_adapters_in_one_file_are_named(tmp_path: Path) -> None:
+def test_the_error_for_several_adapters_in_one_file_names_them(tmp_path: Path) -> None:
     several = {
         key.replace(".weight", f".{name}.weight"): tensor + number
         for number, name in enumerate(("reference", "default"))
         for key, tensor in TENSORS.items()
     }
     message = refusal(folder(tmp_path, several))
-    assert "holds several adapters: 'default', 'reference'; save the one that you want alone" in message
-    folder(tmp_path / "reference")  # as PEFT lays them out
-    assert f"name the folder of the one that you want: {tmp_path / 'reference'}" in refusal(tmp_path)
+    assert "holds several adapters: 'default', 'reference'; save only the one that you want" in message
+    folder(tmp_path / "reference")  # where PEFT saves further adapters
+    assert f"point to the folder of the one that you want: {tmp_path / 'reference'}" in refusal(tmp_path)
     assert read_adapter(tmp_path / "reference", "x").modules
     (tmp_path / "adapter_config.json").unlink()
     assert "name one of the adapters in it: reference" in refusal(tmp_path)
 
 
-def test_an_adapter_with_and_without_a_name_is_two(tmp_path: Path) -> None:
+def test_tensors_with_and_without_an_adapter_name_are_two_adapters(tmp_path: Path) -> None:
     both = TENSORS | {key.replace(".weight", ".default.weight"): tensor + 1 for key, tensor in TENSORS.items()}
     assert "'default', one without a name" in refusal(folder(tmp_path, both))
 
 
-def test_a_module_spelt_in_two_ways_is_refused_with_both(tmp_path: Path) -> None:
+def test_the_error_for_one_factor_under_two_names_names_both(tmp_path: Path) -> None:
     short = A.removeprefix("base_model.model.")
     message = refusal(folder(tmp_path, TENSORS | {short: TENSORS[A] + 1}))
     assert f"'{A}'" in message
@@ -115,21 +115,21 @@ def test_a_module_spelt_in_two_ways_is_refused_with_both(tmp_path: Path) -> None
     assert "lora_embedding_A' and" in refusal(folder(tmp_path, embedding)) or "and 'base_model" in refusal(tmp_path)
 
 
-def test_two_different_copies_of_one_weight(tmp_path: Path) -> None:
+def test_two_different_copies_of_one_base_weight_are_refused(tmp_path: Path) -> None:
     other = EMBEDDING.replace(".weight", ".base_layer.weight")
     both = TENSORS | {EMBEDDING: torch.zeros(258, 32), other: torch.zeros(258, 32)}
     assert list(read_adapter(folder(tmp_path, both), "x").copies) == ["model.embed_tokens.weight"]
     assert "two different copies" in refusal(folder(tmp_path, both | {other: torch.ones(258, 32)}))
 
 
-def test_a_config_that_gives_a_key_twice(tmp_path: Path) -> None:
+def test_a_config_with_a_key_twice_is_refused(tmp_path: Path) -> None:
     path = folder(tmp_path) / "adapter_config.json"
     path.write_text(path.read_text().replace('"r": 4', '"r": 4, "lora_alpha": 16'))
     assert "the key 'lora_alpha' stands in one object twice" in refusal(tmp_path)
 
 
-def test_a_rank_that_the_config_does_not_say(tmp_path: Path) -> None:
-    """PEFT refuses the shapes; alpha / r would be a guess."""
+def test_a_rank_other_than_the_configs_is_refused(tmp_path: Path) -> None:
+    """PEFT refuses such shapes too; we would have to guess alpha / r."""
     message = refusal(folder(tmp_path, r=8))
     assert MODULE in message
     assert "has rank 4" in message
@@ -145,7 +145,7 @@ def test_a_rank_that_the_config_does_not_say(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-def test_eight_bits_are_exact_in_float32(bases: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_float8_factors_are_exact_in_float32(bases: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     drawn = torch.Generator().manual_seed(1)
     small = {key: (torch.randn(tensor.shape, generator=drawn) / 8).to(dtype) for key, tensor in TENSORS.items()}
     assert read_adapter(folder(tmp_path / "small", small), "x").modules[MODULE].a.dtype == torch.float32
@@ -159,10 +159,10 @@ def test_eight_bits_are_exact_in_float32(bases: Path, tmp_path: Path, dtype: tor
 @pytest.mark.parametrize(
     ("tensor", "words"),
     [
-        (torch.ones(4, 32, dtype=torch.int8), "holds int8, not floating-point numbers"),
-        (torch.ones(4, 32, dtype=torch.bool), "holds bool"),
-        (torch.ones(4, 32, dtype=torch.complex64), "holds complex64"),
-        (torch.full((4, 32), 1e300, dtype=torch.float64), "NaN or infinite"),  # finite, but no float32
+        (torch.ones(4, 32, dtype=torch.int8), "is int8, not floating-point"),
+        (torch.ones(4, 32, dtype=torch.bool), "is bool"),
+        (torch.ones(4, 32, dtype=torch.complex64), "is complex64"),
+        (torch.full((4, 32), 1e300, dtype=torch.float64), "NaN or infinite"),  # finite, but not in float32
         (torch.full((4, 32), float("inf")), "NaN or infinite"),
         (torch.ones(0, 32), "expected (r, in) and (out, r)"),
         (torch.ones(4, 32, 1), "expected (r, in) and (out, r)"),
@@ -171,17 +171,18 @@ def test_eight_bits_are_exact_in_float32(bases: Path, tmp_path: Path, dtype: tor
     ],
     ids=str,
 )
-def test_factors_that_are_none(tmp_path: Path, tensor: torch.Tensor, words: str) -> None:
+def test_tensors_that_cannot_be_factors_are_refused(tmp_path: Path, tensor: torch.Tensor, words: str) -> None:
     assert words in refusal(folder(tmp_path, TENSORS | {A: tensor}))
 
 
-def test_a_rank_of_nothing(tmp_path: Path) -> None:
+def test_a_rank_of_0_is_refused(tmp_path: Path) -> None:
     nothing = {A: torch.ones(0, 32), B: torch.ones(32, 0)}
     assert "expected (r, in) and (out, r)" in refusal(folder(tmp_path, nothing))
 
 
-def test_a_file_that_is_written_again_changes_nothing_that_is_loaded(tmp_path: Path) -> None:
-    """Mapped pages would: the answers under an identity of the old content, or a bus error."""
+def test_overwriting_a_file_does_not_change_the_loaded_adapter(tmp_path: Path) -> None:
+    """If the file were mapped, its new content would be served under the old identity, or the process would die
+    (SIGBUS)."""
     adapter = read_adapter(folder(tmp_path), "x")
     with (tmp_path / "adapter_model.safetensors").open("r+b") as file:
         file.truncate(0)
@@ -189,19 +190,19 @@ def test_a_file_that_is_written_again_changes_nothing_that_is_loaded(tmp_path: P
     assert torch.equal(adapter.modules[MODULE].a, TENSORS[A])
 
 
-# What is exact although its config sounds otherwise.
+# Configs with suspicious options whose adapters are exact all the same.
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_a_bias_that_is_not_there(bases: Path, tmp_path: Path, bias: Any) -> None:
-    """Llama has none, so PEFT saves none."""
+def test_bias_options_on_a_base_without_biases(bases: Path, tmp_path: Path, bias: Any) -> None:
+    """Llama has no biases, so PEFT saves none."""
     path = tiny.save_adapter(tmp_path, bases / "plain", bias=bias)
     ours = logits(bases / "plain", read_adapter(path, "x"))
     assert error(ours, pefts(bases / "plain", path).double()) <= TOLERANCE
     weights = path / "adapter_model.safetensors"
     trained = f"base_model.model.{MODULE}.bias"
     save_file(load_file(weights) | {trained: torch.ones(32)}, weights)
-    assert f"'{trained}' is a bias that was trained along" in refusal(path)
+    assert f"'{trained}' is a trained bias" in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -211,14 +212,14 @@ def test_a_bias_that_is_not_there(bases: Path, tmp_path: Path, bias: Any) -> Non
         ("tied", ["q_proj"]), ("tied", ["q_proj", "embed_tokens"]), ("tied", ["lm_head"]),
     ],
 )  # fmt: skip
-def test_tied_factors_are_a_sum_of_their_own(bases: Path, tmp_path: Path, base: str, targets: list[str]) -> None:
-    """PEFT saves what ensure_weight_tying trained as one for both modules."""
+def test_tied_factors_equal_pefts(bases: Path, tmp_path: Path, base: str, targets: list[str]) -> None:
+    """With ensure_weight_tying, PEFT trains one pair of factors for both modules and saves it for each."""
     path = tiny.save_adapter(tmp_path, bases / base, ensure_weight_tying=True, target_modules=targets)
     ours = logits(bases / base, read_adapter(path, "x"))
     assert error(ours, pefts(bases / base, path).double()) <= TOLERANCE
 
 
-def test_tied_factors_of_which_one_is_missing_or_another(bases: Path, tmp_path: Path) -> None:
+def test_tied_factors_that_are_missing_or_different_are_refused(bases: Path, tmp_path: Path) -> None:
     path = tiny.save_adapter(tmp_path, bases / "tied", ensure_weight_tying=True, target_modules=["embed_tokens"])
     weights = path / "adapter_model.safetensors"
     tensors = load_file(weights)
@@ -228,7 +229,7 @@ def test_tied_factors_of_which_one_is_missing_or_another(bases: Path, tmp_path: 
         logits(bases / "tied", read_adapter(path, "x"))
     save_file({key: tensor for key, tensor in tensors.items() if "lm_head.lora" not in key}, weights)
     with pytest.raises(
-        AdapterError, match=r"ties model\.embed_tokens to lm_head, for which the adapter brings nothing"
+        AdapterError, match=r"ties model\.embed_tokens to lm_head, for which the adapter has no factors"
     ):
         logits(bases / "tied", read_adapter(path, "x"))
 
@@ -253,7 +254,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "n
           "image_size": 28, "patch_size": 14}  # fmt: skip
 
 
-def test_gemma_3_under_its_older_names(tmp_path: Path) -> None:
+def test_module_paths_of_older_versions_of_gemma_3(tmp_path: Path) -> None:
     config = Gemma3Config(text_config=GEMMA, vision_config=VISION, mm_tokens_per_image=4)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -298,12 +299,12 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
         (json.dumps(CONFIG).replace("8", "true"), "lora_alpha is true"),
         (json.dumps(CONFIG).replace("4", "0"), "r is 0"),
         (json.dumps(CONFIG).replace("4", "4.5"), "r is 4.5"),
-        (json.dumps(CONFIG | {"rank_pattern": {"(?=q)q_proj": 4}}), "uses look-around, which is not evaluated, since"),
-        (json.dumps(CONFIG | {"rank_pattern": {"q_proj[": 4}}), "no pattern that can be matched (unterminated"),
+        (json.dumps(CONFIG | {"rank_pattern": {"(?=q)q_proj": 4}}), "uses look-around, which model-compose does not"),
+        (json.dumps(CONFIG | {"rank_pattern": {"q_proj[": 4}}), "is not a valid pattern (unterminated"),
         (json.dumps(CONFIG | {"alpha_pattern": {f"(q{n})+": 4 for n in range(2000)}}), "more than 1,024 patterns"),
-        (json.dumps(CONFIG | {"rank_pattern": {f"q*{'x' * 70_000}": 4}}), "more than 65,536 characters"),
+        (json.dumps(CONFIG | {"rank_pattern": {f"q*{'x' * 70_000}": 4}}), "longer than 65,536 characters"),
         (json.dumps(CONFIG | {"rank_pattern": {r"(q)\1": 4}}), "uses backreferences, which"),
-        (json.dumps(CONFIG | {"rank_pattern": {"(q": 4}}), "no pattern that can be matched (unclosed group"),
+        (json.dumps(CONFIG | {"rank_pattern": {"(q": 4}}), "is not a valid pattern (unclosed group"),
         (json.dumps(CONFIG | {"target_modules": "(q_proj"}), "target_modules"),
         (json.dumps(CONFIG | {"bias": "some"}), 'bias is "some"; known are'),
         (json.dumps(CONFIG | {"x" * 10_000: "y" * 10_000}), "does not know this option"),
@@ -312,7 +313,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     ],
     ids=range(22),
 )  # fmt: skip
-def test_configs_that_are_none(tmp_path: Path, text: str, words: str) -> None:
+def test_invalid_configs_are_refused(tmp_path: Path, text: str, words: str) -> None:
     path = folder(tmp_path) / "adapter_config.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     message = refusal(tmp_path)
@@ -320,8 +321,8 @@ def test_configs_that_are_none(tmp_path: Path, text: str, words: str) -> None:
     assert len(message) < 1000
 
 
-def test_what_peft_converts_is_a_plain_lora(tmp_path: Path) -> None:
-    """PEFT's conversion of CorDA and LoRA-GA keeps what they were initialised with beside init_lora_weights: true."""
+def test_adapters_that_peft_converted_to_plain_lora_load(tmp_path: Path) -> None:
+    """PEFT's conversion of CorDA and LoRA-GA leaves corda_config and lora_ga_config beside init_lora_weights: true."""
     from peft import LoraConfig, get_peft_model
     from peft.tuners.lora.config import CordaConfig
     from peft.tuners.lora.corda import preprocess_corda
@@ -334,14 +335,14 @@ def test_what_peft_converts_is_a_plain_lora(tmp_path: Path) -> None:
     trained.save_pretrained(tmp_path / "first")
     trained.peft_config["default"].init_lora_weights = "corda"
     trained.save_pretrained(tmp_path / "own")
-    assert "(PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); convert it" in refusal(tmp_path / "own")
+    assert "(PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); convert the adapter" in refusal(tmp_path / "own")
     trained.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
     assert read_config(tmp_path / "plain", "x")["corda_config"]
     assert len(read_adapter(tmp_path / "plain", "x").modules) == 2
     read_adapter(folder(tmp_path / "ga", lora_ga_config={"direction": "ArB2r"}), "x")
 
 
-def test_a_pattern_that_python_would_match_for_years(tmp_path: Path) -> None:
+def test_a_pattern_that_would_take_pythons_re_years(tmp_path: Path) -> None:
     module = "model." + "a" * 60
     long = {key.replace(MODULE, module): tensor for key, tensor in TENSORS.items()}
     assert read_adapter(folder(tmp_path, long, rank_pattern={"(a|aa)+b": 9}), "x").modules[module].rank == 4
@@ -356,13 +357,13 @@ def test_a_pattern_that_python_would_match_for_years(tmp_path: Path) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_the_planner_takes_no_years_either(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """In a process of its own, as Python holds all threads while it matches."""
+def test_the_planner_is_quick_with_costly_patterns_too(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """In a separate process with a timeout: while Python's re matches, it holds the GIL, so no thread could stop it."""
     program = """
 import sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM
-from model_compose.engines.huggingface.sizes import adapter_size
+from model_compose.engines.sizes import adapter_size
 from model_compose.errors import AdapterError
 from model_compose.lora.peft_config import read_config
 from tests import tiny
@@ -375,13 +376,13 @@ except AdapterError as error:
 """
     path = folder(tmp_path, **changes)
     command = [sys.executable, "-c", program, str(path)]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     if "target_modules" in changes:
-        assert "has none of its target_modules" in said
+        assert "has none of its target_modules" in printed
     elif "layers_pattern" in changes:
-        assert "has wildcards" in said
+        assert "has wildcards" in printed
     else:
-        assert MODULE in said
+        assert MODULE in printed
 
 
 @pytest.mark.parametrize(
@@ -398,7 +399,7 @@ except AdapterError as error:
 def test_the_planner_chooses_modules_and_ranks_as_peft_does(changes: dict[str, Any]) -> None:
     from peft import LoraConfig, get_peft_model
 
-    from model_compose.engines.huggingface.sizes import adapter_size
+    from model_compose.engines.sizes import adapter_size
 
     model = AutoModelForCausalLM.from_config(tiny.llama_config())
     config = LoraConfig(**{**CONFIG, "peft_type": None, **changes})
@@ -414,7 +415,7 @@ def test_the_planner_chooses_modules_and_ranks_as_peft_does(changes: dict[str, A
 
 
 def test_layerwise_ranks_by_patterns(tmp_path: Path) -> None:
-    """A pattern for each of 200 layers. Where they would take too much memory, they are refused in a moment."""
+    """A pattern for each of 200 layers works; patterns that would take too much memory together are refused."""
     ranks = {rf".*layers\.{number}\..*": 4 + number for number in range(200)}
     assert read_adapter(folder(tmp_path, rank_pattern=ranks), "x").modules[MODULE].rank == 4
     huge = {rf"\w{{50}}{number}": 4 for number in range(200)}
@@ -435,14 +436,14 @@ KEYS = [*CONFIG, "rank_pattern", "alpha_pattern", "use_rslora", "bias", "ensure_
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(changes=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=8), ANY, max_size=3))
 def test_any_value_under_any_key(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any]) -> None:
-    """Taken or refused, by every reader of a config: the adapter's, and the planner's, which asks PEFT."""
-    from model_compose.engines.huggingface.sizes import adapter_size
+    """Both readers of a config, the adapter's and the planner's (which asks PEFT), accept it or raise AdapterError."""
+    from model_compose.engines.sizes import adapter_size
 
     path = folder(tmp_path_factory.getbasetemp() / "any", config=CONFIG | changes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny.llama_config())
-    assert taken(lambda: read_adapter(path, "x").modules[MODULE].rank == 4)
-    assert taken(lambda: adapter_size(read_config(path, "x"), model, "x").ranks)
+    assert read_or_refused(lambda: read_adapter(path, "x").modules[MODULE].rank == 4)
+    assert read_or_refused(lambda: adapter_size(read_config(path, "x"), model, "x").ranks)
 
 
 # Files.
@@ -470,7 +471,7 @@ def header(content: Any, length: int | None = None) -> bytes:
     ids=range(22),
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
-def test_files_that_are_none(tmp_path: Path, name: str, data: bytes) -> None:
+def test_files_that_hold_no_adapter_are_refused(tmp_path: Path, name: str, data: bytes) -> None:
     path = folder(tmp_path)
     (path / "adapter_model.safetensors").unlink()
     (path / name).write_bytes(data)
@@ -492,7 +493,7 @@ def test_any_bytes_changed(tmp_path_factory: pytest.TempPathFactory, data: st.Da
     (path / name).write_bytes(
         content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content
     )
-    assert taken(lambda: read_adapter(path, "x").modules)
+    assert read_or_refused(lambda: read_adapter(path, "x").modules)
 
 
 def pickled(path: Path, content: Any, **options: Any) -> Path:
@@ -513,22 +514,25 @@ class Evil:
         (TENSORS | {"x": Evil()}, "it would call posix.getpid when it is read"),
         ([1, 2], "mapping of names to tensors"),
         ({1: torch.ones(2)}, "mapping of names to tensors"),
-        ({"x": {"y": torch.ones(2)}}, "holds dict as 'x', which is no tensor"),
-        (TENSORS | {"epoch": 3}, "holds int as 'epoch', which is no tensor"),
-        ({A: torch.ones(4, 32).to_sparse()}, "of a kind that no adapter has"),
-        ({A: torch.ones(4, 32, device="meta")}, "of a kind that no adapter has"),
-        ({A: torch.quantize_per_tensor(torch.ones(4, 32), 1.0, 0, torch.qint8)}, "of a kind that no adapter has"),
-        ({A: torch.ones(1).expand(10**6, 10**6), B: TENSORS[B]}, "unpacks to more than it holds"),
+        ({"x": {"y": torch.ones(2)}}, "holds a value of type dict as 'x', not a tensor"),
+        (TENSORS | {"epoch": 3}, "holds a value of type int as 'epoch', not a tensor"),
+        ({A: torch.ones(4, 32).to_sparse()}, "as a sparse, nested, quantised or device tensor"),
+        ({A: torch.ones(4, 32, device="meta")}, "as a sparse, nested, quantised or device tensor"),
+        (
+            {A: torch.quantize_per_tensor(torch.ones(4, 32), 1.0, 0, torch.qint8)},
+            "as a sparse, nested, quantised or device tensor",
+        ),
+        ({A: torch.ones(1).expand(10**6, 10**6), B: TENSORS[B]}, "unpacks to more bytes"),
         ({}, "no lora_A and lora_B"),
     ],
     ids=range(10),
 )
 @pytest.mark.parametrize("legacy", [False, True])
-def test_pickles_of_other_things(tmp_path: Path, content: Any, words: str, legacy: bool) -> None:
+def test_pickles_without_plain_tensors_are_refused(tmp_path: Path, content: Any, words: str, legacy: bool) -> None:
     assert words in refusal(pickled(tmp_path, content, _use_new_zipfile_serialization=not legacy))
 
 
-def test_a_pickle_that_grows_when_it_is_unpacked(tmp_path: Path) -> None:
+def test_a_compressed_pickle_is_refused(tmp_path: Path) -> None:
     path = pickled(tmp_path, {A: torch.zeros(4, 1 << 20), B: TENSORS[B]}) / "adapter_model.bin"
     with zipfile.ZipFile(path) as archive:
         members = {member.filename: archive.read(member) for member in archive.infolist()}
@@ -539,8 +543,8 @@ def test_a_pickle_that_grows_when_it_is_unpacked(tmp_path: Path) -> None:
     assert "it is compressed, which torch.save never does" in refusal(tmp_path)
 
 
-def test_parameters_are_tensors_and_shared_ones_too(tmp_path: Path) -> None:
-    """Old trainers pickled nn.Parameter, and an embedding with the head that is tied to it."""
+def test_pickled_parameters_and_shared_tensors_are_read(tmp_path: Path) -> None:
+    """Old trainers pickled nn.Parameter, and an embedding together with the head that is tied to it."""
     tied = torch.zeros(258, 32)
     content = {key: torch.nn.Parameter(tensor) for key, tensor in TENSORS.items()}
     path = pickled(tmp_path, content | {EMBEDDING: tied, "base_model.model.lm_head.weight": tied})
@@ -550,7 +554,7 @@ def test_parameters_are_tensors_and_shared_ones_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_things_in_place_of_files(tmp_path: Path, name: str) -> None:
+def test_folders_pipes_and_links_in_place_of_files_are_refused(tmp_path: Path, name: str) -> None:
     path = folder(tmp_path) / name
     path.unlink()
     path.mkdir()
@@ -566,7 +570,7 @@ def test_things_in_place_of_files(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "."])
-def test_files_that_may_not_be_read(tmp_path: Path, name: str) -> None:
+def test_files_without_permission_to_read_are_refused(tmp_path: Path, name: str) -> None:
     path = folder(tmp_path / "inner") / name
     mode = stat.S_IMODE(path.stat().st_mode)
     path.chmod(0)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from model_compose.compose import Compose
-from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.engines.stepping.sequence import Sequence
 from model_compose.loading import load
 from model_compose.servers.http import create_app
 from model_compose.servers.serve import address, bind, listening

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.engines.stepping.sequence import Sequence
 from model_compose.request_log import REQUEST_FORMAT, RequestFilter
 from tests.servers.conftest import Live
 from tests.servers.test_http import post

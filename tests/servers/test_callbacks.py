@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.engines.stepping.sequence import Sequence
 from model_compose.errors import InputError
 from model_compose.servers import callbacks
 from model_compose.servers.callbacks import Callback

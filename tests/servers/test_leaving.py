@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model_compose.engines.huggingface.text import StopStrings
+from model_compose.engines.text import StopStrings
 from tests.servers.conftest import Live
 from tests.servers.test_http import post
 from tests.waiting import SECONDS

@@ -10,7 +10,7 @@ import pytest
 from openai import OpenAI
 
 from model_compose.components.model_actions import Params
-from model_compose.engines.huggingface.sequence import Sequence
+from model_compose.engines.stepping.sequence import Sequence
 from model_compose.errors import InputError
 from model_compose.generation import ResponseFormat, Sampling
 from model_compose.servers.openai import ChatBody

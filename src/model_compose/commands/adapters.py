@@ -26,9 +26,9 @@ from model_compose.errors import AdapterError, InputError, NotFound
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from model_compose.engines import ModelOptions
+    from model_compose.engines.options import ModelOptions
     from model_compose.inspection import Inspected, Inspection
-    from model_compose.loading import Loaded
+    from model_compose.loading import ComposeFile
     from model_compose.lora.geometry import Overlap
 
 MOST_PAIRS = 20
@@ -103,7 +103,7 @@ def inspect_adapters(
 
 
 def _tell(
-    loaded: "Loaded | None", given: Sequence[str], component: str | None, blend: str | None, plot: Path | None, *,
+    loaded: "ComposeFile | None", given: Sequence[str], component: str | None, blend: str | None, plot: Path | None, *,
     as_json: bool, deep: bool,
 ) -> None:  # fmt: skip
     from model_compose.terminal import bars, render
@@ -140,7 +140,7 @@ def _drawing(plot: Path | None) -> Any:
 
 
 def _inspect(
-    loaded: "Loaded | None", given: Sequence[str], component: str | None, blend: str | None, bars: Any
+    loaded: "ComposeFile | None", given: Sequence[str], component: str | None, blend: str | None, bars: Any
 ) -> "list[Inspection]":
     """One inspection for each model that the command names. Raises NotFound, InputError, AdapterError."""
     from model_compose.inspection import inspect
@@ -163,7 +163,7 @@ def _inspect(
         ]  # fmt: skip
 
 
-def _models(loaded: "Loaded | None", component: str | None) -> "Mapping[str, ModelOptions]":
+def _models(loaded: "ComposeFile | None", component: str | None) -> "Mapping[str, ModelOptions]":
     """The model components by their public names, or only `component`. Raises NotFound."""
     from model_compose.plan import models
 
@@ -260,7 +260,7 @@ def _print(inspection: "Inspection", console: "Console", *, deep: bool) -> None:
 def _print_adapters(inspection: "Inspection", console: "Console") -> None:
     geometry, blend, listed = inspection.geometry, inspection.blend, inspection.listed
     norms, shares = geometry.norms(), geometry.shares(blend.weights)
-    from model_compose.engines.huggingface.memory import size_text
+    from model_compose.engines.devices import size_text
 
     _print_table(
         console,

@@ -92,9 +92,12 @@ def _list(node: "Node | None", key: str) -> "list[Node]":
 
 def _names(node: "Node", key: str) -> list[str]:
     """The keys of the mapping there."""
-    from model_compose.nodes import child, keys
+    from yaml.nodes import MappingNode
 
-    return [each.value for each in keys(child(node, key))]
+    from model_compose.nodes import child
+
+    found = child(node, key)
+    return [name.value for name, _ in found.value] if isinstance(found, MappingNode) else []
 
 
 def _text(node: "Node", key: str) -> str:

@@ -20,7 +20,7 @@ from model_compose.commands.options import (
 from model_compose.errors import InputError
 
 if TYPE_CHECKING:
-    from model_compose.engines import Precision
+    from model_compose.engines.options import Precision
 
 
 def export(
@@ -61,7 +61,7 @@ def export(
 def _precision(given: str) -> "Precision":
     from pydantic import TypeAdapter, ValidationError
 
-    from model_compose.engines import Precision
+    from model_compose.engines.options import Precision
 
     try:
         found: Precision = TypeAdapter(Precision).validate_python(given)

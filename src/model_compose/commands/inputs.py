@@ -12,7 +12,7 @@ from model_compose.expressions import strict_json
 from model_compose.workflow.variables import Variable, as_messages, inputs
 
 if TYPE_CHECKING:
-    from model_compose.loading import Loaded
+    from model_compose.loading import ComposeFile
 
 SAMPLES: Mapping[str, Any] = {"integer": 1, "number": 0.5, "slider": 0.5, "boolean": True, "json": {}, "object": {}}
 
@@ -34,7 +34,7 @@ def read_text(given: str) -> str:
     return given
 
 
-def read_input(text: str, loaded: "Loaded", workflow: str | None) -> Any:
+def read_input(text: str, loaded: "ComposeFile", workflow: str | None) -> Any:
     """The workflow's input. The text is JSON, or plain text for the one text input that the workflow requires.
 
     Raises NotFound, InputError.
@@ -59,12 +59,12 @@ def read_input(text: str, loaded: "Loaded", workflow: str | None) -> Any:
     return _nested({texts[0].path: as_messages(plain) if texts[0].role == "messages" else plain})
 
 
-def example(loaded: "Loaded", workflow: str | None) -> str:
+def example(loaded: "ComposeFile", workflow: str | None) -> str:
     """An example of --input for this workflow."""
     return _example(_asked(loaded, workflow))
 
 
-def _asked(loaded: "Loaded", workflow: str | None) -> list[Variable]:
+def _asked(loaded: "ComposeFile", workflow: str | None) -> list[Variable]:
     """The workflow's inputs without blends, which have an option of their own."""
     config = loaded.config
     return [each for each in inputs(config.find_workflow(workflow), config.all_components) if each.role != "blend"]

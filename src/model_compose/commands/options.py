@@ -12,7 +12,7 @@ from model_compose.errors import InputError
 from model_compose.request_log import RequestFilter
 
 if TYPE_CHECKING:
-    from model_compose.loading import Loaded
+    from model_compose.loading import ComposeFile
 
 FILE_HELP = "YAML file; repeatable, later files win. Default: model-compose.yml in this folder"
 Files = Annotated[list[Path] | None, typer.Option("--file", "-f", metavar="FILE", help=FILE_HELP)]
@@ -50,7 +50,7 @@ def all_files(files: list[Path] | None) -> list[Path]:
     return [*global_files, *(files or [])]
 
 
-def load_files(files: list[Path] | None, env_files: list[Path] | None, env: list[str] | None) -> "Loaded":
+def load_files(files: list[Path] | None, env_files: list[Path] | None, env: list[str] | None) -> "ComposeFile":
     """Reads and checks the files. Raises ConfigError."""
     from model_compose.loading import environment, find_files, load
 

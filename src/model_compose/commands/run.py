@@ -23,7 +23,7 @@ from model_compose.commands.options import (
 from model_compose.errors import InputError
 
 if TYPE_CHECKING:
-    from model_compose.loading import Loaded
+    from model_compose.loading import ComposeFile
     from model_compose.running import Record
 
 POLL_SECONDS = 0.2
@@ -100,7 +100,7 @@ def run(
         show_answers(ran.answers)
 
 
-def service(loaded: "Loaded", *, quiet: bool = False) -> "Record | None":
+def service(loaded: "ComposeFile", *, quiet: bool = False) -> "Record | None":
     """The running service of this file, once its models are loaded. None if there is none that would answer the same."""
     from model_compose.running import find, fingerprint
 

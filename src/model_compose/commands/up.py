@@ -27,7 +27,7 @@ from model_compose.progress import Progress, silent
 from model_compose.request_log import REQUEST_FORMAT
 
 if TYPE_CHECKING:
-    from model_compose.loading import Loaded
+    from model_compose.loading import ComposeFile
     from model_compose.progress import Report
 
 STOP_SECONDS = 60
@@ -90,7 +90,7 @@ def down(files: Files = None) -> None:
     print("stopped", file=sys.stderr)
 
 
-def _serve(loaded: "Loaded", log: Path | None) -> None:
+def _serve(loaded: "ComposeFile", log: Path | None) -> None:
     """Serves in this process. log: see `running.hold`."""
     from model_compose.compose import Compose
     from model_compose.running import hold
@@ -117,7 +117,7 @@ def _serve(loaded: "Loaded", log: Path | None) -> None:
         asyncio.run(serve(compose, report, announce, ready))
 
 
-def _detach(loaded: "Loaded", arguments: list[str], pairs: dict[str, str]) -> None:
+def _detach(loaded: "ComposeFile", arguments: list[str], pairs: dict[str, str]) -> None:
     """Starts `up` with these arguments in the background, and prints its addresses once its models are loaded.
 
     pairs: the variables of -e. They go into the child's environment, since every user may read a process's arguments.

@@ -10,16 +10,15 @@ from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from model_compose.errors import NotFound
+from model_compose.errors import Keys, NotFound
 from model_compose.expressions import Path as ValuePath
 from model_compose.expressions import Template, parse
 from model_compose.generation import Finish, Usage
 from model_compose.lora.blend import Blend
-from model_compose.nodes import Keys
 from model_compose.progress import Report
 from model_compose.registry import Registry
 from model_compose.room import Place
-from model_compose.schema import Options, TemplateValue
+from model_compose.schema import Options, TemplateValue, invalid
 
 DEFAULT_ID = "__default__"
 
@@ -64,9 +63,11 @@ class ActionOptions(Options):
 
     needs: ClassVar[tuple[str, ...]] = ()
     structured: ClassVar[tuple[str, ...]] = ()
-    id: str = "__action__"
-    output: TemplateValue = None
-    default: bool = False
+    id: str = Field(default="__action__", description="The name by which a job chooses this action")
+    output: TemplateValue = Field(
+        default=None, description="What the action gives, as `${result}` or around it; the result if unset"
+    )
+    default: bool = Field(default=False, description="Whether this is the action of a job that names none")
 
     def fields(self) -> dict[str, Template]:
         """What the YAML gives for the action's own fields, parsed; those that it needs come first."""
@@ -78,22 +79,36 @@ class ActionOptions(Options):
 class ComponentOptions(Options):
     """What every component has."""
 
-    id: str = "__component__"
-    type: str
-    runtime: Literal["native", "embedded"] = "native"
-    max_concurrent_count: int = Field(default=0, ge=0, description="Runs at once; 0 is unlimited")
-    default: bool = False
+    id: str = Field(
+        default="__component__",
+        description="The name by which jobs and clients choose this component; `default` on /v1 if unset",
+    )
+    type: str = Field(description="The kind of component")
+    runtime: Literal["native", "embedded"] = Field(
+        default="native", description="Accepted for files of the original; both run in this process"
+    )
+    max_concurrent_count: int = Field(
+        default=0, ge=0, description="Jobs that run in this component at once; further ones wait. 0 is unlimited"
+    )
+    default: bool = Field(default=False, description="Whether this is the component of a job that names none")
 
     @model_validator(mode="after")
     def _id_has_no_colon(self) -> Self:
         if ":" in self.id or self.id == DEFAULT_ID:
-            raise ValueError(f"a component's id holds no ':' and is not '{DEFAULT_ID}'; got '{self.id}'")
+            raise invalid(f"a component's id holds no ':' and is not '{DEFAULT_ID}'; got '{self.id}'", "id")
         return self
+
+    def located_actions(self, at: Keys = ()) -> list[tuple[Keys, ActionOptions]]:
+        """The actions, under `action` or `actions`, each with its keys. at: what the keys start with.
+
+        A derived class declares both fields.
+        """
+        both: Any = self
+        return [((*at, *keys), action) for keys, action in located(both.action, both.actions, "action")]
 
     @property
     def all_actions(self) -> tuple[ActionOptions, ...]:
-        """The actions, wherever the YAML has them (action or actions)."""
-        raise NotImplementedError
+        return tuple(action for _, action in self.located_actions())
 
     def find_action(self, id: str) -> ActionOptions:
         """Raises NotFound."""
@@ -120,7 +135,9 @@ class Component(Protocol):
     async def close(self) -> None: ...
 
 
-COMPONENTS: Registry[type[Component]] = Registry({"model": "model_compose.components.model:ModelComponent"})
+COMPONENTS: Registry[type[Component]] = Registry(
+    "component type", "model_compose.components", {"model": "model_compose.components.model:ModelComponent"}
+)
 
 
 class Picked(Protocol):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result, one_or_many
+from model_compose.components import DEFAULT_ID, ActionOptions, Answer, ComponentOptions, Delta, Result
 from model_compose.components.model_actions import (
     MOST_TEXTS,
     ChatCompletion,
@@ -21,14 +21,15 @@ from model_compose.components.model_actions import (
     TextGenerationAction,
 )
 from model_compose.components.notes import notes
-from model_compose.engines import ENGINES, AdapterOptions, Engine, ModelOptions
-from model_compose.errors import Conflict, FieldError, Forbidden, InputError, NotFound, Overloaded
+from model_compose.engines import ENGINES, Engine
+from model_compose.engines.options import AdapterOptions, ModelOptions
+from model_compose.errors import Conflict, FieldError, Forbidden, InputError, Keys, NotFound, Overloaded
 from model_compose.expressions import parse
 from model_compose.generation import Chunk, Finish, Request, Sampling, Usage
 from model_compose.lora.blend import Blend
 from model_compose.progress import Report, silent
 from model_compose.room import Place
-from model_compose.schema import field_of, has_expression
+from model_compose.schema import field_of, has_expression, invalid
 from model_compose.sources.confine import confine
 
 if TYPE_CHECKING:
@@ -38,47 +39,46 @@ if TYPE_CHECKING:
 class LanguageModelOptions(ModelOptions, ComponentOptions):
     """A `model` component, whatever its task."""
 
-    type: Literal["model"]
+    type: Literal["model"] = Field(description="The kind of component")
 
     @model_validator(mode="after")
     def _constant_blends_are_known(self) -> Self:
-        for action, blend in self._constant_blends():
+        for keys, action, blend in self._constant_blends():
             try:
                 self.to_blends().resolve(blend)
             except InputError as error:
-                raise ValueError(f"the action '{action}': {error}") from None
+                raise invalid(f"the action '{action}': {error}", *keys, *error.at) from None
         return self
 
-    def _constant_blends(self) -> Iterator[tuple[str, Any]]:
-        """The actions' ids, each with the blend that its YAML fixes."""
-        for action in self.all_actions:
+    def _constant_blends(self) -> Iterator[tuple[Keys, str, Any]]:
+        """The blends that the YAML fixes for actions: where each stands, the action's id, the blend."""
+        for keys, action in self.located_actions():
             blend = getattr(action, "blend", None)
             if not has_expression(blend):
-                yield action.id, blend
+                yield (*keys, "blend"), action.id, blend
 
     def users(self, adapter: str) -> list[str]:
         """What of the file needs the adapter with a weight that is not 0: its blends, and actions with a fixed blend."""
         blends = self.to_blends()
         used: list[tuple[str, Blend]] = [(f"the blend '{b.name}'", b) for b in (blends.default, *blends.named.values())]
-        used += [(f"the action '{id}'", blends.resolve(blend)) for id, blend in self._constant_blends()]
+        used += [(f"the action '{id}'", blends.resolve(blend)) for _, id, blend in self._constant_blends()]
         return [user for user, blend in used if adapter in blend.active]
-
-    @property
-    def all_actions(self) -> tuple[ActionOptions, ...]:
-        both: Any = self
-        return tuple(one_or_many(both.action, both.actions))
 
 
 class TextGenerationOptions(LanguageModelOptions):
-    task: Literal["text-generation"]
-    action: TextGenerationAction | None = None  # type: ignore[valid-type]  # made by templated()
-    actions: tuple[TextGenerationAction, ...] = ()  # type: ignore[valid-type]
+    task: Literal["text-generation"] = Field(
+        description="What actions take: text-generation a raw prompt, chat-completion messages"
+    )
+    action: TextGenerationAction | None = Field(default=None, description="The only action")  # type: ignore[valid-type]  # made by templated()
+    actions: tuple[TextGenerationAction, ...] = Field(default=(), description="Several actions")  # type: ignore[valid-type]
 
 
 class ChatCompletionOptions(LanguageModelOptions):
-    task: Literal["chat-completion"]
-    action: ChatCompletionAction | None = None  # type: ignore[valid-type]
-    actions: tuple[ChatCompletionAction, ...] = ()  # type: ignore[valid-type]
+    task: Literal["chat-completion"] = Field(
+        description="What actions take: text-generation a raw prompt, chat-completion messages"
+    )
+    action: ChatCompletionAction | None = Field(default=None, description="The only action")  # type: ignore[valid-type]
+    actions: tuple[ChatCompletionAction, ...] = Field(default=(), description="Several actions")  # type: ignore[valid-type]
 
     @property
     def chats(self) -> bool:

@@ -18,7 +18,7 @@ from model_compose.components import ActionOptions
 from model_compose.components.response_format import AnyFormat
 from model_compose.expressions import strict_json
 from model_compose.generation import Message, Sampling
-from model_compose.schema import Options, at_most, templated
+from model_compose.schema import Options, at_most, invalid, templated
 
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 4096
@@ -51,9 +51,7 @@ def _one_bias_a_token(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
         (token,) = read({name: bias})
         if token in spelt:
             names = f"'{spelt[token]}' and '{name}'"
-            raise PydanticCustomError(
-                "token", "the token {token} is named twice: {names}", {"token": token, "names": names}
-            )
+            raise invalid(f"the token {token} is named twice: {names}", name)
         spelt[token] = str(name)
     return biases
 
@@ -73,33 +71,75 @@ class Params(Options):
     """How tokens are drawn; the dialect's defaults, and our own keys after OpenAI's."""
 
     later: ClassVar[Mapping[str, Any]] = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": True}
-    do_sample: bool = True
-    temperature: float = Field(default=0.7, ge=0, description="0 is greedy")
-    top_p: float = Field(default=0.9, gt=0, le=1)
-    top_k: int = Field(default=50, ge=0, description="0 is off")
-    min_p: float = Field(default=0.0, ge=0, le=1, description="0 is off")
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2, description="0 is off")
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, description="0 is off")
-    logit_bias: LogitBias = Field(default={}, description="{token id: what is added to its score, -100 to 100}")
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    do_sample: bool = Field(
+        default=True, description="Whether tokens are drawn at random; false always takes the most likely one (greedy)"
+    )
+    temperature: float = Field(
+        default=0.7, ge=0, description="Flattens the distribution above 1 and sharpens it below; 0 is greedy"
+    )
+    top_p: float = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Draw from the most likely tokens that together have this probability; 1 is off",
+    )
+    top_k: int = Field(default=50, ge=0, description="Draw from this many of the most likely tokens; 0 is off")
+    min_p: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Leave out tokens below this share of the most likely one's probability; 0 is off",
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, description="Divides the scores of tokens that were used already; 1 is off"
+    )
+    presence_penalty: float = Field(
+        default=0.0,
+        ge=-2,
+        le=2,
+        description="Subtracted from the score of each token that the answer has used already; 0 is off",
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="The same, times how often the answer has used it; 0 is off"
+    )
+    logit_bias: LogitBias = Field(
+        default={}, description="{token id: number from -100 to 100 that is added to its score}"
+    )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**63, description="Makes the draws repeatable; a new one each time if unset"
+    )
 
 
 class Generation(Options):
     """What an action of a language model takes besides its prompt. Lengths are in tokens."""
 
-    blend: str | dict[str, Any] | None = Field(default=None, description="A named blend, or {adapter: weight}")
-    max_input_length: int | None = Field(default=None, ge=1, description="Truncates longer prompts")
-    max_output_length: int | None = Field(default=None, ge=1, description="Until EOS or the context's end if unset")
-    min_output_length: int = Field(default=1, ge=0)
-    num_return_sequences: int = Field(default=1, ge=1, le=64)
-    stop_sequences: Stops = None
-    batch_size: int = Field(default=1, ge=1, le=MOST_TEXTS, description="Prompts of a list that run at the same time")
-    streaming: bool = Field(default=False, description="With output_only, answer as the dialect's event stream")
-    response_format: AnyFormat | None = Field(
-        default=None, description="What the whole text must be: JSON, or a pattern"
+    blend: str | dict[str, Any] | None = Field(
+        default=None,
+        description="The blend of requests that name none: a named blend, or {adapter: weight}; the default blend if unset",
     )
-    params: Params = Params()
+    max_input_length: int | None = Field(
+        default=None, ge=1, description="Longer prompts are truncated to this many tokens"
+    )
+    max_output_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="The text is cut at this many tokens; if unset, the end of the context is the limit",
+    )
+    min_output_length: int = Field(default=1, ge=0, description="Tokens before which the text may not end")
+    num_return_sequences: int = Field(
+        default=1, ge=1, le=64, description="Texts for each prompt; with more than one, the result is a list"
+    )
+    stop_sequences: Stops = Field(
+        default=None, description="Texts at which generation stops; they are not part of the result"
+    )
+    batch_size: int = Field(default=1, ge=1, le=MOST_TEXTS, description="Prompts of a list that run at the same time")
+    streaming: bool = Field(
+        default=False, description="With output_only, answer as an event stream in the original's form"
+    )
+    response_format: AnyFormat | None = Field(
+        default=None, description="What the whole text must be: JSON, JSON of a schema, or text of a pattern"
+    )
+    params: Params = Field(default=Params(), description="How tokens are drawn")
 
     @property
     def sampling(self) -> Sampling:
@@ -122,8 +162,11 @@ Prompts = Annotated[str | Annotated[tuple[str, ...], Field(min_length=1)] | None
 class TextGeneration(Generation):
     """`task: text-generation`: a raw prompt. `text` is the same as `prompt`."""
 
-    prompt: Prompts = None
-    text: Prompts = None
+    prompt: Prompts = Field(
+        default=None,
+        description="The prompt, or a list of prompts; the model continues it as it stands, without a chat template",
+    )
+    text: Prompts = Field(default=None, description="The same as prompt; give one of the two")
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -145,8 +188,8 @@ class TextGeneration(Generation):
 class ChatMessage(Options):
     """One turn of a conversation."""
 
-    role: str
-    content: str
+    role: str = Field(description="Who speaks: system, user, assistant, or what else the chat template knows")
+    content: str = Field(description="What is said")
 
 
 def _turns(value: Any) -> Any:
@@ -167,7 +210,7 @@ class ChatCompletion(Generation):
         tuple[ChatMessage, ...],
         at_most(MOST_MESSAGES, "messages"),
         BeforeValidator(_turns, json_schema_input_type=ChatMessage | tuple[ChatMessage, ...]),
-    ]
+    ] = Field(description="The conversation so far, which the base's chat template turns into a prompt")
 
     @property
     def takes_many(self) -> bool:
@@ -184,7 +227,7 @@ class TextGenerationTemplate(ActionOptions):
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         if len({"prompt", "text"} & self.model_fields_set) != 1:
-            raise ValueError("an action of a text-generation model needs exactly one of 'prompt' and 'text'")
+            raise invalid("an action of a text-generation model needs exactly one of 'prompt' and 'text'", "text")
         return self
 
 

@@ -19,7 +19,7 @@ LARGEST_SCHEMA = 64 << 10
 class TextFormat(Options):
     """Free text."""
 
-    type: Literal["text"]
+    type: Literal["text"] = Field(description="Free text, which is the default")
 
     @property
     def format(self) -> None:
@@ -29,7 +29,7 @@ class TextFormat(Options):
 class ObjectFormat(Options):
     """Any JSON object."""
 
-    type: Literal["json_object"]
+    type: Literal["json_object"] = Field(description="A JSON object")
 
     @property
     def format(self) -> ResponseFormat:
@@ -48,18 +48,20 @@ class NamedSchema(Options):
     """A JSON schema as OpenAI wraps it. name, description and strict have no effect: it is always kept to."""
 
     model_config = ConfigDict(serialize_by_alias=True)  # an action's fields are dumped and read again
-    name: str | None = None
-    description: str | None = None
-    strict: bool | None = None
+    name: str | None = Field(default=None, description="Accepted for OpenAI's clients; no effect")
+    description: str | None = Field(default=None, description="Accepted for OpenAI's clients; no effect")
+    strict: bool | None = Field(default=None, description="Accepted for OpenAI's clients; the schema is always kept to")
     # pydantic has a method `schema`
-    schema_: Annotated[dict[str, JsonValue], AfterValidator(_can_be_written)] = Field(alias="schema")
+    schema_: Annotated[dict[str, JsonValue], AfterValidator(_can_be_written)] = Field(
+        alias="schema", description="The JSON Schema, at most 64 KiB"
+    )
 
 
 class SchemaFormat(Options):
     """JSON that a schema describes."""
 
-    type: Literal["json_schema"]
-    json_schema: NamedSchema
+    type: Literal["json_schema"] = Field(description="JSON of a schema")
+    json_schema: NamedSchema = Field(description="The schema, wrapped as OpenAI does")
 
     @property
     def format(self) -> ResponseFormat:
@@ -70,8 +72,11 @@ class SchemaFormat(Options):
 class RegexFormat(Options):
     """Text that a regular expression matches from its first to its last character."""
 
-    type: Literal["regex"]
-    regex: str = Field(min_length=1, max_length=4096)  # the time for each token grows with the length
+    type: Literal["regex"] = Field(description="Text of a pattern")
+    # the time for each token grows with the length
+    regex: str = Field(
+        min_length=1, max_length=4096, description="The regular expression; it must match the whole text"
+    )
 
     @property
     def format(self) -> ResponseFormat:

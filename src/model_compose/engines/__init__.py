@@ -1,36 +1,24 @@
-"""Engines: what runs a base model with blended adapters. The protocol, the options that all share, and the registry.
+"""Engines: what runs a base model with blended adapters. The protocols of a driver and its engine, and the registry.
 
-A new engine is one file here plus its line in ENGINES: a class with the methods of `Engine` and its own `Options`.
+A new driver is one file and its line in ENGINES: a class that has the methods of `Engine`, and `Options`, `refuse` and
+`needs` of `Driver`.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
-from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import PydanticCustomError
-
-from model_compose.engines.blends import BlendOptions, to_blend, weights_of
 from model_compose.generation import Chunk, Request
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.registry import Registry
 from model_compose.room import Room
-from model_compose.schema import Options, Weight
-from model_compose.sources import ModelSource
-from model_compose.sources.confine import SourcePatterns
+from model_compose.schema import Options
 
-Precision = Literal["auto", "float32", "float16", "bfloat16"]
-
-
-def _kind(value: Any) -> Any:
-    """The dialect's long form, {type: int8}, as the short one."""
-    return value["type"] if isinstance(value, dict) and value.keys() == {"type"} else value
-
-
-Quantization = Annotated[Literal["int8", "int4", "nf4", "fp4"], BeforeValidator(_kind)]
+if TYPE_CHECKING:
+    from model_compose.engines.needs import Needs
+    from model_compose.engines.options import AdapterOptions, ModelOptions
 
 
 @dataclass(frozen=True)
@@ -56,14 +44,7 @@ class Stats:
 class Engine(Protocol):
     """Runs one base model with its adapters. Opened once, then serves as many requests at once as its room has places."""
 
-    Options: ClassVar[type[Options]]
     room: Room
-
-    def __init__(self, options: "ModelOptions", blends: Blends, base_dir: Path) -> None: ...
-
-    @classmethod
-    def refuse(cls, options: "ModelOptions") -> None:
-        """Raises ValueError for a valid option that this driver cannot honour; it names the option and what would work."""
 
     async def open(self, report: Report) -> None:
         """Fetches and loads everything. Raises SourceError, AdapterError, LoadError."""
@@ -95,135 +76,30 @@ class Engine(Protocol):
     async def close(self) -> None: ...
 
 
-ENGINES: Registry[type[Engine]] = Registry(
+class Driver(Protocol):
+    """What a file's `driver:` names. Called, it makes an engine; an engine's class is a driver itself."""
+
+    @property
+    def Options(self) -> type[Options]:
+        """The class of the component's `options`."""
+
+    @property
+    def needs(self) -> "Callable[..., tuple[Needs, ...]] | None":
+        """The arithmetic of `plan`: (options, blueprint, adapters, checkpoint, devices) -> what each device must hold, the
+        base's first. None for a driver that takes its memory by itself."""
+
+    def refuse(self, options: "ModelOptions", /) -> None:
+        """Raises ValueError for a valid option that this driver cannot honour; it names the option and what would work."""
+
+    def __call__(self, options: "ModelOptions", blends: Blends, base_dir: Path) -> Engine: ...
+
+
+ENGINES: Registry[Driver] = Registry(
+    "driver",
+    "model_compose.engines",
     {
-        "huggingface": "model_compose.engines.huggingface:HuggingfaceEngine",
-        "vllm": "model_compose.engines.vllm:VllmEngine",
-        "llamacpp": "model_compose.engines.llamacpp:LlamacppEngine",
-    }
+        "huggingface": "model_compose.engines.huggingface.engine:HuggingfaceEngine",
+        "vllm": "model_compose.engines.vllm.engine:VllmEngine",
+        "llamacpp": "model_compose.engines.llamacpp:DRIVER",
+    },
 )
-
-
-class AdapterOptions(Options):
-    """One LoRA adapter of the default blend. precision and device default to the base's."""
-
-    type: Literal["lora"]
-    name: str | None = Field(default=None, min_length=1, description="Its name in blends; peft_adapter_<i> if left out")
-    model: ModelSource
-    weight: Weight = 1.0
-    precision: Precision = "auto"
-    device: str | None = None
-    quantization: SkipJsonSchema[Any] = None
-    low_cpu_mem_usage: bool = False
-
-    @field_validator("name")
-    @classmethod
-    def _no_colon(cls, name: str | None) -> str | None:
-        if name is not None and ":" in name:
-            raise ValueError(f"an adapter's name holds no ':', which separates component and blend; got '{name}'")
-        return name
-
-    @field_validator("quantization")
-    @classmethod
-    def _no_quantization(cls, value: Any) -> Any:
-        if value is not None:
-            raise ValueError("adapters are never quantised; remove 'quantization', or set precision: float16")
-        return value
-
-
-class ModelOptions(Options):
-    """What every driver is told about its model."""
-
-    id: str = "__component__"
-    driver: str = "huggingface"
-    model: ModelSource
-    precision: Precision = "auto"
-    device: str = "auto"
-    device_mode: Literal["auto", "single"] = Field(default="auto", description="Either way the model is on one device")
-    quantization: Quantization | None = Field(
-        default=None, description="What the base's weights are kept as; quantised ones take adapters too"
-    )
-    max_seq_length: int | None = Field(default=None, ge=1, description="Upper limit of the context, in tokens")
-    fast_tokenizer: bool = True
-    low_cpu_mem_usage: bool = Field(default=False, description="Weights are always mapped and moved one by one")
-    preload: bool = True
-    on_demand: Any = False
-    runtime_spec: Any = None
-    peft_adapters: tuple[AdapterOptions, ...] = ()
-    blends: dict[str, BlendOptions] = Field(
-        default_factory=dict,
-        description="Named blends: {adapter: weight}, or {method, weights, …} for another than the sum",
-    )
-    allow_runtime_adapters: bool = Field(default=False, description="Let clients load and unload adapters by /v1")
-    runtime_adapter_sources: SourcePatterns = Field(
-        default=("./",),
-        description="What clients may load: folders with all below them, and repositories of the Hub (org/name, org/*); "
-        "the folder of this file if unset",
-    )
-    options: SerializeAsAny[Options] = Field(default_factory=Options, validate_default=True)
-
-    @field_validator("driver")
-    @classmethod
-    def _known_driver(cls, driver: str) -> str:
-        if driver not in ENGINES:
-            raise ValueError(f"unknown driver '{driver}'; available: {', '.join(ENGINES)}")
-        return driver
-
-    @field_validator("options", mode="before")
-    @classmethod
-    def _options_of_the_driver(cls, value: Any, info: ValidationInfo) -> Any:
-        driver = info.data.get("driver")
-        if driver is None:  # the driver itself was wrong, and is reported
-            return Options()
-        return ENGINES[driver].Options.model_validate({} if value is None or value == Options() else value)
-
-    @model_validator(mode="after")
-    def _sources_are_for_runtime_adapters(self) -> Self:
-        if "runtime_adapter_sources" in self.model_fields_set and not self.allow_runtime_adapters:
-            raise ValueError(
-                "'runtime_adapter_sources' has no effect without allow_runtime_adapters: true; set that, or leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _names_are_unique(self) -> Self:
-        seen: set[str] = set()
-        for name in (*self.adapter_names, *self.blends):
-            if name in seen:
-                raise PydanticCustomError(
-                    "duplicate_name",
-                    "the name '{key}' is used twice; adapters and blends of a component share one namespace",
-                    {"key": name},
-                )
-            if name == "default":
-                raise PydanticCustomError(
-                    "name", "the name '{key}' is taken by the blend of the adapters' own weights", {"key": name}
-                )
-            if ":" in name:
-                raise PydanticCustomError("name", "a blend's name holds no ':'; got '{key}'", {"key": name})
-            seen.add(name)
-        for blend, written in self.blends.items():
-            for adapter in weights_of(written):
-                if adapter not in self.adapter_names:
-                    raise PydanticCustomError(
-                        "unknown_adapter",
-                        "blend '{blend}' names the unknown adapter '{key}'; known: {known}",
-                        {"blend": blend, "key": adapter, "known": ", ".join(self.adapter_names) or "none"},
-                    )
-        ENGINES[self.driver].refuse(self)
-        return self
-
-    @property
-    def adapter_names(self) -> tuple[str, ...]:
-        return tuple(adapter.name or f"peft_adapter_{index}" for index, adapter in enumerate(self.peft_adapters))
-
-    @property
-    def chats(self) -> bool:
-        """Whether its task needs the base's chat template."""
-        return False
-
-    def to_blends(self) -> Blends:
-        """The vocabulary of blends: the adapters, the named blends, and the default from the adapters' weights."""
-        weights = {name: adapter.weight for name, adapter in zip(self.adapter_names, self.peft_adapters, strict=True)}
-        named = {name: to_blend(name, written) for name, written in self.blends.items()}
-        return Blends(self.adapter_names, named, Blend(weights, "default"))

@@ -1,13 +1,14 @@
 """The YAML's named blends: {adapter: weight}, or {method: ties, weights: {adapter: weight}} with the method's options."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, Union
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, create_model
 from pydantic_core import PydanticCustomError
 
 from model_compose.lora.blend import Blend, names_method
 from model_compose.lora.methods import METHODS, Method
+from model_compose.registry import ByName
 from model_compose.schema import Options, Weight
 
 Weights = dict[str, Weight]
@@ -50,11 +51,10 @@ def _shape(value: Any) -> str:
 if TYPE_CHECKING:
     BlendOptions: TypeAlias = Weights | ByMethod
 else:
-    _by_method = Union[tuple(_with_weights(METHODS[name]) for name in METHODS)]  # noqa: UP007
     # Tags become parts of an error's place: these can be no keys of the file.
     BlendOptions = Annotated[
         Annotated[Weights, Tag("by weights")]
-        | Annotated[_by_method, Field(discriminator="method"), Tag("by a method")],
+        | Annotated[ByMethod, ByName(METHODS, "method", _with_weights), Tag("by a method")],
         Discriminator(_shape),
     ]
 

@@ -20,6 +20,8 @@ _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
     "*.tiktoken",
 )  # fmt: skip
+CONFIG_FILES = ("*.json", "*.jinja")
+"""Small files that say what a base or an adapter is, without its weights."""
 NO_CHAT_TEMPLATE = "the base model has no chat template; use /v1/completions or task: text-generation"
 
 

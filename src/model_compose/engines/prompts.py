@@ -7,12 +7,12 @@ only as much of the text as decides whether it fits.
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from model_compose.daemon import Lane
-from model_compose.engines.parts import render_chat
 from model_compose.errors import InputError
-from model_compose.generation import Request
+from model_compose.generation import Message, Request
 
 SHORT_CHARACTERS = 16_384
 """Prompts up to this length have a thread of their own, so they never wait for longer ones."""
@@ -100,6 +100,62 @@ class Prompts:
 
     def _too_long(self, why: str) -> InputError:
         return InputError(f"{why}; shorten it, or set max_input_length to truncate it", field="prompt")
+
+
+def render_chat(tokenizer: Any, request: Request) -> str:
+    """The messages as the base's chat template writes them. Raises InputError."""
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the base model has no chat template; use /v1/completions or task: text-generation", field="messages"
+        )
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise InputError(
+            f"the base model has several chat templates and none of them is called default: "
+            f"{', '.join(tokenizer.chat_template)}; call one of them so in the base's tokenizer_config.json, or use "
+            "/v1/completions with the prompt written out",
+            field="messages",
+        )
+    messages = [_turn(message) for message in request.prompt if not isinstance(message, str)]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise InputError(f"the base's chat template refuses these messages: {error}", field="messages") from error
+    except Exception as error:  # a template is a program, and may fail in any way
+        raise InputError(
+            f"the base's chat template fails on these messages: {type(error).__name__}: {error}; send others, or use "
+            "/v1/completions with the prompt written out",
+            field="messages",
+        ) from error
+    return text
+
+
+def _turn(message: Message) -> dict[str, str]:
+    return {"role": message.role, "content": message.content} | ({"name": message.name} if message.name else {})
+
+
+def check_logit_bias(request: Request, vocabulary: int) -> None:
+    """Raises InputError for a token that the model has not got."""
+    check_tokens([token for token, _ in request.sampling.logit_bias], vocabulary)
+
+
+def check_tokens(tokens: Iterable[int], vocabulary: int) -> None:
+    """Raises InputError for one of a logit_bias that the model has not got."""
+    for token in tokens:
+        if token >= vocabulary:
+            raise InputError(
+                f"logit_bias names the token {token}, and this model has the tokens 0 to {vocabulary - 1}",
+                field="logit_bias",
+            )
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both start with."""
+    for position, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return position
+    return min(len(one), len(other))
 
 
 def _tokens(tokenizer: Any, text: str, enough: int, *, special: bool, end: bool) -> tuple[list[int], bool]:

@@ -1,7 +1,7 @@
-"""Blends out of the door: one component's blend as a PEFT adapter, a merged model, or a GGUF file.
+"""Writes one component's blend to disk, as a PEFT adapter, a merged model, or a GGUF file.
 
-One file a format, each a function that writes what the blend is; this one decides what is exported, fetches it and checks
-it. Nothing here serves anything.
+Each format is a function in a file of its own. This file finds the component and the blend, fetches the base and the
+adapters, checks that they fit, and calls the format's function.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_compose.config import Config
-from model_compose.engines import ModelOptions, Precision
+from model_compose.engines.options import ModelOptions, Precision
 from model_compose.errors import InputError
-from model_compose.export.destination import whole
-from model_compose.loading import Loaded
+from model_compose.export.destination import atomic
+from model_compose.loading import ComposeFile
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend
 from model_compose.lora.peft_config import CONFIG_FILE
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHARD_SIZE = 5 * 10**9
-"""Bytes; transformers' own default was this for years, and the Hub's viewers expect no larger files."""
+"""Bytes in a shard of a merged model. This was transformers' default for years, and the Hub's viewers are made for it."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What somebody asked for.
+    """What the user asks to export.
 
-    blend: as in a request: a name, {adapter: weight}, None for the default. component: an id; None, where there is one.
-    precision: the dtype that is written; auto keeps what the base (an adapter: float32) has. shard_size: bytes.
+    component: a model component's id; may be None if the file has only one. blend: as in a request, a name or
+    {adapter: weight}; None is the default blend. precision: the dtype to write; "auto" keeps the base's dtype, and writes
+    adapters in float32. shard_size: bytes.
     """
 
     format: str
@@ -47,7 +48,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Source:
-    """Where an adapter came from. identity pins its content where the source has revisions."""
+    """Where an adapter came from. identity: as in `Fetched`; it stands for the content."""
 
     name: str
     identity: str
@@ -55,10 +56,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Export:
-    """A blend with all that a format needs to write it.
+    """A blend, with everything that a format needs to write it.
 
-    adapters: those of non-zero weight, checked against the base. sources: where they came from. base: whole, or its configs
-    alone where the format reads no weights. model: the base on the meta device, shapes without weights.
+    adapters: the adapters whose weight is not 0, checked against the base. sources: where they came from. base: all of the
+    base's files, or only its configs if the format needs no weights. model: the base on the meta device (shapes, no data).
     """
 
     options: ModelOptions
@@ -76,12 +77,13 @@ class Export:
 
     @property
     def identity(self) -> str:
-        """The blend's digest over base, adapter contents, weights and method, as engines and responses tell it."""
+        """The blend's identity, as in responses: a digest of the base, the adapters' contents, the weights and the
+        method."""
         return self.blend.identity(self.base.identity, {name: a.digest for name, a in self.adapters.items()})
 
     @property
     def dtype(self) -> "torch.dtype | None":
-        """The dtype that was asked for; None keeps what is there."""
+        """The dtype to write; None keeps the dtype of each tensor."""
         import torch
 
         found: torch.dtype | None = None if self.order.precision == "auto" else getattr(torch, self.order.precision)
@@ -90,10 +92,11 @@ class Export:
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write a blend. write: makes the folder or file at a path that does not exist yet.
+    """A format in which a blend can be written.
 
-    weights: it reads those of the base. file: the suffix of the one file that it is, None for a folder. sharded: takes
-    shard_size. refuse: raises InputError before anything is fetched, for a base that it cannot take.
+    write(export, path, report): creates the folder or file `path`, which does not exist before. weights: whether it needs
+    the base's weights. file: the suffix, if it writes a single file; None if it writes a folder. sharded: whether it takes
+    shard_size. refuse(options): called before anything is fetched; raises InputError for a base that it cannot write.
     """
 
     write: Callable[[Export, Path, Report], None]
@@ -104,19 +107,21 @@ class Format:
 
 
 FORMATS: Registry[Format] = Registry(
+    "export format",
+    "model_compose.formats",
     {
         "peft": "model_compose.export.peft:FORMAT",
         "merged": "model_compose.export.merged:FORMAT",
         "gguf": "model_compose.export.gguf:ADAPTER",
         "gguf-merged": "model_compose.export.gguf:MERGED",
-    }
+    },
 )
 
 
-def export(loaded: Loaded, order: Order, report: Report = silent) -> None:
-    """Writes what was ordered, whole or not at all. Blocking.
+def export(loaded: ComposeFile, order: Order, report: Report = silent) -> None:
+    """Write what `order` asks for. If anything fails, nothing is left at the destination. Blocks until it is done.
 
-    Raises InputError (the order is wrong, or cannot be written), SourceError, AdapterError, LoadError.
+    Raises InputError (the order is wrong, or its destination cannot be written), SourceError, AdapterError or LoadError.
     """
     format = _format(order)
     options = _component(loaded.config, order.component)
@@ -124,20 +129,25 @@ def export(loaded: Loaded, order: Order, report: Report = silent) -> None:
     if not blend.active and not format.weights:
         raise InputError(
             f"--format {order.format}: the blend has no adapter with a weight other than 0, so there is nothing to "
-            "write; name another --blend"
+            "write; choose another --blend"
         )
     format.refuse(options)
-    with whole(order.output) as path:
+    with atomic(order.output) as path:
         format.write(_gather(loaded, options, blend, order, format, report), path, report)
 
 
+def overflow(name: str) -> InputError:
+    """The error for a tensor with values that float16 cannot hold."""
+    return InputError(f"--precision: {name} has values beyond float16's 65504; export with --precision bfloat16")
+
+
 def _format(order: Order) -> Format:
-    """Raises InputError for what the format does not have."""
+    """The order's format. Raises InputError for an unknown one, and for options that it does not have."""
     if order.format not in FORMATS:
         raise InputError(f"--format: unknown format '{order.format}'; known: {', '.join(FORMATS)}")
     format = FORMATS[order.format]
     if order.shard_size is not None and not format.sharded:
-        raise InputError(f"--shard-size: --format {order.format} is not sharded; leave it out")
+        raise InputError(f"--shard-size: --format {order.format} is not sharded; leave this option out")
     if format.file is not None and order.output.suffix != format.file:
         raise InputError(
             f"--output: --format {order.format} writes one file, so its name must end with {format.file}, as in "
@@ -147,27 +157,28 @@ def _format(order: Order) -> Format:
 
 
 def _component(config: Config, id: str | None) -> ModelOptions:
-    """The model component of that id; the only one where there is no id. `default` is the one without an id, as on /v1."""
+    """The model component with this id; if `id` is None, the only one. As on /v1, a component without an id is `default`.
+
+    Raises InputError.
+    """
     models = {c.id: c for c in config.all_components if isinstance(c, ModelOptions)}
     named = {"default" if key == "__component__" else key: model for key, model in models.items()}
     if not named:
         raise InputError("the file has no component of `type: model`, so there is no blend to export")
     if id is None and len(named) > 1:
-        raise InputError(f"the file has several models; say which by --component: {', '.join(named)}")
+        raise InputError(f"the file has several models; choose one with --component: {', '.join(named)}")
     if id is not None and id not in named:
         raise InputError(f"--component: unknown model '{id}'; known: {', '.join(named)}")
     return next(iter(named.values())) if id is None else named[id]
 
 
 def _gather(
-    loaded: Loaded, options: ModelOptions, blend: Blend, order: Order, format: Format, report: Report
+    loaded: ComposeFile, options: ModelOptions, blend: Blend, order: Order, format: Format, report: Report
 ) -> Export:
-    """Fetches the blend's adapters and the base, and checks that they fit."""
-    import torch
-
-    from model_compose.engines.huggingface import HuggingfaceOptions
-    from model_compose.engines.huggingface import model as engine
-    from model_compose.engines.parts import CONFIG_FILES, fetch_adapter
+    """Fetch the blend's adapters and the base, and check that they fit together."""
+    from model_compose.engines.adapters import fetch_adapter
+    from model_compose.engines.blueprint import read_blueprint
+    from model_compose.engines.on_disk import CONFIG_FILES
     from model_compose.export.checkpoint import holder
     from model_compose.lora.adapter import check, check_copies
     from model_compose.lora.layers import module_shapes
@@ -186,12 +197,10 @@ def _gather(
     on_hub = isinstance(options.model, HuggingfaceSource) and options.model.filename is None
     weights = format.weights or any(adapter.copies for adapter in adapters.values()) or not on_hub
     base = fetch(options.model, base_dir=base_dir, only=None if weights else CONFIG_FILES, report=report)
-    trusted = isinstance(options.options, HuggingfaceOptions) and options.options.trust_remote_code
-    with engine.load_errors(describe(options.model), torch.device("meta")):
-        model: Any = engine.on_meta(engine.base_config(base, trusted), trusted)
+    model: Any = read_blueprint(options, base).model
     shapes = module_shapes(model)
     adapters = {name: check(adapter, shapes) for name, adapter in adapters.items()}
     says = holder(base, model)
     for adapter in adapters.values():
         check_copies(adapter, says)
-    return Export(options, blend, adapters, sources, base, model, order, trusted)
+    return Export(options, blend, adapters, sources, base, model, order)

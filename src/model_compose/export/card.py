@@ -1,4 +1,4 @@
-"""The README.md of an exported folder: a model card that says what it was made of, for people and for the Hub."""
+"""Writes the README.md of an exported folder: a model card that says what the folder was made from."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ EXACT = "exact: y = W x + Σ w·s·B(A x), the weighted sum"
 
 
 def write_card(export: Export, folder: Path, *, rank: int | None = None) -> None:
-    """rank: of the adapter that the folder holds; None where it is a whole model. Replaces a card of the base's."""
+    """Write folder/README.md, over a copy of the base's card. rank: of the exported adapter; None for a whole model."""
     header = {**_hub(export, rank), "model_compose": facts(export)}
     text = (
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{_body(export, folder.name, rank)}"
@@ -21,7 +21,7 @@ def write_card(export: Export, folder: Path, *, rank: int | None = None) -> None
 
 
 def _hub(export: Export, rank: int | None) -> dict[str, object]:
-    """The keys that the Hub knows (hf.co/docs/hub/model-cards)."""
+    """The keys of a model card that the Hub reads (hf.co/docs/hub/model-cards)."""
     source = export.options.model
     base = {"base_model": source.repository} if isinstance(source, HuggingfaceSource) else {}
     relation = {"base_model_relation": "merge" if rank is None else "adapter"} if base else {}
@@ -30,7 +30,7 @@ def _hub(export: Export, rank: int | None) -> dict[str, object]:
 
 
 def facts(export: Export) -> dict[str, object]:
-    """What the folder was made of; equal facts give equal bytes."""
+    """What the export was made from. Exports of one format with equal facts have equal bytes."""
     return {
         "version": __version__,
         "identity": export.identity,
@@ -63,7 +63,9 @@ def _body(export: Export, name: str, rank: int | None) -> str:
         f"| {adapter} | {weight:g} | {export.sources[adapter].name} | `{export.adapters[adapter].digest[:16]}` |\n"
         for adapter, weight in export.blend.active.items()
     )
-    what = "a whole model, the adapters added into its weights" if rank is None else f"one LoRA adapter of rank {rank}"
+    what = (
+        "a whole model with the adapters added to its weights" if rank is None else f"one LoRA adapter of rank {rank}"
+    )
     return (
         f"# {name}\n\n"
         f"{blend} of LoRA adapters on {export.base_name}, as {what}. Written by "
@@ -75,9 +77,9 @@ def _body(export: Export, name: str, rank: int | None) -> str:
 
 def _usage(rank: int | None) -> str:
     if rank is None:
-        return "Load it as any model of its base's kind. The base's and the adapters' licences hold.\n"
+        return "Load it like the base model. The licences of the base and of the adapters apply.\n"
     return (
         "Its scaling is 1 and every module has the same rank, so PEFT (`PeftModel.from_pretrained(base, folder)`), vLLM "
-        f"(`--enable-lora --max-lora-rank N`, N at least {rank}) and SGLang load it as it is. The base's and the adapters' "
-        "licences hold.\n"
+        f"(`--enable-lora --max-lora-rank N`, N at least {rank}) and SGLang load it as it is. The licences of the base and "
+        "of the adapters apply.\n"
     )

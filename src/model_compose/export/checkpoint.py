@@ -1,7 +1,7 @@
-"""A base's weights, read one tensor at a time, by the names that they are stored under.
+"""Reads a base's weights one tensor at a time, by their names in the checkpoint.
 
-A file is opened anew for each tensor: what has been read through a mapping counts as the process's memory until the
-mapping goes.
+Each read opens the file again and closes it afterwards. As long as a file stays mapped, the pages that were read count as
+the process's memory, so an open file would cost as much memory as the whole model.
 """
 
 import functools
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STEMS = ("model.safetensors", "pytorch_model.bin")
-"""What transformers looks for in a folder, in this order; each may be an index of shards instead."""
+"""The files that transformers looks for in a folder, in this order. Each may be replaced by an index of shards."""
 
 
 class Checkpoint(Protocol):
@@ -30,20 +30,20 @@ class Checkpoint(Protocol):
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """What is stored, by stored name, in the files' order."""
+        """The stored tensors' dtypes and shapes, by stored name, in the files' order."""
 
     def read(self, name: str) -> Tensor:
-        """The tensor that is stored under this name, as its entry says."""
+        """The tensor with this stored name, with the dtype and shape of its entry."""
 
     def stored(self, key: str) -> str | None:
-        """The stored name of a parameter of the model; None where there is none that alone becomes this parameter."""
+        """The stored name of the model's parameter `key`; None if no single stored tensor becomes this parameter."""
 
     def is_copy(self, copy: Tensor, name: str) -> bool | None:
-        """Whether `copy` is the tensor of this stored name, but for rounding; None where that cannot be said."""
+        """Whether `copy` equals the tensor with this stored name, except for rounding; None if they cannot be compared."""
 
 
 def open_checkpoint(base: Fetched, model: "PreTrainedModel") -> Checkpoint:
-    """Raises LoadError for weights that are quantised, missing, or in another format."""
+    """The base's weights. Raises LoadError if they are quantised, missing, or in another format."""
     if base.file is not None:
         from model_compose.export.gguf_checkpoint import GgufCheckpoint
 
@@ -51,20 +51,20 @@ def open_checkpoint(base: Fetched, model: "PreTrainedModel") -> Checkpoint:
     if (config := getattr(model.config, "quantization_config", None)) is not None:
         method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
         raise LoadError(
-            f"{base} is stored quantised ({method or 'by an unnamed method'}), and adding to quantised weights would round "
-            "them anew; name the model that it was made from as the base"
+            f"{base} is stored quantised ({method or 'by an unnamed method'}), and quantising the sum again would lose "
+            "precision; use the model that it was quantised from as the base"
         )
     files = next((found for stem in STEMS if (found := _files(base.folder, stem))), None)
     if files is None:
-        raise LoadError(f"{base} has neither {' nor '.join(STEMS)}, nor an index of their shards")
+        raise LoadError(f"{base} has neither {' nor '.join(STEMS)}, nor an index of shards of either")
     return FolderCheckpoint(files, model)
 
 
 def holder(base: Fetched, model: "PreTrainedModel") -> Callable[[str, Tensor], bool | None]:
-    """Says whether the base has a tensor as a parameter, which may be tied to another; None where that cannot be said. It
-    raises LoadError, as `open_checkpoint` does.
+    """A function (parameter name, tensor) -> whether the base's parameter equals that tensor.
 
-    A GGUF file takes seconds to open, so that is done once, for the first who asks.
+    The function returns None if they cannot be compared. It looks under both names of a tied parameter, and raises
+    LoadError as `open_checkpoint` does. It opens the checkpoint at its first call only, since a GGUF file takes seconds.
     """
     opened = functools.cache(lambda: open_checkpoint(base, model))
 
@@ -78,19 +78,19 @@ def holder(base: Fetched, model: "PreTrainedModel") -> Callable[[str, Tensor], b
 
 
 def _files(folder: Path, stem: str) -> list[Path]:
-    """The file, or its shards by their index."""
+    """The file `stem`, or the shards that its index lists; empty if the folder has neither. Raises LoadError."""
     index = folder / f"{stem}.index.json"
     if not index.is_file():
         return [folder / stem] if (folder / stem).is_file() else []
     names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
     for name in names:
         if not (folder / name).is_file():
-            raise LoadError(f"{index} names the shard {name}, which is not there; fetch the model again")
+            raise LoadError(f"{index} lists the shard {name}, which is missing; fetch the model again")
     return [folder / name for name in names]
 
 
 class FolderCheckpoint:
-    """safetensors, or pickles: those are read with weights_only=True, which executes nothing."""
+    """A checkpoint of safetensors or pickles. weights_only=True reads a pickle without executing its code."""
 
     def __init__(self, files: Iterable[Path], model: "PreTrainedModel") -> None:
         self.entries: dict[str, Entry] = {}
@@ -99,7 +99,9 @@ class FolderCheckpoint:
             found = _entries(file)
             if twice := found.keys() & self.entries.keys():
                 name = min(twice)
-                raise LoadError(f"{self._files[name]} and {file} both hold '{name}'; keep the files of one checkpoint")
+                raise LoadError(
+                    f"{self._files[name]} and {file} both hold '{name}'; keep only the files of one checkpoint"
+                )
             self.entries |= found
             self._files |= dict.fromkeys(found, file)
         self._keys = _model_keys(model, self.entries)
@@ -122,7 +124,7 @@ class FolderCheckpoint:
 
 
 def _entries(file: Path) -> dict[str, Entry]:
-    """Both formats are mapped, so that no tensor is read for this. Raises LoadError."""
+    """The dtypes and shapes of a file's tensors. Both formats are mapped, so this reads no data. Raises LoadError."""
     if file.suffix != ".safetensors":
         return {name: _entry(tensor) for name, tensor in _unpickled(file).items()}
     from safetensors import SafetensorError, safe_open
@@ -141,19 +143,19 @@ def _entry(tensor: Tensor) -> Entry:
 def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
         found: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a pickle fails in every way there is
+    except Exception as error:  # a damaged pickle may raise anything
         raise LoadError(
             f"{file} cannot be read ({reason(error)}); convert it to safetensors (transformers: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...))"
         ) from None
     if not isinstance(found, dict):
-        raise LoadError(f"{file} holds no mapping of names to tensors; fetch the model again")
+        raise LoadError(f"{file} does not hold a mapping of names to tensors; fetch the model again")
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
 def _model_keys(model: "PreTrainedModel", names: Iterable[str]) -> dict[str, str]:
-    """Parameter of the model -> stored name, by the renaming that transformers does on loading (a prefix that is missing or
-    too many, names of older versions). What it would compute from several tensors is left out."""
+    """Stored names by parameter name, after the renaming that transformers does on loading (a prefix that is missing or
+    superfluous, names of older versions). Parameters that transformers computes from several tensors are left out."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 

@@ -1,7 +1,7 @@
-"""Whole or not at all: what is written grows in a hidden folder beside its destination, and is renamed at the end.
+"""Makes an export atomic: it is written to a hidden folder beside its destination and renamed at the end.
 
-The hidden folder is locked while its process lives, so that what a killed one left is known, and removed by the next
-export to the same place.
+While the process lives, it holds a lock in the hidden folder. So the next export to the same place can recognise, and
+remove, a folder that a killed process left.
 """
 
 import os
@@ -19,11 +19,13 @@ LOCK = "lock"
 
 
 @contextmanager
-def whole(destination: Path) -> Iterator[Path]:
-    """Yields a path to make a folder or file at, which becomes `destination` when the block ends well, after all its bytes
-    are on the disk. Otherwise nothing is left, however it ends; after a kill, a hidden folder.
+def atomic(destination: Path) -> Iterator[Path]:
+    """Yield a path at which the caller creates a file or folder. It is renamed to `destination` when the block ends.
 
-    Raises InputError where `destination` exists (but for an empty folder) or cannot be written.
+    The rename happens after all bytes are on the disk (fsync). If the block raises, nothing is left. If the process is
+    killed, only the hidden folder is left.
+
+    Raises InputError if `destination` exists (an empty folder may) or cannot be written.
     """
     destination = Path(os.path.abspath(destination))
     _check_vacant(destination)
@@ -37,37 +39,37 @@ def whole(destination: Path) -> Iterator[Path]:
                 _sync(hidden)
                 _check_vacant(destination)
                 if destination.is_dir():
-                    destination.rmdir()  # empty, or this fails; Windows renames onto nothing
+                    destination.rmdir()  # fails unless it is empty; Windows cannot rename onto an existing folder
                 os.rename(hidden / destination.name, destination)
                 _sync_folder(destination.parent)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
     except OSError as error:
         raise InputError(
-            f"--output: {destination} cannot be written ({error.strerror or error}); nothing is left of it"
+            f"--output: {destination} cannot be written ({error.strerror or error}); the partial export was removed"
         ) from error
 
 
 def check_free(path: Path, size: int) -> None:
-    """Raises InputError where the disk of `path` has no room for so many bytes."""
+    """Raise InputError if the disk of `path` has fewer than `size` bytes free."""
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise InputError(
-            f"--output: {size / 1e9:.1f} GB are to be written, and the disk has {free / 1e9:.1f} GB free; make room, name "
-            "a folder on another disk, or choose a smaller --precision"
+            f"--output: the export takes {size / 1e9:.1f} GB, but the disk has only {free / 1e9:.1f} GB free; free space, "
+            "choose a folder on another disk, or a smaller --precision"
         )
 
 
 def _check_vacant(destination: Path) -> None:
     if not destination.parent.is_dir():
-        raise InputError(f"--output: no folder {destination.parent}; make it first")
+        raise InputError(f"--output: there is no folder {destination.parent}; make it first")
     if os.path.lexists(destination) and not (destination.is_dir() and not any(destination.iterdir())):
-        kind = "is a folder that is not empty" if destination.is_dir() else "exists"
-        raise InputError(f"--output: {destination} {kind}; remove it, or name another place")
+        kind = "is a folder that is not empty" if destination.is_dir() else "exists already"
+        raise InputError(f"--output: {destination} {kind}; remove it, or choose another place")
 
 
 def _clear(parent: Path, prefix: str) -> None:
-    """Removes what killed exports to the same place left."""
+    """Remove hidden folders that killed exports to the same place left; those of living ones are locked."""
     for left in parent.glob(f"{prefix}*"):
         if (left / LOCK).is_file():
             with suppress(Timeout), FileLock(left / LOCK, blocking=False):
@@ -75,7 +77,7 @@ def _clear(parent: Path, prefix: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """All bytes below, and the names of the files, onto the disk."""
+    """Flush all files below `folder`, and the folders' entries, to the disk."""
     for parent, _, names in os.walk(folder):
         for name in names:
             with open(Path(parent, name), "rb+") as file:
@@ -84,7 +86,7 @@ def _sync(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # which cannot open folders
+    if os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

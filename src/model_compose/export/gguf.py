@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp: the blend as one adapter, or a GGUF base with the blend added into its weights."""
+"""Writes GGUF files for llama.cpp: the blend as one adapter, or a GGUF base with the blend added to its weights."""
 
 import json
 from dataclasses import replace
@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model_compose import __version__
-from model_compose.engines import ModelOptions
+from model_compose.engines.options import ModelOptions
 from model_compose.errors import AdapterError, InputError
-from model_compose.export import Export, Format
+from model_compose.export import Export, Format, overflow
 from model_compose.export.card import facts
 from model_compose.export.destination import check_free
 from model_compose.lora.blend import delta, stack
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 WRITTEN = {"auto": "float16", "float32": "float32", "float16": "float16", "bfloat16": "bfloat16"}
-"""--precision -> what packed tensors that are touched are stored as."""
+"""--precision -> the dtype in which a quantised tensor is stored after the blend was added to it."""
 
 
 def write_adapter(export: Export, path: Path, report: Report) -> None:
-    """One adapter, exactly the blend. Raises AdapterError for an architecture whose layout in GGUF is not known."""
+    """Write the blend as one adapter, exactly. Raises InputError for a precision other than float32, and AdapterError for
+    an architecture whose row order in GGUF we do not know."""
     from model_compose.lora.gguf import Architecture, write_gguf
 
     if export.order.precision not in ("auto", "float32"):
@@ -34,18 +35,23 @@ def write_adapter(export: Export, path: Path, report: Report) -> None:
 
 
 def refuse_merged(options: ModelOptions) -> None:
+    """Raise InputError for a base that is not a GGUF file."""
     name = str(options.model)
     if not name.endswith(".gguf"):
         raise InputError(
-            f"--format gguf-merged: {name} is no GGUF file; export --format merged, and convert that folder with "
+            f"--format gguf-merged: {name} is not a GGUF file; use --format merged, and convert the result with "
             "llama.cpp's convert_hf_to_gguf.py"
         )
 
 
 def write_merged(export: Export, path: Path, report: Report) -> None:
-    """A copy of the base's file, tensor by tensor: all metadata, and all tensors that the blend does not touch byte for
-    byte. Those that it touches are W + Δ, unpacked and stored in 16 or 32 bits: packing them again would round the blend
-    away. Raises AdapterError, InputError."""
+    """Copy the base's file tensor by tensor, and add the blend.
+
+    All metadata, and all tensors that the blend does not change, are copied byte for byte. A tensor that the blend changes
+    becomes W + Δ, dequantised and stored in 16 or 32 bits, since quantising it again would round the blend away.
+
+    Raises AdapterError or InputError.
+    """
     import gguf
 
     assert export.base.file is not None
@@ -53,8 +59,8 @@ def write_merged(export: Export, path: Path, report: Report) -> None:
     reader = gguf.GGUFReader(source)
     if gguf.Keys.Split.LLM_KV_SPLIT_COUNT in reader.fields:
         raise InputError(
-            f"--format gguf-merged: {export.base.file} is a part of a split file; join them with llama.cpp's "
-            "`llama-gguf-split --merge` and name that as the base"
+            f"--format gguf-merged: {export.base.file} is one part of a split file; join the parts with llama.cpp's "
+            "`llama-gguf-split --merge` and use the result as the base"
         )
     changes = _changes(export, reader)
     kinds = {tensor.name: _kind(export, tensor, tensor.name in changes) for tensor in reader.tensors}
@@ -76,7 +82,10 @@ def write_merged(export: Export, path: Path, report: Report) -> None:
 
 
 def _changes(export: Export, reader: "gguf.GGUFReader") -> dict[str, tuple[str, str]]:
-    """Tensor of the file -> kind and module path of what is added to it. Raises AdapterError."""
+    """The kind (`lora.gguf.ADAPTED`) and module path of each tensor that the blend changes, by GGUF name.
+
+    Raises AdapterError for a module that has no tensor of its own in the file.
+    """
     from model_compose.lora.gguf import Architecture
 
     architecture = Architecture.of_config(export.model.config)
@@ -86,17 +95,20 @@ def _changes(export: Export, reader: "gguf.GGUFReader") -> dict[str, tuple[str, 
         found = architecture.tensor(path)
         if found is not None and architecture.tied and found[0] in ("OUTPUT", "TOKEN_EMBD"):
             raise AdapterError(
-                f"the adapters act on {path}, and {export.base} has one tensor for its embedding and its output head; "
-                "export --format merged, which unties them"
+                f"the adapters change {path}, but {export.base} has one tensor for its embedding and its output head; use "
+                "--format merged, which separates the two"
             )
         if found is None or found[1] not in there:
-            raise AdapterError(f"the adapters act on {path}, which is no tensor of {export.base}")
+            raise AdapterError(f"the adapters change {path}, for which {export.base} has no tensor")
         changes[found[1]] = (found[0], path)
     return changes
 
 
 def _kind(export: Export, tensor: Any, touched: bool) -> "gguf.GGMLQuantizationType":
-    """What a tensor is stored as: as it is, or what was asked for where it is touched; what is packed becomes F16."""
+    """The type in which to store a tensor. An untouched tensor keeps its type; a touched one gets the order's precision.
+
+    With precision auto, a touched tensor keeps its type too, but a quantised one becomes F16.
+    """
     import gguf
 
     from model_compose.export.gguf_checkpoint import PLAIN
@@ -115,7 +127,8 @@ def _size(tensor: Any, kind: "gguf.GGMLQuantizationType") -> int:
 
 
 def _announce(writer: "gguf.GGUFWriter", tensor: Any, kind: "gguf.GGMLQuantizationType", size: int) -> None:
-    """The tensor's line in the header. Its shape there counts from the innermost dimension; the writer turns it round."""
+    """Add the tensor to the header. The reader gives shapes from the innermost dimension, as GGUF does; the writer expects
+    numpy's order."""
     import numpy as np
 
     if kind == tensor.tensor_type:
@@ -129,7 +142,7 @@ def _copy_metadata(export: Export, reader: "gguf.GGUFReader", writer: "gguf.GGUF
 
     for field in reader.fields.values():
         if field.name == gguf.Keys.General.ARCHITECTURE or field.name.startswith("GGUF."):
-            continue  # the writer's own
+            continue  # the writer adds these itself
         if field.name == gguf.Keys.General.ALIGNMENT:
             writer.add_custom_alignment(int(field.contents()))
             continue
@@ -143,7 +156,7 @@ def _copy_metadata(export: Export, reader: "gguf.GGUFReader", writer: "gguf.GGUF
 def _data(
     export: Export, source: Path, tensor: Any, change: tuple[str, str] | None, kind: "gguf.GGMLQuantizationType"
 ) -> "np.ndarray[Any, Any]":
-    """The bytes of the tensor that is written."""
+    """The data to write for a tensor. change: kind and module path, from `_changes`. Raises InputError on overflow."""
     import gguf
     import numpy as np
     import torch
@@ -159,14 +172,13 @@ def _data(
     total = weight if added is None else _in_gguf_order(added, part, export).add_(weight)
     packed: np.ndarray[Any, Any] = gguf.quantize(total.contiguous().numpy(), kind)
     if packed.dtype == np.float16 and not np.isfinite(packed).all():
-        raise InputError(
-            f"--precision: {tensor.name} has values beyond float16's 65504; export with --precision bfloat16"
-        )
+        raise overflow(tensor.name)
     return packed
 
 
 def _in_gguf_order(change: "torch.Tensor", part: str, export: Export) -> "torch.Tensor":
-    """A delta (out, in) with its rows where GGUF has them. An embedding's weight is (vocabulary, size) there as well."""
+    """A delta (out, in) in the layout of GGUF's tensor: rows reordered where GGUF does that, an embedding's transposed to
+    (vocabulary, size)."""
     from model_compose.lora.gguf import PERMUTED, Architecture, permute
 
     architecture = Architecture.of_config(export.model.config)

@@ -1,6 +1,6 @@
-"""The weights of a GGUF file as transformers' parameters: dequantised one by one, in transformers' layout and names.
+"""Reads the weights of a GGUF file one by one, dequantised, with transformers' parameter names and layout.
 
-transformers' own loader does the same for all tensors at once; its parts for a single tensor are used here.
+transformers' own loader does this for all tensors at once. We use its functions for a single tensor.
 """
 
 from pathlib import Path
@@ -23,14 +23,14 @@ PLAIN = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
-"""What is not one of these is quantised, and float32 once unpacked: that loses nothing."""
+"""The types that are not quantised. All others are dequantised to float32, which loses nothing."""
 
 
 class GgufCheckpoint:
-    """Its stored names are the parameters' own."""
+    """A `Checkpoint` of a GGUF file. Its stored names are the model's parameter names."""
 
     def __init__(self, file: Path, model: "PreTrainedModel") -> None:
-        """Raises LoadError where parameters are not one tensor of the file each."""
+        """Raises LoadError if a parameter is not a single tensor of the file."""
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
             TensorProcessor,
@@ -50,8 +50,8 @@ class GgufCheckpoint:
         missing = set(shapes) - set(self._tensors) - set(model.all_tied_weights_keys)
         if missing:
             raise LoadError(
-                f"{file.name} ({architecture}) has no tensor of its own for {sorted(missing)[0]}, so it cannot be "
-                "written as safetensors; export --format gguf-merged, or use the model's safetensors as the base"
+                f"{file.name} ({architecture}) has no separate tensor for {sorted(missing)[0]}, so it cannot be "
+                "written as safetensors; use --format gguf-merged, or use the model's safetensors as the base"
             )
         self.entries: dict[str, Entry] = {
             key: Entry(PLAIN.get(tensor.tensor_type, torch.float32), tuple(shapes[key].shape))
@@ -73,7 +73,7 @@ class GgufCheckpoint:
 
 
 def read_tensor(file: Path, tensor: Any) -> Any:
-    """The bytes of a reader's tensor as an array of its own. The reader's array is a mapping of the whole file, whose pages
-    would stay."""
+    """A copy of a GGUFReader tensor's data, read from the file. The reader's own array maps the whole file, and the pages
+    that were read would stay in memory."""
     data = tensor.data
     return np.fromfile(file, data.dtype, data.size, offset=tensor.data_offset).reshape(data.shape)

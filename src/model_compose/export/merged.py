@@ -1,6 +1,7 @@
-"""A merged model: every weight W + Δ, summed in float32 and rounded once, tensor by tensor, as a transformers folder.
+"""Writes a merged model as a transformers folder, tensor by tensor. Every changed weight is W + Δ, summed in float32 and
+rounded once.
 
-The checkpoint's own tensors, names and dtypes are kept; what the blend does not touch is copied as it is.
+The result has the checkpoint's tensor names and dtypes. Tensors that the blend does not change are copied.
 """
 
 import json
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model_compose.errors import AdapterError, InputError
-from model_compose.export import SHARD_SIZE, Export, Format
+from model_compose.errors import AdapterError
+from model_compose.export import SHARD_SIZE, Export, Format, overflow
 from model_compose.export.card import write_card
 from model_compose.export.checkpoint import Checkpoint, open_checkpoint
 from model_compose.export.destination import check_free
@@ -26,23 +27,23 @@ from model_compose.progress import Progress, Report
 from model_compose.sources.choice import choose, has_weights
 
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-"""What licences ask to be passed on."""
+"""Files with terms of use, which licences require to be passed on."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of the result: the checkpoint's tensor `stored`, plus the blend's delta of the module `path` if any.
+    """One tensor of the result: the checkpoint's tensor `stored` plus the delta of the module `path`, if `path` is given.
 
-    turned: the weight is (in, out), the transpose of a delta (Conv1D, Embedding).
+    transposed: the weight is (in, out), the transpose of a delta (Conv1D, Embedding).
     """
 
     stored: str
     path: str | None = None
-    turned: bool = False
+    transposed: bool = False
 
 
 def write(export: Export, folder: Path, report: Report) -> None:
-    """Raises InputError, AdapterError, LoadError."""
+    """Write the folder. Raises InputError, AdapterError or LoadError."""
     checkpoint = open_checkpoint(export.base, export.model)
     parts, untied = plan(export, checkpoint)
     entries = {name: _entry(checkpoint.entries[part.stored], export.dtype) for name, part in parts.items()}
@@ -67,8 +68,10 @@ def write(export: Export, folder: Path, report: Report) -> None:
 
 
 def plan(export: Export, checkpoint: Checkpoint) -> tuple[dict[str, Part], bool]:
-    """The tensors to write, by name, and whether tied weights are untied. Raises AdapterError for a module whose weight is
-    no tensor of the checkpoint."""
+    """The tensors to write, by name, and whether tied weights become separate ones because the blend changes one of them.
+
+    Raises AdapterError for a module whose weight is not a single tensor of the checkpoint.
+    """
     parts = {name: Part(name) for name in checkpoint.entries}
     names = {key: checkpoint.stored(key) for key in export.model.state_dict()}
     touched = {path for adapter in export.adapters.values() for path in adapter.modules}
@@ -77,7 +80,7 @@ def plan(export: Export, checkpoint: Checkpoint) -> tuple[dict[str, Part], bool]
         one, other = names[target], names[source]
         if one is not None and other is not None:
             if not torch.equal(checkpoint.read(one), checkpoint.read(other)):
-                continue  # transformers does not tie what differs
+                continue  # transformers does not tie weights that differ in the checkpoint
             del parts[one]
         stored = other or one
         if stored is not None and touched & {_module(target), _module(source)}:
@@ -89,8 +92,8 @@ def plan(export: Export, checkpoint: Checkpoint) -> tuple[dict[str, Part], bool]
         name = names[f"{path}.weight"]
         if name is None:
             raise AdapterError(
-                f"the adapters act on {path}, but {export.base} stores no tensor that alone is its weight, so nothing can "
-                "be added to it"
+                f"the adapters change {path}, but {export.base} does not store its weight as a single tensor, so nothing "
+                "can be added to it"
             )
         parts[name] = _touched(path, shapes[path], parts[name].stored, checkpoint)
     return parts, untied
@@ -101,26 +104,28 @@ def _module(key: str) -> str:
 
 
 def _touched(path: str, shape: ModuleShape, stored: str, checkpoint: Checkpoint) -> Part:
-    """Raises AdapterError where the stored tensor has another shape than the module's weight."""
-    turned = shape.kind != "linear"
-    expected = (shape.inputs, shape.outputs) if turned else (shape.outputs, shape.inputs)
+    """The part with the module's delta. Raises AdapterError if the stored tensor's shape is not that of the weight."""
+    transposed = shape.kind != "linear"
+    expected = (shape.inputs, shape.outputs) if transposed else (shape.outputs, shape.inputs)
     found = checkpoint.entries[stored].shape
     if found != expected:
-        raise AdapterError(f"the base stores {stored} as {found}, but by its config the weight of {path} is {expected}")
-    return Part(stored, path, turned)
+        raise AdapterError(
+            f"the base stores {stored} with the shape {found}, but by its config the weight of {path} has {expected}"
+        )
+    return Part(stored, path, transposed)
 
 
 def _make(export: Export, checkpoint: Checkpoint, name: str, part: Part, dtype: torch.dtype) -> Tensor:
     weight = checkpoint.read(part.stored)
     change = None if part.path is None else delta(export.blend, export.adapters, part.path)
-    made = weight.to(dtype) if change is None else add(weight, change.T if part.turned else change, dtype)
+    made = weight.to(dtype) if change is None else add(weight, change.T if part.transposed else change, dtype)
     if made.dtype == torch.float16 and (change is not None or weight.dtype != dtype) and not made.isfinite().all():
-        raise InputError(f"--precision: {name} has values beyond float16's 65504; export with --precision bfloat16")
+        raise overflow(name)
     return made
 
 
 def add(weight: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
-    """W + Δ in float32 (float64 where W is), rounded once to `dtype`. May write into `change`, to spare its size again."""
+    """W + Δ, summed in float32 (float64 if W is) and rounded once to `dtype`. May overwrite `change` to save memory."""
     total = change.to(torch.promote_types(weight.dtype, torch.float32))
     return total.add_(weight).to(dtype)
 
@@ -130,10 +135,11 @@ def _entry(stored: Entry, dtype: torch.dtype | None) -> Entry:
 
 
 def _copy_files(export: Export, folder: Path) -> None:
-    """All that transformers reads beside the weights, and the terms of use; of a GGUF what is inside it."""
+    """Copy the files that transformers reads besides the weights, and the terms of use. For a GGUF base, write the config
+    and the tokenizer that the GGUF file contains."""
     base = export.base
     if base.file is not None:
-        from model_compose.engines.parts import load_tokenizer
+        from model_compose.engines.tokenizer import load_tokenizer
 
         model = export.model
         model.config.architectures = [type(model).__name__]
@@ -152,7 +158,10 @@ def _copy_files(export: Export, folder: Path) -> None:
 
 
 def _config_dtype(export: Export, entries: Mapping[str, Entry]) -> torch.dtype | None:
-    """What the config is to say; None leaves what it says. A GGUF's config says nothing, so most bytes decide."""
+    """The dtype to write into the config; None keeps the config's own.
+
+    The config of a GGUF base has none, so it gets the dtype with the most bytes.
+    """
     if export.dtype is not None or export.base.file is None:
         return export.dtype
     sizes: dict[torch.dtype, int] = {}
@@ -166,7 +175,7 @@ def _write_config(path: Path, dtype: torch.dtype | None, *, untied: bool) -> Non
     inner = config.get("text_config")
     for level in (config, inner) if isinstance(inner, dict) else (config,):
         if dtype is not None:
-            key = "torch_dtype" if "torch_dtype" in level else "dtype"  # the older spelling stays, for older readers
+            key = "torch_dtype" if "torch_dtype" in level else "dtype"  # keep the older key, for older readers
             level[key] = str(dtype).removeprefix("torch.")
         if untied:
             level["tie_word_embeddings"] = False

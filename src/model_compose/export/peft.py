@@ -1,4 +1,4 @@
-"""One PEFT adapter that is exactly the blend: A = [A_i], B = [w_i s_i B_i], as PEFT, vLLM and SGLang load it."""
+"""Writes the blend exactly, as one PEFT adapter A = [A_i], B = [w_i s_i B_i], which PEFT, vLLM and SGLang load."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from model_compose.export import Export, Format
+from model_compose.export import Export, Format, overflow
 from model_compose.export.card import write_card
 from model_compose.lora.adapter import Factors, LoraAdapter, write_adapter
 from model_compose.lora.blend import stack
@@ -15,7 +15,10 @@ from model_compose.sources import HuggingfaceSource
 
 
 def write(export: Export, folder: Path, report: Report) -> None:
-    """float32 unless another dtype was asked for. Raises InputError for a dtype that does not hold the factors."""
+    """Write the adapter's folder, in float32 unless the order has another precision.
+
+    Raises InputError for a blend of full rank, which no LoRA equals, and for factors that overflow the precision.
+    """
     stacked = one_rank(stack(export.blend, export.adapters))
     if export.dtype is not None:
         stacked = _rounded(stacked, export.dtype)
@@ -26,10 +29,10 @@ def write(export: Export, folder: Path, report: Report) -> None:
 
 
 def one_rank(adapter: LoraAdapter) -> LoraAdapter:
-    """The same function with every module at the largest rank, padded with zeros.
+    """The same adapter, with the factors of every module padded with zeros to the largest rank.
 
-    SGLang slices its buffers by the config's one r (srt/lora/mem_pool.py); PEFT and newer versions of vLLM read
-    rank_pattern as well.
+    SGLang slices its buffers by the config's single r (srt/lora/mem_pool.py). PEFT and newer versions of vLLM also read
+    rank_pattern.
     """
     rank = max(factors.rank for factors in adapter.modules.values())
     modules = {
@@ -42,10 +45,15 @@ def one_rank(adapter: LoraAdapter) -> LoraAdapter:
 
 
 def _rounded(adapter: LoraAdapter, dtype: torch.dtype) -> LoraAdapter:
-    def rounded(factors: Factors) -> Factors:
-        return replace(factors, a=factors.a.to(dtype), b=factors.b.to(dtype))
+    """The adapter with its factors in `dtype`. Raises InputError if they overflow it."""
 
-    return replace(adapter, modules={path: rounded(factors) for path, factors in adapter.modules.items()})
+    def rounded(path: str, factors: Factors) -> Factors:
+        a, b = factors.a.to(dtype), factors.b.to(dtype)
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise overflow(path)
+        return replace(factors, a=a, b=b)
+
+    return replace(adapter, modules={path: rounded(path, factors) for path, factors in adapter.modules.items()})
 
 
 FORMAT = Format(write)

@@ -1,9 +1,9 @@
-"""safetensors files written as their tensors come: the header first, since all sizes are known, then one tensor after the
-other.
+"""Writes safetensors files one tensor at a time, so that only one is in memory. All sizes are known beforehand, so the
+header comes first.
 
 safetensors itself has no such writer: its save_file and serialize_file take all tensors of a file at once. The format is
 eight bytes with the length of a JSON header, that header, and the tensors' bytes (github.com/huggingface/safetensors,
-"Format"). Which tensors share a file is huggingface_hub's decision, as it is for save_pretrained.
+"Format"). As in save_pretrained, huggingface_hub decides which tensors share a file.
 """
 
 import json
@@ -21,7 +21,7 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor before it is read."""
+    """The dtype and shape of a tensor that has not been read yet."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -38,10 +38,10 @@ def write_shards(
     shard_size: int,
     written: Callable[[int], None],
 ) -> None:
-    """Writes model.safetensors, or shards of at most `shard_size` bytes with their index; a tensor is never split.
+    """Write model.safetensors, or shards of at most `shard_size` bytes and their index. A tensor is never split.
 
-    make: the tensor of a name, called once for each, file by file; it must be as its entry says. written: told the bytes
-    of each. Memory: one tensor.
+    make(name): returns the tensor, with the dtype and shape of its entry; called once for each, file by file.
+    written(bytes): called after each tensor. Only one tensor is in memory at a time.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -59,7 +59,7 @@ def write_shards(
 def _write(
     path: Path, entries: Mapping[str, Entry], make: Callable[[str], Tensor], written: Callable[[int], None]
 ) -> None:
-    # The widest dtypes first, as safetensors itself orders them: a tensor must start at a multiple of its item's size.
+    # The widest dtypes come first, as in safetensors' own writer: a tensor must start at a multiple of its item size.
     names = sorted(entries, key=lambda name: -entries[name].dtype.itemsize)
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -80,6 +80,6 @@ def _write(
 
 
 def _code(entry: Entry) -> str:
-    """What safetensors calls the dtype."""
+    """The dtype's name in safetensors."""
     name = str(entry.dtype).removeprefix("torch.")
     return str(TensorSpec(dtype=name, shape=entry.shape, data_ptr=0, data_len=entry.nbytes).dtype)

@@ -1,1 +1,1 @@
-"""LoRA adapters and their exact weighted sum. Knows nothing of YAML, engines or servers."""
+"""LoRA adapters and their exact weighted sum. Nothing in this package knows of YAML, engines or servers."""

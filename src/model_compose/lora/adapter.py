@@ -1,6 +1,8 @@
-"""A PEFT folder <-> `LoraAdapter`: the factors A and B and the scaling of every module, and the checks before use.
+"""Reads a PEFT folder into a `LoraAdapter` (for every module the factors A and B and the scaling), checks it against a
+base model, and writes it again.
 
-Whatever the folder holds is computed exactly or refused with the reason. peft_config.py and weights.py read its two files.
+An adapter whose effect we cannot compute exactly is refused, and the error gives the reason. peft_config.py reads the
+folder's config, weights.py its weights.
 """
 
 import hashlib
@@ -26,7 +28,7 @@ WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 class Factors:
     """The low-rank update of one module: ΔW = scaling · B A.
 
-    a: (r, in), for an embedding (r, vocabulary). b: (out, r). Dtypes as stored.
+    a: (r, in); for an embedding, (r, vocabulary). b: (out, r). Both keep the dtype of the file.
     """
 
     a: "torch.Tensor"
@@ -39,7 +41,7 @@ class Factors:
         return int(self.a.shape[0])
 
     def product(self, weight: float = 1.0, device: "torch.device | None" = None) -> "torch.Tensor":
-        """weight · scaling · B A, (out, in), float32, on `device` (where the factors are if None)."""
+        """weight · scaling · B A, of shape (out, in), in float32, on `device` (None: where the factors are)."""
         import torch
 
         a, b = (factor.to(device, torch.float32) for factor in (self.a, self.b))
@@ -48,11 +50,13 @@ class Factors:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """One adapter: its factors by module path as the base model names them ("model.layers.0.self_attn.q_proj").
+    """One adapter.
 
-    digest: sha256 over config and weights, so that the same name with new content is another identity.
-    copies: base weights that PEFT stored along with an adapted embedding; they must equal the base's own.
-    tied: whether it was trained with one pair of factors for an embedding and the output head that shares its weight.
+    modules: the factors, by the module's path in the base model ("model.layers.0.self_attn.q_proj").
+    digest: sha256 of config and weights; it changes if the files change, though the adapter's name stays.
+    base: the base model that it was trained on, according to its config.
+    copies: base weights that PEFT stored beside an adapted embedding, by parameter name. They must equal the base's own.
+    tied: whether one pair of factors was trained for all modules that share a weight (PEFT's ensure_weight_tying).
     """
 
     name: str
@@ -65,8 +69,11 @@ class LoraAdapter:
 
 @dataclass(frozen=True)
 class ModuleShape:
-    """What the base has at a module path: its kind ("linear", "conv1d", "embedding") and sizes (in for an embedding is
-    the vocabulary). tied: whether another module has the same weight."""
+    """The base's module at a path.
+
+    kind: "linear", "conv1d" or "embedding". inputs: features in; for an embedding, the size of the vocabulary. outputs:
+    features out. tied: whether another module uses the same weight.
+    """
 
     kind: str
     inputs: int
@@ -75,11 +82,12 @@ class ModuleShape:
 
 
 def read_adapter(folder: Path, name: str) -> LoraAdapter:
-    """Reads a PEFT folder. Raises AdapterError, with the adapter's name, for anything that is not plain LoRA."""
+    """Read a PEFT folder. Raises AdapterError, which names the adapter, for anything that is not plain LoRA."""
     config = read_config(folder, name)
     with of_adapter(name):
         path = weight_file(folder)
-        # Read as a whole: a file that is mapped and written again would change the adapter while it serves, or end us.
+        # Do not map the file: if it were overwritten while mapped, the adapter would change while it serves, or the
+        # process would be killed (SIGBUS).
         data = path.read_bytes()
         pairs, copies = read_weights(data, path)
         modules = {
@@ -93,7 +101,7 @@ def read_adapter(folder: Path, name: str) -> LoraAdapter:
 
 
 def weight_file(folder: Path) -> Path:
-    """Raises AdapterError where there is none."""
+    """The path of the weights, safetensors first. Raises AdapterError if the folder has none."""
     for file in WEIGHT_FILES:
         if (folder / file).is_file():
             return folder / file
@@ -101,9 +109,9 @@ def weight_file(folder: Path) -> Path:
 
 
 def check(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
-    """The preflight: every module exists in the base and fits. Returns the adapter with the base's own names for them.
+    """Check that the base has every module of the adapter, with fitting sizes. shapes: the base's modules by path.
 
-    Raises AdapterError that names module and shapes.
+    Returns the adapter with the base's own module paths. Raises AdapterError, which names the module and the shapes.
     """
     adapter = _named_as_in(shapes, adapter)
     for path, factors in adapter.modules.items():
@@ -116,7 +124,8 @@ def check(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> LoraAdapte
         if factors.embedding != (shape.kind == "embedding"):
             stored = "embedding" if factors.embedding else "linear"
             raise AdapterError(
-                f"adapter '{adapter.name}': {path} is a {shape.kind} in the base, {stored} in the adapter"
+                f"adapter '{adapter.name}': {path} is a {shape.kind} module in the base, but has {stored} factors in the "
+                "adapter"
             )
         found = (factors.a.shape[1], factors.b.shape[0])
         if found != (shape.inputs, shape.outputs):
@@ -131,18 +140,21 @@ def check(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> LoraAdapte
     return adapter
 
 
-_AROUND = re.compile(r"^(?:(?:model|language_model)\.)+")
-"""What a path has before the text decoder's own part, by the version of transformers and the class that was trained:
-model.layers, language_model.model.layers and model.language_model.layers are the same."""
+_DECODER_PREFIX = re.compile(r"^(?:(?:model|language_model)\.)+")
+"""The part of a module's path before the text decoder's own. It depends on the version of transformers and on the class
+that was trained: model.layers, language_model.model.layers and model.language_model.layers mean the same layers."""
 
 
 def text_path(path: str) -> str:
     """A module's path within the text decoder: layers.0.self_attn.q_proj."""
-    return _AROUND.sub("", path)
+    return _DECODER_PREFIX.sub("", path)
 
 
 def _named_as_in(shapes: Mapping[str, ModuleShape], adapter: LoraAdapter) -> LoraAdapter:
-    """The adapter with the base's paths for modules that it has under another prefix. Raises AdapterError."""
+    """The adapter with the base's module paths, where the adapter's own differ in their prefix.
+
+    Raises AdapterError if two of its paths mean the same module.
+    """
     if all(path in shapes for path in adapter.modules):
         return adapter
     own: dict[str, list[str]] = {}
@@ -163,8 +175,11 @@ def _named_as_in(shapes: Mapping[str, ModuleShape], adapter: LoraAdapter) -> Lor
 
 
 def _check_tied(adapter: LoraAdapter, tied: set[str]) -> None:
-    """PEFT's ensure_weight_tying trains one pair of factors for all modules that share a weight, and saves it for each:
-    as a sum that is exact, if they are all there. Raises AdapterError."""
+    """Check an adapter that was trained with PEFT's ensure_weight_tying. tied: the paths that share one weight.
+
+    PEFT then trains one pair of factors for all modules that share the weight, and saves the pair once for each of them.
+    We apply each module's pair on its own, which is exact if all of them are present and equal. Raises AdapterError.
+    """
     import torch
 
     inside = tied & set(adapter.modules)
@@ -173,49 +188,51 @@ def _check_tied(adapter: LoraAdapter, tied: set[str]) -> None:
     if missing := tied - inside:
         raise AdapterError(
             f"adapter '{adapter.name}': it was trained with ensure_weight_tying, and the base ties {sorted(inside)[0]} to "
-            f"{sorted(missing)[0]}, for which the adapter brings nothing"
+            f"{sorted(missing)[0]}, for which the adapter has no factors"
         )
     pairs = [adapter.modules[path] for path in inside]
-    # Seen as a matrix, an embedding is its head transposed.
+    # As a matrix, an embedding's update is the transpose of the output head's.
     updates = [(pair.b.T, pair.a.T) if pair.embedding else (pair.a, pair.b) for pair in pairs]
     if not all(torch.equal(a, updates[0][0]) and torch.equal(b, updates[0][1]) for a, b in updates[1:]):
         raise AdapterError(
-            f"adapter '{adapter.name}': it was trained with ensure_weight_tying, but brings different factors for "
-            f"{' and '.join(sorted(inside))}, which are one weight in the base"
+            f"adapter '{adapter.name}': it was trained with ensure_weight_tying, but has different factors for "
+            f"{' and '.join(sorted(inside))}, which share one weight in the base"
         )
 
 
 def check_copies(adapter: LoraAdapter, holds: "Callable[[str, torch.Tensor], bool | None]") -> None:
-    """PEFT may store the base's embedding along with its adapter; where it was trained, the sum would not be exact.
+    """Check that the base weights stored in the adapter are the base's own; PEFT may store an adapted embedding's weight.
 
-    holds: whether the base's parameter of this name is that tensor, None where that cannot be said. Raises AdapterError.
+    If such a weight was trained or resized, the sum would not be exact. holds(name, copy): whether the base's parameter
+    `name` equals `copy`; None if the two cannot be compared. Raises AdapterError.
     """
     for name, copy in adapter.copies.items():
         if held := holds(name, copy):
             continue
         why = (
-            "which cannot be compared with the base model's, since that is stored in fewer bits; save the adapter with "
-            "save_embedding_layers=False if it is the base's"
+            "which cannot be compared with the base model's, since the base is quantised; if the two are the same, save "
+            "the adapter with save_embedding_layers=False"
             if held is None
             else "which differs from the base model's (a resized or trained embedding)"
         )
         raise AdapterError(
-            f"adapter '{adapter.name}': it brings its own '{name}', {why}. Replaced weights cannot be weighted; such an "
-            "adapter is refused."
+            f"adapter '{adapter.name}': it brings its own '{name}', {why}. An adapter that replaces base weights is "
+            "refused, since a replacement cannot be scaled by a weight."
         )
 
 
 def is_copy(copy: "torch.Tensor", weight: "torch.Tensor | None") -> bool:
-    """Whether `copy` is a base's weight, but for rounding to the dtype of either. None: the base has no such weight."""
+    """Whether `copy` equals the base's `weight` after one is rounded to the other's dtype. `weight` is None if the base
+    has no such parameter; they are then not equal."""
     if weight is None:
         return False
     return same_values(copy, weight.to(copy.dtype)) or same_values(copy.to(weight.dtype), weight)
 
 
 def write_adapter(adapter: LoraAdapter, folder: Path) -> None:
-    """Writes a PEFT folder whose scaling is 1 in every module; `folder` must not exist yet.
+    """Write a PEFT folder whose scaling is 1 in every module (B is multiplied by it). `folder` must not exist yet.
 
-    rank_pattern and alpha_pattern are both written, since the rank may differ by module.
+    Both rank_pattern and alpha_pattern are written, since the rank may differ between modules.
     """
     from safetensors.torch import save_file
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic_core import PydanticCustomError
 
-from model_compose.errors import InputError
+from model_compose.errors import InputError, Keys
 from model_compose.lora.adapter import Factors, LoraAdapter
 from model_compose.lora.methods import METHODS, FullRank, LowRank, Method
 from model_compose.schema import LONGEST_NAME, finite_number
@@ -105,25 +105,27 @@ class Blends:
                     f"{place}: a request mixes by weights alone; a blend by a method ({', '.join(METHODS)}) stands in the "
                     "file under 'blends', and a request says its name",
                     field=f"{place}.method",
+                    at=("method",),
                 )
             return Blend({str(name): self._weight(name, weight, place) for name, weight in value.items()})
         raise InputError(f"{place} must be a name or a mapping of adapters to weights, not {value!r}", field=place)
 
     def _weight(self, name: object, weight: object, place: str) -> float:
         if name not in self.adapters:
-            raise self._unknown(str(name), place, self.adapters, "adapter")
+            raise self._unknown(str(name), place, self.adapters, "adapter", at=(str(name),))
         try:
             return finite_number(weight)
         except PydanticCustomError as error:
-            raise InputError(f"{place}.{name}: {error.message()}", field=f"{place}.{name}") from None
+            message = f"{place}.{name}: {error.message()}"
+            raise InputError(message, field=f"{place}.{name}", at=(str(name),)) from None
 
     @staticmethod
-    def _unknown(name: str, place: str, known: Iterable[str], what: str) -> InputError:
+    def _unknown(name: str, place: str, known: Iterable[str], what: str, at: Keys = ()) -> InputError:
         known, name = list(known), name[:LONGEST_NAME]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         listing = f"known: {', '.join(known)}" if known else f"this component has no {what}s"
-        return InputError(f"{place}: unknown {what} '{name}'; {hint}{listing}", field=place)
+        return InputError(f"{place}: unknown {what} '{name}'; {hint}{listing}", field=place, at=at)
 
 
 def _different(blends: Iterable[Blend]) -> tuple[Blend, ...]:

@@ -1,7 +1,7 @@
-"""How large adapters are beside each other, and how much they act in the same directions. Everything in float64.
+"""Compares adapters: how large each one is, and how much they act in the same directions. Everything is float64.
 
-ΔW = s B A of a module is never multiplied out: a norm or an inner product takes the factors' small products, an angle
-between subspaces their orthonormal bases. Knows nothing of where adapters come from, nor how this is shown.
+ΔW = s B A of a module is never multiplied out, which would take an (out, in) matrix. Norms and inner products are
+computed from small products of the factors, angles between subspaces from orthonormal bases.
 """
 
 import re
@@ -24,8 +24,11 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where a module stands. order: an embedding, the layers by number, then what follows them. layer: its number, or the
-    module's own name outside of any; target: the last part of its path."""
+    """Where a module is in the model.
+
+    order: sorts embeddings first, then the layers by number, then the modules after them. layer: the layer's number, or
+    the module's own name if it belongs to no layer. target: the last part of its path (q_proj).
+    """
 
     order: tuple[int, int]
     layer: str
@@ -34,8 +37,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Overlap:
-    """How much two subspaces of a module's input (or output) space are the same: φ, from 0 (orthogonal) to 1 (one holds
-    the other), and what φ is for random ones of the same ranks. Means over modules."""
+    """How much two subspaces of a module's input (or output) space coincide, as a mean over modules.
+
+    value: φ of `overlap`, from 0 (orthogonal) to 1 (one subspace contains the other). by_chance: the expected φ of two
+    random subspaces with the same dimensions.
+    """
 
     value: float
     by_chance: float
@@ -43,10 +49,11 @@ class Overlap:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two adapters. cosine: of their whole updates, None where one of them is zero. modules: how many both act on.
+    """Two adapters compared.
 
-    inputs: of what they read (the rows of A), outputs: of what they write (the columns of B); None without a module
-    where both have any.
+    modules: how many modules both adapt. cosine: between their whole updates, from -1 to 1; None if one of them is zero.
+    inputs: the overlap of the rows of A (the directions that they read). outputs: the overlap of the columns of B (the
+    directions that they write). Both are None if there is no module where both updates are nonzero.
     """
 
     one: str
@@ -59,7 +66,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Adapters beside each other. grams: for each place the (n, n) inner products ⟨ΔW_i, ΔW_j⟩, summed over its modules."""
+    """The comparison of n adapters. grams: for each place, the (n, n) matrix of inner products ⟨ΔW_i, ΔW_j⟩, summed over
+    the modules of that place."""
 
     names: tuple[str, ...]
     grams: Mapping[Place, Matrix]
@@ -67,7 +75,7 @@ class Geometry:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """In the order of the model."""
+        """The layers that any adapter touches, in the order of the model."""
         return tuple(dict.fromkeys(place.layer for place in sorted(self.grams)))
 
     @property
@@ -75,7 +83,7 @@ class Geometry:
         return tuple(dict.fromkeys(place.target for place in sorted(self.grams)))
 
     def gram(self, *, layer: str | None = None, target: str | None = None) -> Matrix:
-        """(n, n), summed over the layer or the target that is named, else over all."""
+        """The inner products ⟨ΔW_i, ΔW_j⟩, (n, n), summed over one layer, one target or, if neither is given, all."""
         found = [
             gram
             for place, gram in self.grams.items()
@@ -89,13 +97,14 @@ class Geometry:
         return dict(zip(self.names, diagonal.tolist(), strict=True))
 
     def shares(self, weights: Mapping[str, float], *, layer: str | None = None) -> dict[str, float]:
-        """‖w ΔW‖_F of each adapter by the sum of all: they add up to 1, or are all 0."""
+        """‖w ΔW‖_F of each adapter, divided by the sum over all adapters: the shares add up to 1, or are all 0."""
         sizes = {name: abs(weights.get(name, 0.0)) * norm for name, norm in self.norms(layer=layer).items()}
         total = sum(sizes.values())
         return {name: size / total if total else 0.0 for name, size in sizes.items()}
 
     def blend_norm(self, weights: Mapping[str, float], *, layer: str | None = None) -> float:
-        """‖Σ w ΔW‖_F: below the sum of the parts as far as they point apart."""
+        """‖Σ w ΔW‖_F of the blend. The more the updates point in different directions, the smaller it is than the sum of
+        their norms."""
         w = np.array([weights.get(name, 0.0) for name in self.names])
         return float(np.sqrt(max(float(w @ self.gram(layer=layer) @ w), 0.0)))
 
@@ -103,9 +112,10 @@ class Geometry:
 def measure(
     adapters: Sequence[LoraAdapter], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Geometry:
-    """Compares adapters of one base, module by module: memory stays at a module's factors. progress: modules done, of all.
+    """Compare adapters of one base, module by module, so that only one module's factors are in memory as float64.
 
-    Raises AdapterError for two that cannot be of the same base.
+    progress(done, total): called with the number of modules before each of them. Raises AdapterError if two adapters
+    cannot belong to the same base, since a module's sizes differ.
     """
     _check_alike(adapters)
     paths = sorted({path for adapter in adapters for path in adapter.modules})
@@ -139,20 +149,24 @@ def _check_alike(adapters: Sequence[LoraAdapter]) -> None:
             name, known = first.setdefault(path, (adapter.name, shape))
             if known != shape:
                 raise AdapterError(
-                    f"the adapters '{name}' and '{adapter.name}' are of different base models: {path} is {known[0]} x "
-                    f"{known[1]} in the one and {shape[0]} x {shape[1]} in the other; inspect them one at a time"
+                    f"the adapters '{name}' and '{adapter.name}' belong to different base models: {path} is {known[0]} x "
+                    f"{known[1]} in the first and {shape[0]} x {shape[1]} in the second; inspect them one at a time"
                 )
 
 
 def inner(one: Factors, other: Factors) -> float:
-    """⟨s₁B₁A₁, s₂B₂A₂⟩ = s₁ s₂ tr((B₁ᵀB₂)(A₂A₁ᵀ)), of the same module. With itself: ‖s B A‖²_F."""
+    """⟨s₁B₁A₁, s₂B₂A₂⟩ = s₁ s₂ tr((B₁ᵀB₂)(A₂A₁ᵀ)) for one module. Of an update with itself, this is ‖s B A‖²_F."""
     b = one.b.double().T @ other.b.double()
     a = one.a.double() @ other.a.double().T
     return one.scaling * other.scaling * float((b * a).sum())
 
 
 def basis(matrix: "torch.Tensor") -> "torch.Tensor":
-    """Orthonormal columns (d, k) that span those of a matrix (d, r); k is its numerical rank, 0 for one of zeros."""
+    """An orthonormal basis, (d, k), of the space that the columns of a (d, r) matrix span.
+
+    k is the numerical rank (0 for a matrix of zeros): a singular value counts if it is above the largest one times
+    max(d, r) times float64's epsilon.
+    """
     import torch
 
     q, r = torch.linalg.qr(matrix.double())
@@ -164,10 +178,10 @@ def basis(matrix: "torch.Tensor") -> "torch.Tensor":
 
 
 def overlap(one: "torch.Tensor", other: "torch.Tensor") -> Overlap | None:
-    """φ = ‖Q₁ᵀQ₂‖²_F / min(k₁, k₂), the mean of the squared cosines of the principal angles between two subspaces (Hu et
-    al. 2021, arXiv 2106.09685, section 7.2, equation 4); bases from `basis`. None where one of them is empty.
+    """φ = ‖Q₁ᵀQ₂‖²_F / min(k₁, k₂): the mean squared cosine of the principal angles between two subspaces (Hu et al. 2021,
+    arXiv 2106.09685, section 7.2, equation 4). Q₁ (d, k₁) and Q₂ (d, k₂) come from `basis`.
 
-    Random ones of d dimensions have k₁k₂/d on average for ‖Q₁ᵀQ₂‖²_F.
+    For random subspaces of d dimensions, the expected value of ‖Q₁ᵀQ₂‖²_F is k₁k₂/d. None if k₁ or k₂ is 0.
     """
     d, one_rank = one.shape
     other_rank = other.shape[1]
@@ -181,7 +195,7 @@ _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 def place(path: str) -> Place:
-    """The layer is the first number in a path: model.layers.3.mlp.experts.5.w1 is w1 in layer 3."""
+    """The place of a module path. The first number is the layer: model.layers.3.mlp.experts.5.w1 is w1 in layer 3."""
     match = _LAYER.search(path)
     target = path.rpartition(".")[2]
     if match:

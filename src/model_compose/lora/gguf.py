@@ -1,8 +1,9 @@
-"""A LoraAdapter -> a GGUF LoRA file, which llama.cpp loads (llama-server --lora, llama_adapter_lora_init).
+"""Writes a LoraAdapter as a GGUF LoRA file, which llama.cpp loads (llama-server --lora, llama_adapter_lora_init).
 
-Names come from the gguf package's map. Names alone do not do: where llama.cpp rotates neighbouring pairs (its "norm" RoPE)
-and the checkpoint halves of a head, its converter moved the rows of q and k, and so must B's rows move. Which
-architectures do is listed here, each tried against llama.cpp's own converter; all others are refused by name.
+The gguf package maps the names of the tensors. For some architectures the order of rows differs too. Checkpoints of
+transformers are made for RoPE that rotates the two halves of a head; llama.cpp's "norm" RoPE rotates neighbouring pairs, so
+its converter reorders the rows of q and k. The rows of B must then be reordered alike. The lists below say which
+architectures need that; each was checked against llama.cpp's own converter. All other architectures are refused by name.
 """
 
 import os
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from model_compose.lora.adapter import Factors, LoraAdapter
 
 PERMUTED = frozenset(["llama", "granite", "smollm3"])
-"""Architectures whose q and k have their rows in another order than in transformers (conversion/llama.py, permute)."""
+"""Architectures for which llama.cpp's converter reorders the rows of q and k (conversion/llama.py, permute)."""
 
 PLAIN = frozenset(["qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "starcoder2", "gpt2"])
-"""Architectures whose products are as in transformers."""
+"""Architectures whose matrices have the same row order in GGUF as in transformers."""
 
 MODEL_TYPES = {
     "llama": "llama", "mistral": "llama", "granite": "granite", "smollm3": "smollm3", "qwen2": "qwen2", "qwen3": "qwen3",
@@ -37,14 +38,14 @@ MODEL_TYPES = {
 ADAPTED = frozenset(
     ["ATTN_Q", "ATTN_K", "ATTN_V", "ATTN_QKV", "ATTN_OUT", "FFN_GATE", "FFN_UP", "FFN_DOWN", "OUTPUT", "TOKEN_EMBD"]
 )
-"""Tensors that llama.cpp multiplies by way of its adapters (build_lora_mm, build_inp_embd); it would ignore others."""
+"""The tensors to which llama.cpp applies adapters (build_lora_mm, build_inp_embd). It ignores factors for any other."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What of a base decides where an adapter's factors go.
+    """The properties of a base that decide how an adapter's factors are named and ordered in GGUF.
 
-    name: GGUF's general.architecture, one of PERMUTED or PLAIN. tied: whether the output head is the embedding's tensor.
+    name: GGUF's general.architecture, one of PERMUTED or PLAIN. tied: whether the output head uses the embedding's tensor.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Architecture:
 
     @classmethod
     def of_config(cls, config: Any) -> Self:
-        """From a transformers config. Raises AdapterError for one that this module does not know."""
+        """From a transformers config. Raises AdapterError for an architecture in neither list."""
         config = config.get_text_config()
         name = checked_name(MODEL_TYPES.get(config.model_type, config.model_type))
         heads = int(config.num_attention_heads)
@@ -63,15 +64,16 @@ class Architecture:
         return cls(name, int(config.num_hidden_layers), heads, kv_heads, bool(config.tie_word_embeddings))
 
     def tensor(self, path: str) -> tuple[str, str] | None:
-        """A module's path in transformers -> its kind (a name in ADAPTED) and the name of its weight in GGUF.
+        """The kind (a name in ADAPTED) and the GGUF weight name of the module at `path` in transformers.
 
-        None for what llama.cpp has not got, or cannot adapt.
+        None for a module that llama.cpp does not have or cannot adapt.
         """
         found = self._find(path)
         return None if found is None else found[1:]
 
     def _find(self, path: str) -> tuple[str, str, str] | None:
-        """As `tensor`, after the path's one spelling here, whatever stood before the text decoder's own part."""
+        """The module's path in its canonical spelling, then what `tensor` returns. Prefixes such as language_model. do not
+        matter."""
         inner = text_path(path)
         for own in (f"model.{inner}", inner):
             found = self._names.get_type_and_name(own)
@@ -81,21 +83,21 @@ class Architecture:
 
     @cached_property
     def _names(self) -> Any:
-        """gguf's map, which takes milliseconds to make."""
+        """gguf's map of tensor names. Building it takes milliseconds, hence the cache."""
         import gguf
 
         arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.name)
         return gguf.get_tensor_name_map(arch, self.layers)
 
     def shapes(self, paths: Iterable[str], matrices: Mapping[str, tuple[int, ...]]) -> dict[str, ModuleShape]:
-        """What a base of this architecture has at modules' paths in transformers, each by one spelling of its path, so
-        that two spellings of a module are seen to be one. Without those where it has nothing.
+        """The base's modules at `paths` (as transformers names them), without paths where the base has no module.
 
-        matrices: its matrices' dimensions by GGUF name, from the innermost.
+        The keys are canonical paths, so that two spellings of one module become one key. matrices: the dimensions of the
+        base's matrices by GGUF name; GGUF counts dimensions from the innermost.
         """
         shapes = {}
         for path, kind, name in filter(None, map(self._find, paths)):
-            # The head has a tensor of its own only where it is not the embedding's.
+            # A tied output head has no tensor of its own; it uses the embedding's.
             own = "token_embd.weight" if kind == "OUTPUT" and self.tied else name
             if own in matrices:
                 inputs, outputs = matrices[own]
@@ -109,10 +111,11 @@ class Architecture:
 
 
 def write_gguf(adapter: "LoraAdapter", base: Architecture, path: Path) -> None:
-    """Writes the adapter in float32, its scalings folded into B, so that at weight 1 llama.cpp adds Σ s B A itself.
+    """Write the adapter in float32, with B multiplied by the scaling, so that llama.cpp at weight 1 adds exactly s B A.
 
-    The file stands under `path` only once it is whole. adapter.lora.alpha is 0, by which llama.cpp takes the weight alone
-    as its scale (llama-adapter.h, get_scale): alpha / r would be wrong where ranks differ between modules.
+    adapter.lora.alpha is written as 0, for which llama.cpp scales by the weight alone (llama-adapter.h, get_scale). Its
+    usual factor alpha / r would be wrong for adapters whose rank differs between modules. The file gets its name `path`
+    only after it is complete.
 
     Raises AdapterError for an architecture or a module that cannot be converted exactly.
     """
@@ -122,7 +125,7 @@ def write_gguf(adapter: "LoraAdapter", base: Architecture, path: Path) -> None:
     for name, values in _tensors(adapter, base):
         if name in tensors:
             raise AdapterError(
-                f"adapter '{adapter.name}': two of its modules are one, {name.rpartition('.')[0]}, in GGUF"
+                f"adapter '{adapter.name}': two of its modules have the same tensor in GGUF, {name.rpartition('.')[0]}"
             )
         tensors[name] = values
     partial = path.with_name(f".{path.name}.partial")
@@ -144,19 +147,19 @@ def write_gguf(adapter: "LoraAdapter", base: Architecture, path: Path) -> None:
 
 
 def _tensors(adapter: "LoraAdapter", base: Architecture) -> "Iterator[tuple[str, np.ndarray[Any, Any]]]":
-    """GGUF names with factors as numpy has them: rows first. GGUF itself counts dimensions from the innermost."""
+    """The factors by GGUF name, as numpy arrays with rows first. (GGUF itself counts dimensions from the innermost.)"""
     for path, factors in adapter.modules.items():
         found = base.tensor(path)
         if found is None:
             raise AdapterError(
-                f"adapter '{adapter.name}': llama.cpp takes no adapter on '{path}' of a {base.name} model; the huggingface "
-                "driver does"
+                f"adapter '{adapter.name}': llama.cpp takes no adapter on '{path}' of a {base.name} model; use the "
+                "huggingface driver"
             )
         kind, name = found
         if base.tied and kind in ("OUTPUT", "TOKEN_EMBD"):
             raise AdapterError(
-                f"adapter '{adapter.name}': {path} is adapted, and this base has one tensor for its embedding and its "
-                "output head, which llama.cpp cannot adapt apart; use the huggingface driver"
+                f"adapter '{adapter.name}': it adapts {path}, but this base has one tensor for its embedding and its "
+                "output head, and llama.cpp cannot adapt only one of the two; use the huggingface driver"
             )
         a, b = factors.a.float(), scaled_b(factors, kind, base)
         yield f"{name}.lora_a", (a.T if factors.embedding else a).contiguous().numpy()
@@ -164,7 +167,7 @@ def _tensors(adapter: "LoraAdapter", base: Architecture) -> "Iterator[tuple[str,
 
 
 def scaled_b(factors: "Factors", kind: str, base: Architecture) -> "torch.Tensor":
-    """s · B, float32, with its rows where the base has them; (out, r)."""
+    """s · B, (out, r), in float32, with its rows in the order of the base's GGUF file."""
     b = factors.b.float() * factors.scaling
     if base.name not in PERMUTED or kind not in ("ATTN_Q", "ATTN_K"):
         return b
@@ -173,15 +176,18 @@ def scaled_b(factors: "Factors", kind: str, base: Architecture) -> "torch.Tensor
 
 
 def permute(rows: "torch.Tensor", heads: int) -> "torch.Tensor":
-    """Row i of a head's first half and row i of its second become neighbours. (heads · size, …), size even."""
+    """Reorder rows so that row i of a head's first half and row i of its second half become neighbours.
+
+    rows: (heads · size, …), where size, the rows of one head, is even.
+    """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 def is_stored(copy: "torch.Tensor", stored: Any) -> bool | None:
-    """Whether a base's matrix in GGUF (gguf.ReaderTensor) is `copy`: either becomes the other in the other's dtype.
+    """Whether `copy` equals a matrix of the base's GGUF file (a gguf.ReaderTensor), after rounding to that file's dtype.
 
-    None where gguf cannot quantise to the matrix's type.
+    None if gguf cannot quantise to that dtype, so that the two cannot be compared.
     """
     import gguf
     import torch
@@ -200,10 +206,10 @@ def is_stored(copy: "torch.Tensor", stored: Any) -> bool | None:
 
 
 def checked_name(architecture: str) -> str:
-    """The name itself. Raises AdapterError for an architecture that is in neither list."""
+    """Return `architecture`. Raises AdapterError if it is neither in PERMUTED nor in PLAIN."""
     if architecture not in PERMUTED | PLAIN:
         raise AdapterError(
-            f"adapters for the architecture {architecture} cannot be converted to GGUF, as the order of its rows there is "
-            f"not known; known: {', '.join(sorted(PERMUTED | PLAIN))}"
+            f"adapters for the architecture {architecture} cannot be converted to GGUF, since model-compose does not know "
+            f"the order of its rows there; known: {', '.join(sorted(PERMUTED | PLAIN))}"
         )
     return architecture

@@ -1,6 +1,7 @@
-"""An adapter by its config and the header of its weights: enough to say whether it fits a base, in milliseconds.
+"""Reads an adapter's config and the header of its weights, without the numbers. This takes milliseconds and suffices to
+say whether the adapter fits a base.
 
-What takes the numbers (NaN, copies of the base's weights) is seen when the adapter is read (adapter.py).
+Checks that need the numbers (NaN, copies of the base's weights) are made when adapter.py reads the whole adapter.
 """
 
 import re
@@ -14,7 +15,7 @@ from model_compose.lora.adapter import WEIGHT_FILES, Factors, LoraAdapter, Modul
 from model_compose.lora.peft_config import of_adapter, read_config, scaling
 from model_compose.lora.weights import Sides, by_module
 
-_AROUND = re.compile(r"(?:(?:model|language_model|transformer)\.)*")
+_MODEL_PREFIX = re.compile(r"(?:(?:model|language_model|transformer)\.)*")
 
 
 def has_weights(folder: Path) -> bool:
@@ -22,9 +23,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def read_header(folder: Path, name: str) -> LoraAdapter | None:
-    """The adapter, whose factors know their shapes and nothing else; None for a pickle, which has no header.
+    """The adapter, with factors that have shapes but no numbers. None if its weights are a pickle, which has no header.
 
-    Raises AdapterError for a config that cannot be used, and for weights that are missing, damaged, or no plain LoRA.
+    Raises AdapterError for a config that cannot be used, and for weights that are missing, damaged or not plain LoRA.
     """
     config = read_config(folder, name)
     with of_adapter(name):
@@ -47,18 +48,19 @@ def _factors(config: Mapping[str, Any], path: str, sides: Sides[Stored]) -> Fact
 
 
 def shapes_in(weights: Mapping[str, Stored], adapter: LoraAdapter) -> dict[str, ModuleShape]:
-    """What a checkpoint's headers say of the adapter's modules, as far as they say it: by the adapter's paths.
+    """The shapes of the adapter's modules, as far as a checkpoint's headers give them, by the adapter's paths.
 
-    weights: by parameter name. A checkpoint may name a module otherwise than the model does, pack it, or fuse it with
-    others, and a tied head is not in it; such modules are left out. Whether a matrix lies as in a Linear or transposed
-    (GPT-2) is not told either: it counts as whichever fits.
+    weights: the checkpoint's tensors by parameter name. Some modules cannot be found and are left out: a checkpoint may
+    name a module differently than the model does, pack it (quantised), or fuse it with others, and it does not hold a tied
+    output head. The headers do not say either whether a matrix is stored as in a Linear or transposed (GPT-2's Conv1D), so
+    we assume the one that fits the adapter.
     """
     inner: dict[str, list[str]] = {}
     for name in weights:
         inner.setdefault(_inner(name), []).append(name)
     shapes = {}
     for path, factors in adapter.modules.items():
-        if ".experts." in path:  # transformers fuses the experts of a layer
+        if ".experts." in path:  # transformers fuses all experts of a layer into one tensor
             continue
         named = inner.get(_inner(f"{path}.weight"), [])
         stored = weights.get(f"{path}.weight") or (weights[named[0]] if len(named) == 1 else None)
@@ -74,5 +76,5 @@ def shapes_in(weights: Mapping[str, Stored], adapter: LoraAdapter) -> dict[str, 
 
 
 def _inner(path: str) -> str:
-    """A path without what stands around the layers, which differs between a checkpoint and the model made from it."""
-    return _AROUND.sub("", path, count=1)
+    """A path without the prefixes before the layers, which may differ between a checkpoint and the model."""
+    return _MODEL_PREFIX.sub("", path, count=1)

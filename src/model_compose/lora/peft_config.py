@@ -1,6 +1,6 @@
-"""adapter_config.json: read, and judged by what can be computed exactly; and what it says of each module.
+"""Reads adapter_config.json, refuses what we cannot compute exactly, and finds the rank and scaling of each module.
 
-PEFT itself only warns about keys that it does not know, so the decision rests on the lists below, not on PEFT.
+PEFT only warns about keys that it does not know, so we decide by the lists below.
 """
 
 import functools
@@ -20,7 +20,7 @@ from model_compose.expressions import strict_json
 
 CONFIG_FILE = "adapter_config.json"
 
-# Config keys whose value changes nothing in the forward pass, or is read below.
+# Config keys that do not change the forward pass, and keys that the code below reads.
 HARMLESS = frozenset(
     [
         "peft_type",
@@ -51,23 +51,23 @@ HARMLESS = frozenset(
         "runtime_config",
     ]
 )
-# Values of init_lora_weights that leave the base's weights as they are.
+# Values of init_lora_weights with which PEFT leaves the base's weights as they are.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Features whose effect is more than s·B·A, and what a reader may know them as.
+# Features whose effect is more than s·B·A, each with the reason that the error gives.
 REFUSED = {
     "use_dora": "DoRA rescales the merged weight, so its effect is not a weighted sum",
     "lora_bias": "a bias on B is not part of the low-rank sum",
-    "modules_to_save": "it replaces whole modules of the base, which cannot be weighted",
-    "trainable_token_indices": "it replaces rows of the embedding, which cannot be weighted",
+    "modules_to_save": "it replaces whole modules of the base, and a replacement cannot be scaled by a weight",
+    "trainable_token_indices": "it replaces rows of the embedding, and a replacement cannot be scaled by a weight",
     "target_parameters": "LoRA on bare parameters (experts) is not supported",
     "layer_replication": "it changes the number of layers",
-    "alora_invocation_tokens": "aLoRA switches on in the middle of a prompt",
+    "alora_invocation_tokens": "aLoRA acts only on the part of a prompt after its invocation tokens",
     "enable_lora": "merged projections of PEFT before 0.1 are not supported",
     "merge_weights": "merged projections of PEFT before 0.1 are not supported",
 }
 MAX_CONFIG_BYTES = 16 << 20
 MAX_RANK = 1 << 16
-"""Wider than any model's layers, and so more than any update of theirs has."""
+"""More than the width of any model's layers, which bounds the rank of any update."""
 
 Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 Alpha = Annotated[float, Field(ge=-1e30, le=1e30)]
@@ -75,7 +75,7 @@ Names = str | list[str] | None
 
 
 class PeftConfig(BaseModel):
-    """What we or PEFT read of a config, in the types that PEFT writes. The lists above judge the other keys."""
+    """The config keys that we or PEFT read, with the types that PEFT writes. The lists above decide on the other keys."""
 
     model_config = ConfigDict(strict=True)
     base_model_name_or_path: str | None = None
@@ -94,7 +94,7 @@ class PeftConfig(BaseModel):
 
 @contextmanager
 def of_adapter(name: str) -> Iterator[None]:
-    """Every failure within names the adapter. Raises AdapterError."""
+    """A context in which every AdapterError, OSError and MemoryError becomes an AdapterError that names the adapter."""
     try:
         yield
     except AdapterError as error:
@@ -102,26 +102,26 @@ def of_adapter(name: str) -> Iterator[None]:
     except OSError as error:
         raise AdapterError(f"adapter '{name}': {error.filename} cannot be read ({error.strerror})") from error
     except MemoryError as error:
-        raise AdapterError(f"adapter '{name}': there is no memory for its weights") from error
+        raise AdapterError(f"adapter '{name}': there is not enough memory for its weights") from error
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """The adapter's config, checked against the lists of what is exact. Raises AdapterError."""
+    """Read and check the adapter's config. Raises AdapterError for any key or value that we cannot compute exactly."""
     with of_adapter(name):
         config = _parse(folder)
         if (kind := config.get("peft_type")) != "LORA":
-            raise AdapterError(f"peft_type is {_short(kind)}; only 'LORA' adapters can be combined")
+            raise AdapterError(f"peft_type is {_short(kind)}; only adapters of type 'LORA' can be combined")
         if (init := config.get("init_lora_weights", True)) not in PLAIN_INITS:
             raise AdapterError(
-                f"init_lora_weights is {_short(init)}, which changes the base model's own weights when it is loaded "
-                "(PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); convert it to a plain LoRA first (PEFT: "
+                f"init_lora_weights is {_short(init)}, with which PEFT changes the base model's own weights as it loads "
+                "the adapter (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ); convert the adapter to a plain LoRA first (PEFT: "
                 "save_pretrained(path_initial_model_for_weight_conversion=...))"
             )
         _check_types(config)
         for key, value in config.items():
             if key in HARMLESS or key in ("init_lora_weights", "bias") or value in (None, False, [], {}, ""):
                 continue
-            reason = REFUSED.get(key, "model-compose does not know this option, and might compute something else")
+            reason = REFUSED.get(key, "model-compose does not know this option, so its result could be wrong")
             raise AdapterError(f"{key[:60]} is {_short(value)}; {reason}. Such an adapter is refused.")
     return config
 
@@ -135,7 +135,7 @@ def _parse(folder: Path) -> dict[str, Any]:
             + (f"name one of the adapters in it: {', '.join(inner)}" if inner else "is it a PEFT adapter's folder?")
         )
     if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise AdapterError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB, which no config is")
+        raise AdapterError(f"{path} is larger than {MAX_CONFIG_BYTES >> 20} MiB, so it cannot be an adapter's config")
     try:
         config = strict_json(path.read_bytes())
     except ValueError as error:
@@ -156,7 +156,7 @@ def _check_types(config: Mapping[str, Any]) -> None:
         raise AdapterError(f"bias is {_short(checked.bias)}; known are 'none', 'all' and 'lora_only'")
     for key in ("rank_pattern", "alpha_pattern"):
         _check_patterns(key, list(getattr(checked, key) or ()))
-    for key in ("target_modules", "exclude_modules"):  # PEFT matches these
+    for key in ("target_modules", "exclude_modules"):  # PEFT takes a string here as a regular expression
         if isinstance(pattern := getattr(checked, key), str):
             with _of_pattern(key, pattern):
                 re.compile(pattern)
@@ -166,14 +166,14 @@ def _check_patterns(key: str, patterns: list[str]) -> None:
     costly = [pattern for pattern in patterns if _COSTLY.search(pattern)]
     if len(costly) > MAX_COSTLY or sum(map(len, costly)) > MAX_PATTERN:
         raise AdapterError(
-            f"{key} has more than {MAX_COSTLY:,} patterns with wildcards, or more than {MAX_PATTERN:,} characters of them; "
-            "write the modules' names"
+            f"{key} has more than {MAX_COSTLY:,} patterns with wildcards, or they are longer than {MAX_PATTERN:,} "
+            "characters together; list the modules' full names"
         )
     for pattern in patterns:
         with _of_pattern(key, pattern):
-            _matcher(f"(?:{pattern}){{0}}" if pattern in costly else pattern)  # is parsed and takes no memory
+            _matcher(f"(?:{pattern}){{0}}" if pattern in costly else pattern)  # {0}: parses it, but compiles nothing
     with _of_pattern(key, "".join(costly)):
-        _matcher("".join(f"(?:{pattern})" for pattern in costly))  # is refused where all of them together take too much
+        _matcher("".join(f"(?:{pattern})" for pattern in costly))  # fails if they need too much memory together
 
 
 @contextmanager
@@ -186,41 +186,46 @@ def _of_pattern(key: str, pattern: str) -> Iterator[None]:
         for what in ("look-around", "backreferences"):
             if reason.startswith(what):
                 raise AdapterError(
-                    f"{said} uses {what}, which is not evaluated, since it may take for ever; write the modules' names, "
-                    "such as model.layers.0.self_attn.q_proj"
+                    f"{said} uses {what}, which model-compose does not evaluate, since that can take years; list the "
+                    "modules' full names, such as model.layers.0.self_attn.q_proj"
                 ) from None
-        raise AdapterError(f"{said} is no pattern that can be matched ({reason})") from None
+        raise AdapterError(f"{said} is not a valid pattern ({reason})") from None
 
 
-# What it says of a module.
+# The rank and scaling of a module.
 
 
 def scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """s = alpha / r, or alpha / √r for rsLoRA (arXiv 2312.03732); r and alpha per module where patterns name it.
+    """The scaling s of the module at `path`: alpha / r, or alpha / √r for rsLoRA (arXiv 2312.03732).
 
-    rank: of the stored factors. Raises AdapterError where the config says another.
+    r and alpha come from rank_pattern and alpha_pattern if a pattern matches the path, else from the config's defaults.
+    rank: r of the stored factors. Raises AdapterError if the config gives another r.
     """
-    if rank != (told := rank_of(config, path)):
+    if rank != (configured := rank_of(config, path)):
         raise AdapterError(
-            f"{path} has rank {rank} in its weights, and {CONFIG_FILE} says {told} (r, rank_pattern), so its scaling "
-            "alpha / r is not known; take both files from the same training"
+            f"{path} has rank {rank} in its weights, but {CONFIG_FILE} says {configured} (r, rank_pattern), so its scaling "
+            "alpha / r is unknown; take both files from the same training"
         )
     alpha = _value(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def rank_of(config: Mapping[str, Any], path: str) -> int:
+    """The rank r that the config gives the module at `path`."""
     return int(_value(config.get("rank_pattern") or {}, path, config.get("r", 8)))
 
 
 def _value(patterns: Mapping[str, float], path: str, default: float) -> float:
-    """The value of the first key that matches the end of the path, as PEFT's get_pattern_key decides it."""
-    matchers = zip(_at_the_end(tuple(patterns)), patterns.values(), strict=True)
+    """The value of the first pattern that matches the end of the path, by the rule of PEFT's get_pattern_key."""
+    matchers = zip(_suffix_matchers(tuple(patterns)), patterns.values(), strict=True)
     return next((value for matches, value in matchers if matches(path)), default)
 
 
 def whole(key: str, pattern: str) -> Callable[[str], object]:
-    """Whether a path is all that a pattern says, as PEFT takes a text under target_modules. Raises AdapterError."""
+    """A test whether a pattern matches the whole of a path, as PEFT treats a string under target_modules.
+
+    Raises AdapterError for a pattern that is too long or not valid.
+    """
     if len(pattern) > MAX_PATTERN:
         raise AdapterError(
             f"{key}: {_short(pattern)} is longer than {MAX_PATTERN:,} characters; list the modules' names"
@@ -230,29 +235,32 @@ def whole(key: str, pattern: str) -> Callable[[str], object]:
 
 
 def check_plain(key: str, patterns: list[str]) -> None:
-    """Raises AdapterError for patterns with wildcards: PEFT looks for these within a path."""
+    """Raise AdapterError for patterns with wildcards. (PEFT searches for these patterns inside a path.)"""
     for pattern in patterns:
         if _COSTLY.search(pattern):
-            raise AdapterError(f"{key}: {_short(pattern)} has wildcards, which are not evaluated there; write names")
+            raise AdapterError(
+                f"{key}: {_short(pattern)} has wildcards, which model-compose does not evaluate here; write names"
+            )
         with _of_pattern(key, pattern):
             re.compile(pattern)
 
 
+# What gives a pattern more than one way to match. Such patterns may be costly to compile or to match.
 _COSTLY = re.compile(r"[*+?{|(]")
 MAX_COSTLY = 1024
 MAX_PATTERN = 1 << 16
 
 
-@functools.lru_cache(maxsize=4)  # the patterns of ranks and of alphas, of an adapter or two
-def _at_the_end(patterns: tuple[str, ...]) -> list[Callable[[str], object]]:
+@functools.lru_cache(maxsize=4)  # rank_pattern and alpha_pattern of two adapters
+def _suffix_matchers(patterns: tuple[str, ...]) -> list[Callable[[str], object]]:
     return [_matcher(pattern, r"(.*\.)?") for pattern in patterns]
 
 
 def _matcher(pattern: str, before: str = "") -> Callable[[str], object]:
-    """Says whether all of a path matches.
+    """A test whether `before` + `pattern` matches the whole of a path.
 
-    Python tries a pattern like (a|aa)+ in every way there is, for years, so those with choices are matched in time that
-    grows with the path alone. Raises re.error, SchemaError.
+    Python's `re` tries every way to match a pattern like (a|aa)+, which can take years. So patterns with wildcards are
+    matched by Rust's regex engine, whose time is linear in the path's length. Raises re.error or SchemaError.
     """
     if not _COSTLY.search(pattern):
         return re.compile(f"{before}({pattern})").fullmatch

@@ -1,7 +1,7 @@
-"""The file of an adapter's weights -> factors A and B by module path.
+"""Reads the file of an adapter's weights into factors A and B by module path.
 
-The file comes from strangers: whatever it holds is taken as it stands or refused with AdapterError, and nothing is
-allocated that its own bytes do not hold. Knows names, shapes and numbers; what they mean beside a base is in adapter.py.
+The file may come from a stranger. We use its content unchanged or refuse it with AdapterError, and we never allocate much
+more memory than the file has bytes. adapter.py checks whether the factors fit a base.
 """
 
 import io
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the base's own module paths."""
+"""PEFT's prefix of the base's module paths."""
 
 _FACTOR = re.compile(r"^(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?$")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A (r, in) and B (out, r) of one module; an embedding's A is (r, vocabulary)."""
+    """The factors of one module: a (r, in) and b (out, r); an embedding's a is (r, vocabulary)."""
 
     a: "torch.Tensor"
     b: "torch.Tensor"
@@ -33,7 +33,7 @@ class Pair:
 
 
 class Shaped(Protocol):
-    """A tensor, or what a header says of one."""
+    """A tensor, or its description in a file's header."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -44,7 +44,7 @@ T = TypeVar("T", bound=Shaped)
 
 @dataclass(frozen=True)
 class Sides(Generic[T]):
-    """A (r, in) and B (out, r) of one module as stored, with their names in the file."""
+    """The factors of one module, a (r, in) and b (out, r), as the file stores them, each with its name in the file."""
 
     a: tuple[str, T]
     b: tuple[str, T]
@@ -56,23 +56,24 @@ class Sides(Generic[T]):
 
 
 def read_weights(data: bytes, path: Path) -> tuple[dict[str, Pair], dict[str, "torch.Tensor"]]:
-    """The pairs by module path, and copies of base weights by parameter name. path: the file that `data` was read from.
+    """The factors by module path, and the copies of base weights that the file holds, by parameter name.
 
-    Raises AdapterError.
+    data: the file's bytes. path: the file that they were read from, for messages. Raises AdapterError.
     """
     modules, stored = by_module(_tensors(data, path), path)
     copies: dict[str, torch.Tensor] = {}
     for parameter, tensor in stored:
         if parameter in copies and not same_values(copies[parameter], tensor):
-            raise AdapterError(f"{path} holds two different copies of '{parameter}'")
+            raise AdapterError(f"{path} holds two different copies of the base's '{parameter}'")
         copies[parameter] = tensor
     return {module: _pair(module, sides) for module, sides in modules.items()}, copies
 
 
 def by_module(tensors: Mapping[str, T], path: Path) -> tuple[dict[str, Sides[T]], list[tuple[str, T]]]:
-    """Tensors by their stored names -> the factors by module path, and copies of base weights with the parameter's name.
+    """Sort a file's tensors into factors by module path, and copies of base weights as (parameter name, tensor).
 
-    Raises AdapterError for names that are no factors or say the same twice, and for shapes that are no A and B.
+    tensors: by their names in the file. Raises AdapterError for a name that is neither, for two names that mean the same
+    factor, and for shapes that do not fit A (r, in) and B (out, r).
     """
     found: dict[str, dict[str, tuple[str, T]]] = {}
     embeddings: set[str] = set()
@@ -84,10 +85,10 @@ def by_module(tensors: Mapping[str, T], path: Path) -> tuple[dict[str, Sides[T]]
         if match and not bare.endswith(".bias"):
             adapters.add(match["adapter"])
             sides = found.setdefault(match["path"], {})
-            if match["side"] in sides and len(adapters) == 1:  # of several adapters their names are told below
+            if match["side"] in sides and len(adapters) == 1:  # a file of several adapters is refused below
                 raise AdapterError(
                     f"'{sides[match['side']][0]}' and '{key}' are both the lora_{match['side']} of "
-                    f"'{match['path']}', and nothing says which of them counts"
+                    f"'{match['path']}', and model-compose cannot tell which one to use"
                 )
             sides[match["side"]] = key, tensor
             if match["embedding"]:
@@ -95,18 +96,18 @@ def by_module(tensors: Mapping[str, T], path: Path) -> tuple[dict[str, Sides[T]]
         elif "lora_" not in bare and "modules_to_save" not in bare and bare.endswith(".weight"):
             copies.append((bare.replace(".base_layer.weight", ".weight"), tensor))
         elif bare.endswith(".bias") and "lora_" not in bare:
-            raise AdapterError(f"'{key}' is a bias that was trained along, which is no part of a weighted low-rank sum")
+            raise AdapterError(f"'{key}' is a trained bias, which is not part of a weighted low-rank sum")
         else:
-            raise AdapterError(f"the tensor '{key}' is not a LoRA factor; such an adapter would not be exact")
+            raise AdapterError(f"the tensor '{key}' is not a LoRA factor, so the adapter cannot be applied exactly")
     if len(adapters) > 1:
         raise AdapterError(_several(adapters, path))
     if not found:
-        raise AdapterError("its weights hold no lora_A and lora_B tensors")
+        raise AdapterError("its weights file has no lora_A and lora_B tensors")
     return {module: _sides(module, sides, module in embeddings) for module, sides in found.items()}, copies
 
 
 def same_values(one: "torch.Tensor", other: "torch.Tensor") -> bool:
-    """Whether both hold the same numbers, whatever their dtypes."""
+    """Whether both have the same shape and the same numbers. Their dtypes may differ."""
     import torch
 
     return one.shape == other.shape and torch.equal(one.float(), other.to(one.device).float())
@@ -116,9 +117,9 @@ def _several(adapters: set[str | None], path: Path) -> str:
     names = sorted(name for name in adapters if name is not None)
     quoted = [f"'{name}'" for name in names] + ["one without a name"] * (None in adapters)
     folders = [folder for name in names if (folder := path.parent / name).is_dir()]
-    remedy = "save the one that you want alone (PEFT: save_pretrained(folder, selected_adapters=[name]))"
+    remedy = "save only the one that you want (PEFT: save_pretrained(folder, selected_adapters=[name]))"
     if folders:
-        remedy = f"name the folder of the one that you want: {' or '.join(map(str, folders))}"
+        remedy = f"point to the folder of the one that you want: {' or '.join(map(str, folders))}"
     return f"{path} holds several adapters: {', '.join(quoted)}; {remedy}"
 
 
@@ -135,14 +136,17 @@ def _pair(path: str, sides: "Sides[torch.Tensor]") -> Pair:
     import torch
 
     a, b = (_floats(*side) for side in (sides.a, sides.b))
-    # In float32, in which blends are summed: a float64 may be finite and too large for it.
+    # Test in float32, in which blends are summed: a finite float64 may overflow there.
     if not all(torch.isfinite(factor.float()).all() for factor in (a, b)):
         raise AdapterError(f"{path} holds NaN or infinite values")
     return Pair(a, b, sides.embedding)
 
 
 def _floats(key: str, tensor: "torch.Tensor") -> "torch.Tensor":
-    """As stored; 8 bits as float32, since torch computes nothing with them."""
+    """The tensor as stored; a float8 tensor becomes float32, since torch does not compute in float8.
+
+    Raises AdapterError for a dtype that is no floating-point type.
+    """
     import torch
 
     if tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
@@ -150,14 +154,14 @@ def _floats(key: str, tensor: "torch.Tensor") -> "torch.Tensor":
     name = str(tensor.dtype).removeprefix("torch.")
     if name.startswith("float8_"):
         return tensor.float()
-    raise AdapterError(f"the tensor '{key}' holds {name}, not floating-point numbers; a quantised adapter is refused")
+    raise AdapterError(f"the tensor '{key}' is {name}, not floating-point; quantised adapters are refused")
 
 
-# Files.
+# Reading the file.
 
 
 def _tensors(data: bytes, path: Path) -> dict[str, "torch.Tensor"]:
-    """Tensors by their stored names. A .bin is a pickle: read with weights_only=True, which executes nothing."""
+    """The file's tensors by name. A .bin file is a pickle; weights_only=True reads it without executing its code."""
     import torch
     from safetensors.torch import load
 
@@ -167,25 +171,26 @@ def _tensors(data: bytes, path: Path) -> dict[str, "torch.Tensor"]:
         else:
             _check_size(data)
             tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # a parser of a stranger's bytes fails in every way there is
+    except Exception as error:  # a parser of hostile bytes may raise anything
         raise AdapterError(f"{path} cannot be read ({reason(error)}); download it again") from error
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise AdapterError(f"{path} does not hold a mapping of names to tensors")
     for key, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            raise AdapterError(f"{path} holds {type(tensor).__name__} as '{key}', which is no tensor")
+            raise AdapterError(f"{path} holds a value of type {type(tensor).__name__} as '{key}', not a tensor")
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested or tensor.is_quantized:
             raise AdapterError(
-                f"{path} holds '{key}' as a tensor of a kind that no adapter has; save it as safetensors"
+                f"{path} holds '{key}' as a sparse, nested, quantised or device tensor; save the adapter as safetensors"
             )
-    # A pickled tensor may repeat a few numbers (stride 0) until they fill the memory; two names may share theirs.
+    # A pickled tensor with stride 0 repeats a few numbers until they fill the memory. The factor 2 allows for two names
+    # that share one storage.
     if sum(tensor.nbytes for tensor in tensors.values()) > 2 * len(data):
-        raise AdapterError(f"{path} unpacks to more than it holds; save it as safetensors")
+        raise AdapterError(f"{path} unpacks to more bytes than the file has; save the adapter as safetensors")
     return {key: tensor.detach() for key, tensor in sorted(tensors.items())}
 
 
 def _check_size(data: bytes) -> None:
-    """torch.save compresses nothing, so a zip that grows was made to."""
+    """Raise ValueError for a zip whose content is larger than itself: torch.save does not compress, so it may be a bomb."""
     if data.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if sum(member.file_size for member in archive.infolist()) > len(data):

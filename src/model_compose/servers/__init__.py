@@ -7,10 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr
 from pydantic_core import PydanticCustomError
 
-from model_compose.schema import Options, shown
+from model_compose.schema import Options, Secret, SecretText, shown
 
 DEFAULT_MAX_BODY = 10 << 20
 DEFAULT_MAX_TASKS_SIZE = 256 << 20
+NO_KEY = "the API key would be missing, so the server refuses to start"
 
 
 def _listed(value: Any) -> Any:
@@ -58,8 +59,8 @@ def _prefix(value: Any) -> Any:
 
 AllowedHosts = Annotated[tuple[str, ...], BeforeValidator(_hosts)]
 ALLOWED_HOSTS = (
-    "Names by which clients may ask for this server besides its own addresses and names, as behind a proxy; *.example.com "
-    "and * are understood"
+    "Host names that clients may use for this server besides its own addresses and names, such as the name of a proxy; "
+    "*.example.com and * are understood"
 )
 
 
@@ -67,35 +68,51 @@ class HttpServerOptions(Options):
     """`type: http-server`: workflows under base_path, OpenAI's API under /v1."""
 
     later: ClassVar[Mapping[str, Any]] = {"websocket": False}
-    type: Literal["http-server"] = "http-server"
-    host: str = "127.0.0.1"
-    port: int = Field(default=8080, ge=0, le=65535, description="0 takes a free one")
-    base_path: Annotated[str, BeforeValidator(_prefix)] = "/api"
+    type: Literal["http-server"] = Field(default="http-server", description="The kind of server")
+    host: str = Field(
+        default="127.0.0.1", description="The address to listen on; 0.0.0.0 listens on all of the machine's addresses"
+    )
+    port: int = Field(default=8080, ge=0, le=65535, description="The port; 0 takes a free one")
+    base_path: Annotated[str, BeforeValidator(_prefix)] = Field(
+        default="/api", description="The path under which the workflow API stands; /v1 and /metrics stay at the root"
+    )
     origins: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
-        default=(), description="CORS origins that may call this server from a browser; none by default"
+        default=(),
+        description="Origins (https://example.com) whose pages may call this server from a browser (CORS); none by default",
     )
     allowed_hosts: AllowedHosts = Field(default=(), description=ALLOWED_HOSTS)
-    api_keys: Annotated[tuple[SecretStr, ...] | None, BeforeValidator(_keys)] = None
+    api_keys: Annotated[tuple[SecretStr, ...] | None, BeforeValidator(_keys), Secret(danger=NO_KEY)] = Field(
+        default=None,
+        description="Keys that clients must send as `Authorization: Bearer KEY`; only the health needs none. A list, or "
+        "text with commas. An empty one is an error, so that a missing variable opens no door",
+    )
     max_body_size: int = Field(default=DEFAULT_MAX_BODY, ge=1, description="Largest request body, in bytes")
     max_tasks_size: ByteSize = Field(
         default=ByteSize(DEFAULT_MAX_TASKS_SIZE),
         ge=1,
-        description="Bytes for inputs of running tasks (then 429), and again for answers of finished ones (the oldest go)",
+        description="Memory for the inputs of running tasks, beyond which a run is answered 429. As much again keeps the "
+        "answers of finished tasks, of which the oldest are dropped",
     )
     max_connections: int | None = Field(
-        default=None, ge=1, description="Connections at once; by default what the limit on open files allows"
+        default=None, ge=1, description="Connections at once; if unset, what the limit on open files allows"
     )
     max_connections_per_client: int | None = Field(
-        default=None, ge=1, description="Connections at once from one address; by default half of all"
+        default=None, ge=1, description="Connections at once from one address; if unset, half of all"
     )
-    callback_private_hosts: bool = Field(default=False, description="Allow callback_url to reach private addresses")
-    callback_secret: SecretStr | None = Field(default=None, description="Signs callbacks (HMAC-SHA256)")
+    callback_private_hosts: bool = Field(
+        default=False, description="Let callback_url reach private and loopback addresses"
+    )
+    callback_secret: SecretText | None = Field(
+        default=None, description="The secret that signs callbacks (HMAC-SHA256)"
+    )
 
 
 class WebuiOptions(Options):
     """The web page."""
 
-    driver: Literal["gradio"] = "gradio"
-    host: str = "127.0.0.1"
-    port: int = Field(default=8081, ge=0, le=65535, description="0 takes a free one")
+    driver: Literal["gradio"] = Field(default="gradio", description="The only kind of page there is")
+    host: str = Field(
+        default="127.0.0.1", description="The address to listen on; 0.0.0.0 listens on all of the machine's addresses"
+    )
+    port: int = Field(default=8081, ge=0, le=65535, description="The port; 0 takes a free one")
     allowed_hosts: AllowedHosts = Field(default=(), description=ALLOWED_HOSTS)

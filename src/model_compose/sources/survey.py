@@ -1,4 +1,4 @@
-"""What a model source would bring, in bytes, before any of it is fetched; and which of its files lie here already."""
+"""How many bytes a model source has, and how many of them are not on this machine yet, without fetching the weights."""
 
 import os
 import re
@@ -16,8 +16,12 @@ _SIMPLE = "application/vnd.pypi.simple.v1+json"
 
 @dataclass(frozen=True)
 class Survey:
-    """files: bytes by name. missing: bytes still to be fetched, None where nobody says. fetched: what could be had without
-    fetching weights: the configs at least, or None where they come with the weights."""
+    """The sizes of a source's files.
+
+    files: bytes by name. missing: bytes that are still to be fetched; None if the package index does not tell. fetched:
+    the source's files as far as they are here, with the configs at least; None if the configs can only be had by
+    fetching the weights (a wheel, a GGUF file).
+    """
 
     files: Mapping[str, int]
     missing: int | None
@@ -29,7 +33,10 @@ class Survey:
 
 
 def survey(source: ModelSource, *, base_dir: Path, only: tuple[str, ...], report: Report) -> Survey:
-    """Looks at a source; fetches the files of `only` (configs) and nothing else. Raises SourceError."""
+    """The sizes of a source's files. Fetches the files that match `only` (the configs) and no others.
+
+    Raises SourceError.
+    """
     match source:
         case LocalSource():
             there = fetch(source, base_dir=base_dir)
@@ -42,7 +49,7 @@ def survey(source: ModelSource, *, base_dir: Path, only: tuple[str, ...], report
             return Survey({} if size is None else {"wheel": size}, size, None)
         case HuggingfaceSource():
             files, missing = hub.sizes(source, base_dir=base_dir)
-            if source.filename is not None:  # a single file, which holds its config itself
+            if source.filename is not None:  # a single GGUF file, which contains its config
                 return Survey(files, missing, None if missing else fetch(source, base_dir=base_dir, report=report))
             configs = fetch(source, base_dir=base_dir, only=only, report=report)
             missing = sum(size for name, size in files.items() if not (configs.folder / name).is_file())
@@ -50,13 +57,13 @@ def survey(source: ModelSource, *, base_dir: Path, only: tuple[str, ...], report
 
 
 def on_disk(fetched: Fetched) -> dict[str, int]:
-    """The bytes of the one file that was asked for, or of all in its folder."""
+    """Bytes by name: of the one file that was asked for, or of all files in the folder."""
     files = [fetched.folder / fetched.file] if fetched.file else fetched.folder.iterdir()
     return {path.relative_to(fetched.folder).as_posix(): path.stat().st_size for path in files if path.is_file()}
 
 
 def _wheel_size(source: PypiSource) -> int | None:
-    """The wheel's bytes by the index's JSON (PEP 691, PEP 700); None where the index does not tell."""
+    """The size of the wheel in bytes, from the index's JSON (PEP 691, PEP 700); None if the index does not tell."""
     import httpx
 
     if os.environ.get("PIP_NO_INDEX"):
@@ -79,7 +86,7 @@ def _underscored(name: re.Match[str]) -> str:
 
 
 def _index() -> str:
-    """The index that pip asks."""
+    """The address of the package index that pip uses."""
     url = os.environ.get("PIP_INDEX_URL")
     if not url:
         command = [sys.executable, "-P", "-m", "pip", "config", "get", "global.index-url"]

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from model_compose.components import ActionOptions, ComponentOptions, located, pick
 from model_compose.config import Config
+from model_compose.errors import Keys
 from model_compose.expressions import Path, Reference, Splice, Template, parse
-from model_compose.nodes import Keys
 from model_compose.schema import nearest
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 

@@ -13,11 +13,12 @@ from collections.abc import Sequence as List
 from torch import Tensor
 
 from model_compose.engines.huggingface.attention import Pass, Piece
-from model_compose.engines.huggingface.cache import KVCache, copy
+from model_compose.engines.huggingface.cache import KVCache, Row, copy
 from model_compose.engines.huggingface.forward import Forward
-from model_compose.engines.huggingface.prefix import PrefixCache, common, paste
-from model_compose.engines.huggingface.sequence import Sequence
-from model_compose.engines.scheduler import WORTH_WAITING, Scheduler, Work
+from model_compose.engines.huggingface.prefix import PrefixCache, paste
+from model_compose.engines.prompts import common
+from model_compose.engines.stepping.scheduler import WORTH_WAITING, Scheduler, Work
+from model_compose.engines.stepping.sequence import Sequence
 from model_compose.lora.layers import LoraModel
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,12 @@ class Batch(Scheduler):
         self._lora, self._forward, self._cache = lora, forward, cache
         self._max_rows, self._max_adapters = max_rows, max_adapters
         self._auto_fold, self._same = auto_fold, 0
+        self._rows: dict[Sequence, Row] = {}  # of the running sequences
         self.prefixes = PrefixCache(cache) if prefix_cache else None
+
+    def computes(self, sequence: Sequence) -> bool:
+        """Whether the sequence has a row of the KV cache. May be called from any thread."""
+        return sequence in self._rows
 
     def step(self) -> None:
         """One forward pass: a token for each sequence that decodes, a piece of some prompts."""
@@ -72,15 +78,14 @@ class Batch(Scheduler):
 
     def _reserve(self, sequence: Sequence) -> None:
         """Makes room for all of the sequence's tokens: by letting prefixes go, then by preempting the youngest."""
-        assert sequence.row is not None
-        while (larger := self._cache.grow(sequence.row, len(sequence.tokens), sequence.cached)) is None:
+        while (larger := self._cache.grow(self._rows[sequence], len(sequence.tokens), sequence.cached)) is None:
             if self.prefixes is not None and self.prefixes.drop_one():
                 continue
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is sequence:
                 return
-        sequence.row = larger
+        self._rows[sequence] = larger
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the front of the queue; its tokens stay, what was computed of them goes."""
@@ -124,6 +129,8 @@ class Batch(Scheduler):
                 fits = self._goes_with_running(sequence) and self._give_row(sequence)
             except Exception as error:  # no memory for the row
                 sequence.fail(error)
+                if sequence in self._rows:
+                    self._release(sequence)
                 continue
             if not fits:
                 kept.append(sequence)
@@ -155,15 +162,15 @@ class Batch(Scheduler):
         while (row := self._cache.take(tokens)) is None:
             if self.prefixes is None or not self.prefixes.drop_one():
                 return False
-        sequence.row = row
+        self._rows[sequence] = row
         if self.prefixes is not None:
             wanted = sequence.tokens[:-1]  # the last token is computed in any case, for its logits
             entry, length = self.prefixes.find(sequence.kept_as, wanted)
             alike = [other for other in self.running if other.kept_as == sequence.kept_as]
             other = max(alike, key=lambda other: common(other.tokens[: other.cached], wanted), default=None)
             shared = common(other.tokens[: other.cached], wanted) if other else 0
-            if other is not None and other.row is not None and shared > length:
-                copy(other.row, row, shared)
+            if other is not None and shared > length:
+                copy(self._rows[other], row, shared)
             elif entry is not None:
                 paste(entry, row, length)
             sequence.cached = max(shared, length)
@@ -184,10 +191,10 @@ class Batch(Scheduler):
         self._unload_retired()
 
     def _keep_prefix(self, sequence: Sequence) -> None:
-        if self.prefixes is None or sequence.failed or sequence.row is None:
+        if self.prefixes is None or sequence.failed:
             return
         try:
-            self.prefixes.keep(sequence.kept_as, sequence.tokens[: sequence.cached], sequence.row)
+            self.prefixes.keep(sequence.kept_as, sequence.tokens[: sequence.cached], self._rows[sequence])
         except (RuntimeError, MemoryError) as error:  # torch says by a RuntimeError that memory is short
             log.warning("a prefix of %d tokens was not kept: %s", sequence.cached, error)
 
@@ -195,9 +202,8 @@ class Batch(Scheduler):
         self._lora.unload(adapter)
 
     def _release(self, sequence: Sequence) -> None:
-        assert sequence.row is not None
-        self._cache.give_back(sequence.row)
-        sequence.row, sequence.cached = None, 0
+        self._cache.give_back(self._rows.pop(sequence))
+        sequence.cached = 0
 
     def _fold_or_not(self, sequences: List[Sequence]) -> None:
         """With `fold: auto`: folded while all use the same blend; live as soon as one uses another."""
@@ -227,9 +233,8 @@ class Batch(Scheduler):
             self._lora.fold(work[0][0].blend)
         pieces = []
         for sequence, count in work:
-            assert sequence.row is not None
             start = sequence.cached
-            pieces.append(Piece(sequence.row, sequence.tokens[start : start + count], start, sequence.long))
+            pieces.append(Piece(self._rows[sequence], sequence.tokens[start : start + count], start, sequence.long))
         step = Pass(pieces, self._forward.layers[0].device)
         with self._lora.use([work[number][0].blend for number in step.order], step.counts) as mix:
             return self._forward(step, mix), step.order

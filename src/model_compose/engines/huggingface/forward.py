@@ -16,7 +16,7 @@ from model_compose.engines.huggingface.attention import Pass, Scoring
 from model_compose.engines.huggingface.cache import LayerShape
 from model_compose.engines.huggingface.probe import NotServed, Probe, check_alike, mask_rules, watching
 from model_compose.engines.huggingface.rotary import Rotary, longrope_modules, rotate_by_row, switch_length
-from model_compose.engines.huggingface.sizes import context_length
+from model_compose.engines.sizes import context_length
 from model_compose.errors import LoadError
 from model_compose.lora.live import Mix
 

@@ -5,14 +5,16 @@ read off their configs in sizes.py. Knows nothing of where files come from.
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
-from model_compose.engines import ENGINES, ModelOptions
-from model_compose.engines.huggingface.free import free_memory
-from model_compose.engines.huggingface.sizes import (
-    KINDS,
+from model_compose.engines import ENGINES
+from model_compose.engines.devices import KINDS, Devices, device_name, free_memory, pick_dtype, size_text
+from model_compose.engines.huggingface.options import HuggingfaceOptions
+from model_compose.engines.needs import LEAST_TOKENS, Needs
+from model_compose.engines.options import ModelOptions
+from model_compose.engines.sizes import (
     AdapterSize,
     Checkpoint,
     base_bytes,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from model_compose.engines.huggingface import HuggingfaceOptions
+    from model_compose.engines.blueprint import Blueprint
     from model_compose.engines.huggingface.cache import KVCache, LayerShape
 
 log = logging.getLogger(__name__)
@@ -40,74 +42,9 @@ log = logging.getLogger(__name__)
 UNKNOWN_MEMORY = 8 << 30
 """Free memory where the system does not tell: what a common machine has."""
 
-LEAST_TOKENS = 256
-"""Less context than this is not worth starting for: `check_fits` wants a KV cache for so many tokens."""
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What one device has to hold, in bytes, and what it has free before that (None: nobody can tell).
-
-    kept: factors of adapters as stored, for folding and for adapters whose turn on the device comes later. folded: the
-    second copy of the weights that the default blend's fold touches; 0 where the originals are mapped and give way.
-    full_rank: the copy of those that the blend of full rank touches, which is always there.
-    loading: the base before it is quantised, where it is converted whole; else 0.
-    working: what a step holds besides; an estimate. smaller: settings that would shrink the base, and to what.
-    """
-
-    model: str
-    device: str
-    free: int | None
-    base: int = 0
-    mapped: bool = False
-    adapters: Mapping[str, int] = field(default_factory=dict)
-    adapters_at_once: int | None = None
-    kept: int = 0
-    folded: int = 0
-    full_rank: int = 0
-    loading: int = 0
-    fold: Literal["auto", "never", "always"] = "never"
-    context: int = 0
-    kv_per_token: int = 0
-    kv_cache: int = 0
-    kv_least: int = 0
-    kv_given: bool = False
-    working: int = 0
-    smaller: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def adapters_held(self) -> int:
-        """Bytes of the adapters that are on the device at once, at most."""
-        return sum(sorted(self.adapters.values(), reverse=True)[: self.adapters_at_once])
-
-    @property
-    def weights(self) -> int:
-        """All that is there before the first request."""
-        return self.base + self.adapters_held + self.kept + self.folded + self.full_rank
-
-    @property
-    def least(self) -> int:
-        """What must be there: the weights but for the fold of `fold: auto`, and the least KV cache; or loading's peak."""
-        served = self.weights - (self.folded if self.fold == "auto" else 0) + self.kv_least
-        return max(served, self.loading + self.kept if self.loading else 0)
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the KV cache holds."""
-        return self.kv_cache // self.kv_per_token if self.kv_per_token else 0
-
-    @property
-    def least_tokens(self) -> int:
-        return min(self.context, LEAST_TOKENS)
-
-    @property
-    def missing(self) -> int:
-        """Bytes too few for `least`."""
-        return 0 if self.free is None else max(0, self.least - self.free)
-
 
 def kv_budget(
-    options: "HuggingfaceOptions", device: "torch.device", free_bytes: int, per_token: int, context: int
+    options: HuggingfaceOptions, device: "torch.device", free_bytes: int, per_token: int, context: int
 ) -> int:
     """Bytes for the KV cache. free_bytes: what is free on the device once the weights are there.
 
@@ -121,7 +58,7 @@ def kv_budget(
 
 
 def open_cache(
-    layers: "list[LayerShape]", device: "torch.device", context: int, options: "HuggingfaceOptions"
+    layers: "list[LayerShape]", device: "torch.device", context: int, options: HuggingfaceOptions
 ) -> "tuple[KVCache, int]":
     """The KV cache, and the longest context in tokens: no longer than what one sequence alone may fill of it.
 
@@ -155,44 +92,40 @@ def open_cache(
 
 def needs(
     options: ModelOptions,
-    model: "nn.Module",
+    blueprint: "Blueprint",
     adapters: Mapping[str, AdapterSize],
     checkpoint: Checkpoint,
-    *,
-    name: str,
-    device: "torch.device",
-    dtype: "torch.dtype | str",
-    place: Callable[[str], "torch.device"],
-    free: Callable[["torch.device"], int | None],
+    devices: Devices,
 ) -> tuple[Needs, ...]:
     """What each device has to hold, the base's first.
 
-    model: the base on the meta device. name: what messages call it. dtype: the compute dtype, or "auto" for the
-    checkpoint's own. place: an adapter's `device` -> the torch device. free: bytes free there.
+    adapters: by name; one whose size is not known yet is left out. devices: this machine's, or those that `plan` pretends.
+    Raises LoadError for a device that is not there.
     """
     import torch
 
-    from model_compose.lora.layers import module_shapes
-
-    own, shapes = checkpoint_dtype(model, checkpoint), module_shapes(model)
+    model, name = blueprint.model, blueprint.name
+    device = devices.pick(options.device)
+    dtype = pick_dtype(options.precision, device)
+    own, shapes = checkpoint_dtype(model, checkpoint), blueprint.shapes
     compute = dtype if isinstance(dtype, torch.dtype) else own
     in_place = device.type == "cpu" and checkpoint.format == "safetensors" and compute == own
     blends = options.to_blends()
     touched = _touched(blends.default, adapters)
     copied = {path for blend in blends.full_rank for path in _touched(blend, adapters)}
     base = replace(
-        Needs(name, device_name(device), free(device)),
+        Needs(name, device_name(device), devices.free(device)),
         **_base_needs(options, model, touched, in_place, device, compute, checkpoint),
         full_rank=sum(weight_of(model, path).numel() for path in copied) * compute.itemsize,
     )
     found = {base.device: base}
 
     def on(device: torch.device) -> Needs:
-        return found.get(device_name(device)) or Needs(name, device_name(device), free(device))
+        return found.get(device_name(device)) or Needs(name, device_name(device), devices.free(device))
 
     for adapter_name, adapter in zip(options.adapter_names, options.peft_adapters, strict=True):
         if adapter_name in adapters:
-            there = on(device if adapter.device is None else place(adapter.device))
+            there = on(device if adapter.device is None else devices.pick(adapter.device))
             itemsize = (compute if adapter.precision == "auto" else getattr(torch, adapter.precision)).itemsize
             size = parameters(adapters[adapter_name].ranks, shapes) * itemsize
             found[there.device] = replace(there, adapters={**there.adapters, adapter_name: size})
@@ -220,41 +153,6 @@ def _compressed(blend: Blend, adapters: Mapping[str, AdapterSize]) -> dict[str, 
     return {
         path: min(blend.method.rank, sum(ranks.get(path, 0) for ranks in known)) for path in _touched(blend, adapters)
     }
-
-
-def check_fits(needs: Needs) -> None:
-    """Raises LoadError where the weights and the least KV cache exceed what the device has free."""
-    if not needs.missing:
-        return
-    assert needs.free is not None
-    parts = {
-        "the base": needs.base,
-        "adapters": needs.adapters_held + needs.kept,
-        "folded weights": needs.folded if needs.fold == "always" else 0,
-        "the weights of the blend of full rank": needs.full_rank,
-        "a KV cache" if needs.kv_given else f"a KV cache of {needs.least_tokens} tokens": needs.kv_least,
-    }
-    if needs.least > sum(parts.values()):
-        parts = {"the base before it is quantised": needs.loading, "adapters": needs.kept}
-    listed = " + ".join(f"{what} {size_text(size)}" for what, size in parts.items() if size)
-    mapped = " (the base is mapped from its files, and would be read from disk for every token)" if needs.mapped else ""
-    raise LoadError(
-        f"{needs.model} does not fit on {needs.device}: {listed} are {size_text(needs.least)}, and "
-        f"{size_text(needs.free)} are free, {size_text(needs.missing)} too few{mapped}; {_remedy(needs)}"
-    )
-
-
-def size_text(size: int) -> str:
-    """Bytes for people, in powers of ten as in cards' and disks' names: 13.48 GB, 67.1 MB."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.{2 if unit == 'GB' else 1}f} {unit}"
-    return f"{size} B"
-
-
-def device_name(device: "torch.device") -> str:
-    """One name for one device: "cuda" is "cuda:0"."""
-    return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
 
 
 def _base_needs(
@@ -334,15 +232,6 @@ def _inner(config: Any) -> int:
     return int(max(inner) if isinstance(inner, list) else inner)
 
 
-def _remedy(needs: Needs) -> str:
-    if needs.kv_given and needs.missing < needs.kv_least:
-        return f"set kv_cache to at most {size_text(needs.kv_least - needs.missing)}"
-    if needs.fold == "always" and needs.missing <= needs.folded:
-        return "set fold: never"
-    settings = [f"{setting} (the base: {size_text(size)})" for setting, size in needs.smaller.items()]
-    return f"set {' or '.join([*settings, 'another device'])}, or use a smaller model"
-
-
 def _honours(options: ModelOptions, kind: str) -> bool:
     """Whether the driver takes this quantization; a remedy that it refuses is none."""
     try:
@@ -352,8 +241,6 @@ def _honours(options: ModelOptions, kind: str) -> bool:
     return True
 
 
-def _own(options: ModelOptions) -> "HuggingfaceOptions":
-    from model_compose.engines.huggingface import HuggingfaceOptions
-
+def _own(options: ModelOptions) -> HuggingfaceOptions:
     assert isinstance(options.options, HuggingfaceOptions)
     return options.options

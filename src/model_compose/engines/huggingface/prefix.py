@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from model_compose.engines.huggingface.cache import KVCache, Row
+from model_compose.engines.prompts import common
 
 CHUNK = 16
 """Prefixes are found by chunks of so many tokens, and are worth keeping from one chunk on."""
@@ -101,14 +102,6 @@ def paste(entry: Entry, row: Row, tokens: int) -> None:
     for layer, kept in enumerate(entry.layers):
         for target, source in zip(row.views(layer, tokens), kept, strict=True):
             target.copy_(source[:, :tokens])
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both start with."""
-    for position, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return position
-    return min(len(one), len(other))
 
 
 def _chains(identity: str, tokens: Iterable[int]) -> Iterator[Chain]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model_compose.engines.devices import multiplies_bfloat16
 from model_compose.native import FEW, GROUP, Affine, Kernels, kernels
 
 WIDE = 96
@@ -50,11 +51,6 @@ class NativeLinear(nn.Linear):
             return y if self.bias is None else y.add_(self.bias)
         plain = self._packed is None and self.weight.dtype == torch.float32
         return F.linear(rows, self.weight if plain else self._native.expand(self.affine), self.bias)
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for it."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class QuantizedLinear(nn.Linear):

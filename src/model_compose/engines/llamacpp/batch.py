@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from model_compose.engines.huggingface.prefix import common
-from model_compose.engines.huggingface.sequence import Sequence
 from model_compose.engines.llamacpp.llama import Llama, Piece
-from model_compose.engines.scheduler import WORTH_WAITING, Scheduler, Work
+from model_compose.engines.prompts import common
+from model_compose.engines.stepping.scheduler import WORTH_WAITING, Scheduler, Work
+from model_compose.engines.stepping.sequence import Sequence
 
 TURN = 8
 """Passes before another blend has its turn: a change costs llama.cpp about as much as a pass of a small model."""

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
-from model_compose.engines.connection import error_of
-from model_compose.engines.huggingface.sampling import SMALLEST_TEMPERATURE
+from model_compose.engines.served.connection import error_of
+from model_compose.engines.stepping.sampling import SMALLEST_TEMPERATURE
 from model_compose.errors import InputError, LoadError, RunError
 from model_compose.generation import Sampling
 

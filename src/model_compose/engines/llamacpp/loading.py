@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from model_compose.engines import ModelOptions
-from model_compose.engines.huggingface.free import free_memory
-from model_compose.engines.huggingface.memory import size_text
-from model_compose.engines.llamacpp import LlamacppOptions
+from model_compose.engines.adapters import fetch_adapters
+from model_compose.engines.devices import free_memory, size_text
 from model_compose.engines.llamacpp.base import Base, read_base
 from model_compose.engines.llamacpp.llama import Settings
+from model_compose.engines.llamacpp.options import LlamacppOptions
 from model_compose.engines.on_disk import check_kind
-from model_compose.engines.parts import fetch_adapters, load_tokenizer
+from model_compose.engines.options import ModelOptions
+from model_compose.engines.tokenizer import load_tokenizer
 from model_compose.errors import LoadError
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.progress import Report

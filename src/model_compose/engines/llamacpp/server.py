@@ -14,27 +14,27 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from model_compose.daemon import in_daemon_thread
-from model_compose.engines import AdapterOptions, ModelOptions, Stats
-from model_compose.engines.child import Child, inherited
-from model_compose.engines.connection import Connection
-from model_compose.engines.llamacpp import LlamacppEngine, LlamacppOptions
+from model_compose.engines import Stats
+from model_compose.engines.adapters import check_loaded
 from model_compose.engines.llamacpp.completion import ends, refuse
+from model_compose.engines.llamacpp.options import LlamacppOptions
 from model_compose.engines.llamacpp.slots import Slots
 from model_compose.engines.llamacpp.writing import Job, Writing
-from model_compose.engines.parts import check_loaded, check_logit_bias
-from model_compose.engines.prompts import Prompts
+from model_compose.engines.options import AdapterOptions, ModelOptions
+from model_compose.engines.prompts import Prompts, check_logit_bias
+from model_compose.engines.served.child import Child, inherited
+from model_compose.engines.served.connection import Connection
 from model_compose.errors import ComposeError, Conflict, InputError, LoadError, NotReady, RunError
 from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends, stack
 from model_compose.progress import Progress, Report
 from model_compose.room import Room
-from model_compose.schema import Options
 from model_compose.sources.local import absolute
 
 if TYPE_CHECKING:
@@ -71,8 +71,6 @@ class Loaded:
 class ServerEngine:
     """Hands out llama-server's slots and turns, asks it for tokens, and keeps its process running."""
 
-    Options: ClassVar[type[Options]] = LlamacppOptions
-
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         assert isinstance(options.options, LlamacppOptions)
         self._options, self._own = options, options.options
@@ -86,10 +84,6 @@ class ServerEngine:
         self._prompts: Prompts | None = None
         self._prefix_queries = self._prefix_hits = 0
         self._closed = False
-
-    @classmethod
-    def refuse(cls, options: ModelOptions) -> None:
-        LlamacppEngine.refuse(options)
 
     @property
     def up(self) -> bool:

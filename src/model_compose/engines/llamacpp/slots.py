@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from model_compose.engines.huggingface.prefix import common
+from model_compose.engines.prompts import common
 
 
 @dataclass

@@ -11,7 +11,7 @@ import httpx
 
 from model_compose.engines.llamacpp.completion import Ask, LeftOut, Told, distribution, next_tokens
 from model_compose.engines.llamacpp.slots import Slot, Slots
-from model_compose.engines.text import ServedText
+from model_compose.engines.served.text import ServedText
 from model_compose.errors import NotReady
 from model_compose.generation import Chunk, Sampling, TokenLogprob
 

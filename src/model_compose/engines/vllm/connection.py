@@ -5,8 +5,9 @@ from pathlib import Path
 
 import httpx
 
-from model_compose.engines import Stats, connection
-from model_compose.engines.connection import error_of
+from model_compose.engines import Stats
+from model_compose.engines.served import connection
+from model_compose.engines.served.connection import error_of
 from model_compose.errors import AdapterError, InputError, LoadError
 
 

@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model_compose.engines import ModelOptions
+from model_compose.engines.adapters import fetch_adapters
 from model_compose.engines.on_disk import check_kind
-from model_compose.engines.parts import fetch_adapters, load_tokenizer
+from model_compose.engines.options import ModelOptions
+from model_compose.engines.tokenizer import load_tokenizer
 from model_compose.engines.vllm.server import RANKS
 from model_compose.errors import AdapterError, InputError, LoadError
 from model_compose.lora.adapter import Factors, LoraAdapter, ModuleShape, check
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
-from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
+from model_compose.sources import Fetched, HuggingfaceSource, fetch
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 """What the tokenizer and the shapes need of a base whose weights another server has."""
@@ -35,31 +36,28 @@ class Loaded:
 
 
 def load(
-    options: ModelOptions, base_dir: Path, report: Report, *, trust_remote_code: bool, weights: bool
+    options: ModelOptions, base_dir: Path, report: Report, *, weights: bool
 ) -> tuple[Loaded, dict[str, LoraAdapter]]:
     """weights: whether the base's are needed here. Raises SourceError, AdapterError, LoadError."""
     import torch
     from transformers.utils import logging as transformers_logging
 
-    from model_compose.engines.huggingface.model import base_config, load_errors, on_meta
-    from model_compose.lora.layers import module_shapes
+    from model_compose.engines.blueprint import load_errors, read_blueprint
 
     transformers_logging.set_verbosity_error()
-    name, meta = describe(options.model), torch.device("meta")
     adapters = {adapter.name: adapter for adapter in fetch_adapters(options, base_dir, report)}
     # The configs come first, and decide whether the weights are worth fetching.
     small = SMALL_FILES if isinstance(options.model, HuggingfaceSource) else None
     base = fetch(options.model, base_dir=base_dir, only=small, report=report)
     check_kind(base, "vllm")
-    with load_errors(name, meta):
-        config = base_config(base, trust_remote_code)
-        shapes = module_shapes(on_meta(config, trust_remote_code))
-        adapters = {name: check_adapter(adapter, shapes) for name, adapter in adapters.items()}
-        tokenizer = load_tokenizer(base, trust_remote_code, chat=options.chats)
-        eos = _eos(base, config, tokenizer)
+    blueprint = read_blueprint(options, base)
+    with load_errors(blueprint.name, torch.device("meta")):
+        adapters = {name: check_adapter(adapter, blueprint.shapes) for name, adapter in adapters.items()}
+        tokenizer = load_tokenizer(base, options.trust_remote_code, chat=options.chats)
+        eos = _eos(base, blueprint.config, tokenizer)
     if weights and small is not None:
         base = fetch(options.model, base_dir=base_dir, report=report)
-    return Loaded(base, config, tokenizer, eos, shapes), adapters
+    return Loaded(base, blueprint.config, tokenizer, eos, blueprint.shapes), adapters
 
 
 def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
@@ -99,7 +97,7 @@ def dtype_name(precision: str, config: Any, *, on_cpu: bool) -> str:
     """`precision` as vLLM's --dtype; its own auto would turn a float32 checkpoint into half of that."""
     import torch
 
-    from model_compose.engines.huggingface.model import pick_dtype
+    from model_compose.engines.devices import pick_dtype
 
     chosen = pick_dtype(precision, torch.device("cpu" if on_cpu else "cuda"))
     chosen = config.dtype if chosen == "auto" else chosen
@@ -109,7 +107,7 @@ def dtype_name(precision: str, config: Any, *, on_cpu: bool) -> str:
 def kv_bytes_per_token(config: Any, dtype: str) -> int:
     import torch
 
-    from model_compose.engines.huggingface import sizes
+    from model_compose.engines import sizes
 
     return sizes.kv_bytes_per_token(config, getattr(torch, dtype, torch.float16))
 

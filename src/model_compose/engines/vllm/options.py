@@ -1,12 +1,12 @@
 """`options` of `driver: vllm`, and the other drivers' options that it refuses."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import ByteSize, Field, SecretStr, model_validator
+from pydantic import ByteSize, Field, model_validator
 
-from model_compose.engines import ModelOptions
-from model_compose.engines.parts import refuse_common, refuse_full_rank
-from model_compose.schema import Options, Seconds
+from model_compose.engines.options import ModelOptions, refuse_common, refuse_full_rank, refuse_given
+from model_compose.errors import Keys
+from model_compose.schema import LocalPath, Options, Seconds, Secret, SecretText, invalid
 from model_compose.sources import LocalSource, PypiSource
 
 FILE_ENDINGS = (".gguf", ".bin", ".safetensors", ".pt")
@@ -16,14 +16,14 @@ START_SECONDS = 600.0
 class VllmOptions(Options):
     """`options` of vLLM."""
 
-    python: str | None = Field(
+    python: LocalPath | None = Field(
         default=None, min_length=1, description="Interpreter of an environment with vLLM; that of `setup` if unset"
     )
     base_url: str | None = Field(
         default=None, pattern=r"^https?://", description="A vLLM server that runs already, such as http://host:8000"
     )
-    api_key: SecretStr | None = Field(default=None, description="Of the server at base_url")
-    adapter_folder: str | None = Field(
+    api_key: SecretText | None = Field(default=None, description="Of the server at base_url")
+    adapter_folder: LocalPath | None = Field(
         default=None, min_length=1, description="Where blends are written for the server at base_url to read"
     )
     max_loras: int = Field(default=4, ge=1, description="Different blends at once; further ones wait")
@@ -41,7 +41,7 @@ class VllmOptions(Options):
     prefix_cache: bool = Field(default=True, description="Keep keys and values for prompts that start alike")
     trust_remote_code: bool = Field(default=False, description="Run Python code that the model's repository brings")
     start_timeout: Seconds = Field(default=START_SECONDS, gt=0, description="Seconds in which the server must answer")
-    env: dict[str, str] = Field(
+    env: Annotated[dict[str, str], Secret()] = Field(
         default={}, description="Further variables for the server, which inherits those of libraries and no secrets"
     )
 
@@ -51,9 +51,9 @@ class VllmOptions(Options):
         of_other = ("api_key", "adapter_folder")
         for key in sorted(self.model_fields_set):
             if self.base_url is not None and key in of_own:
-                raise ValueError(f"'{key}' is for a server that model-compose starts; leave it or 'base_url' out")
+                raise invalid(f"'{key}' is for a server that model-compose starts; leave it or 'base_url' out", key)
             if self.base_url is None and key in of_other:
-                raise ValueError(f"'{key}' is for a server at 'base_url'; leave it out")
+                raise invalid(f"'{key}' is for a server at 'base_url'; leave it out", key)
         return self
 
 
@@ -66,21 +66,17 @@ def refuse(options: ModelOptions) -> None:
     file = None if isinstance(model, PypiSource) else model.filename
     if isinstance(model, LocalSource) and model.path.endswith(FILE_ENDINGS):
         file = model.path
-    refused = {
-        "model": (file is not None, f"{file} is a single file, and it takes a folder of safetensors; for GGUF use "
+    refused: dict[Keys, tuple[bool, str]] = {
+        ("model",): (file is not None, f"{file} is a single file, and it takes a folder of safetensors; for GGUF use "
                   "driver: llamacpp"),
-        "device": (options.device != "auto", "it runs where its build does; choose cards by CUDA_VISIBLE_DEVICES"),
-        "quantization": (options.quantization is not None, "give it a checkpoint that is quantised (AWQ, GPTQ, FP8)"),
-        "precision": (
+        ("device",): (options.device != "auto", "it runs where its build does; choose cards by CUDA_VISIBLE_DEVICES"),
+        ("quantization",): (options.quantization is not None, "give it a checkpoint that is quantised (AWQ, GPTQ, FP8)"),
+        ("precision",): (
             own.base_url is not None and options.precision != "auto", "the server at base_url has its own; leave it out"
         ),
-        "peft_adapters.device": (
-            any(adapter.device is not None for adapter in options.peft_adapters), "adapters compute where the base does"
-        ),
-        "peft_adapters.precision": (
-            any(adapter.precision != "auto" for adapter in options.peft_adapters), "adapters compute as the base does"
-        ),
     }  # fmt: skip
-    for key, (given, remedy) in refused.items():
-        if given:
-            raise ValueError(f"driver vllm cannot honour '{key}': {remedy}")
+    for index, adapter in enumerate(options.peft_adapters):
+        at = ("peft_adapters", index)
+        refused[*at, "device"] = adapter.device is not None, "adapters compute where the base does"
+        refused[*at, "precision"] = adapter.precision != "auto", "adapters compute as the base does"
+    refuse_given(options, refused)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_compose.engines.child import inherited
+from model_compose.engines.served.child import inherited
 from model_compose.environments import environment_folder, python_of
 from model_compose.errors import LoadError
 from model_compose.sources.local import absolute

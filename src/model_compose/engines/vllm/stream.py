@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 
-from model_compose.engines.connection import error_of
-from model_compose.engines.text import ServedText
+from model_compose.engines.served.connection import error_of
+from model_compose.engines.served.text import ServedText
 from model_compose.errors import InputError, NotReady, RunError
 from model_compose.generation import Chunk, Finish, ResponseFormat, Sampling, TokenLogprob
 

@@ -1,7 +1,8 @@
-"""Approximate ways to combine adapters, beside the exact sum. One file each, with its formula and its paper.
+"""Approximate ways to combine adapters, as alternatives to the exact sum. Each has a file, with its formula and its paper.
 
-They work on the deltas D_i = s_i B_i A_i of one module, (out, in) in float32, never on A and B apart: what a method does to
-A and to B is not what it does to their product. A new one is one file here plus its line in METHODS.
+A method works on the deltas D_i = s_i B_i A_i of one module, (out, in) in float32. It never treats A and B separately,
+since applying a method to A and to B does not give what the method gives for their product. To add a method, add a file
+here and a line to METHODS.
 """
 
 from abc import abstractmethod
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class Method(Options):
-    """A way to combine that is not the sum. Its fields are its options in the YAML; `method` is its name there.
+    """A way to combine adapters other than the exact sum. Its fields are its options in the YAML, where `method` names it.
 
-    Only adapters with a weight other than 0 come to it, in the order of their names.
+    A method is given only the adapters whose weight is not 0, sorted by name.
     """
 
     approximate: ClassVar[bool] = True
@@ -26,32 +27,39 @@ class Method(Options):
 
 
 class FullRank(Method):
-    """Its result has no small rank, so it is no LoRA: it runs folded into the weights, or as a merged model."""
+    """A method whose result has full rank, so that it is not a LoRA. It can be served by folding it into the base's
+    weights, or exported as a merged model."""
 
     @abstractmethod
     def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
-        """What is added to the weight of one module. deltas: (out, in), float32, at least one; left as they are.
+        """The tensor, (out, in) in float32, to add to the weight of one module.
 
-        key: the module's path, which seeds what is random, so that the order of the modules does not matter.
+        deltas: at least one tensor, (out, in) in float32; they must not be changed. key: the module's path. A method that
+        draws random numbers seeds them by it, so that the result does not depend on the order of the modules.
         """
 
 
 class LowRank(Method):
-    """Its result is one ordinary LoRA again, which runs wherever an adapter does."""
+    """A method whose result is one ordinary LoRA again, which every engine can load as an adapter."""
 
     rank: int
 
     @abstractmethod
     def compress(self, a: "Tensor", b: "Tensor") -> "tuple[Tensor, Tensor]":
-        """a (R, in) and b (out, R), float32, whose product is the exact sum of one module -> those of the result."""
+        """The result's factors of one module, A and B in float32.
+
+        a: (R, in), b: (out, R), in float32; their product b a is the exact weighted sum.
+        """
 
 
 METHODS: Registry[type[Method]] = Registry(
+    "method",
+    "model_compose.methods",
     {
         "ties": "model_compose.lora.methods.ties:Ties",
         "dare_linear": "model_compose.lora.methods.dare_linear:DareLinear",
         "dare_ties": "model_compose.lora.methods.dare_ties:DareTies",
         "magnitude_prune": "model_compose.lora.methods.magnitude_prune:MagnitudePrune",
         "svd": "model_compose.lora.methods.svd:Svd",
-    }
+    },
 )

@@ -2,8 +2,9 @@
 
     Σ w_i · m_i ⊙ D_i / density        m_i is 1 with probability `density`, else 0; the expected value is the exact sum
 
-Yu et al., Language Models are Super Mario, https://arxiv.org/abs/2311.03099. As PEFT's `dare_linear`, on deltas. The masks
-follow from the seed, the module's path and the adapter's place alone: one file is one function, every time it is loaded.
+Yu et al., Language Models are Super Mario, https://arxiv.org/abs/2311.03099. The same as PEFT's `dare_linear`, but on
+deltas. A mask depends only on the seed, the module's path and the adapter's place in the list, so a YAML file gives the
+same weights each time it is loaded.
 """
 
 import hashlib
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
 class DareLinear(FullRank):
     """The weighted sum of the adapters with entries dropped at random and the rest rescaled."""
 
-    method: Literal["dare_linear"] = "dare_linear"
-    density: float = Field(gt=0, le=1, description="The share of entries that is kept, at random")
-    seed: int = Field(default=0, ge=0, description="Another seed drops other entries")
+    method: Literal["dare_linear"] = Field(default="dare_linear", description="The method's name")
+    density: float = Field(gt=0, le=1, description="The share of entries to keep, chosen at random")
+    seed: int = Field(default=0, ge=0, description="Decides which entries are dropped")
 
     def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
         parts = zip(drop(deltas, self.density, self.seed, key), weights, strict=True)
@@ -35,7 +36,7 @@ class DareLinear(FullRank):
 
 
 def drop(deltas: "Sequence[Tensor]", density: float, seed: int, key: str) -> "list[Tensor]":
-    """New tensors m_i ⊙ D_i / density. The masks are drawn on the CPU, so that they are the same on every device."""
+    """New tensors m_i ⊙ D_i / density. The masks are drawn on the CPU, so that they do not depend on the device."""
     import torch
 
     dropped = []
@@ -47,5 +48,5 @@ def drop(deltas: "Sequence[Tensor]", density: float, seed: int, key: str) -> "li
 
 
 def seed_of(seed: int, key: str, place: int) -> int:
-    """Of one mask: for the module `key` and the adapter that stands at `place` among those that act on it."""
+    """The seed of one mask: for the module `key` and the adapter at index `place` among those that adapt this module."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}:{place}".encode()).digest()[:8])

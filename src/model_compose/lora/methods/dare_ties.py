@@ -1,9 +1,9 @@
-"""DARE's random drop in the place of TIES' trimming, then TIES' vote and mean.
+"""DARE with TIES: DARE's random drop instead of TIES' trimming, then TIES' sign election and mean.
 
     T_i = m_i ⊙ D_i / density        (see dare_linear.py), then γ and the mean as in ties.py
 
-Yu et al., https://arxiv.org/abs/2311.03099, with Yadav et al., https://arxiv.org/abs/2306.01708. As PEFT's `dare_ties`, on
-deltas.
+Yu et al., https://arxiv.org/abs/2311.03099, and Yadav et al., https://arxiv.org/abs/2306.01708. The same as PEFT's
+`dare_ties`, but on deltas.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class DareTies(FullRank):
-    """For each entry, the mean of the adapters that were not dropped there and agree with the majority's sign."""
+    """For each entry, the mean over the adapters whose entry was kept and has the elected sign."""
 
-    method: Literal["dare_ties"] = "dare_ties"
-    density: float = Field(gt=0, le=1, description="The share of entries that is kept, at random")
+    method: Literal["dare_ties"] = Field(default="dare_ties", description="The method's name")
+    density: float = Field(gt=0, le=1, description="The share of entries to keep, chosen at random")
     majority_sign_method: Majority = Field(
-        default="total", description="What elects a sign: the sum of the values, or how many have it"
+        default="total", description="What elects an entry's sign: the sum of the values, or the most frequent sign"
     )
-    seed: int = Field(default=0, ge=0, description="Another seed drops other entries")
+    seed: int = Field(default=0, ge=0, description="Decides which entries are dropped")
 
     def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
         return disjoint_mean(drop(deltas, self.density, self.seed, key), weights, self.majority_sign_method)

@@ -1,8 +1,9 @@
-"""Magnitude pruning: the weighted sum of what is largest in each adapter.
+"""Magnitude pruning: the weighted sum of each adapter's largest entries.
 
-    Σ w_i · top(D_i)        top keeps the ⌊density · n⌋ of the n entries that are largest in size, and makes the others 0
+    Σ w_i · top(D_i)        of n entries, top keeps the ⌊density · n⌋ with the largest magnitude and sets the others to 0
 
-Han et al., https://arxiv.org/abs/1506.02626; for merging, the first step of TIES. As PEFT's `magnitude_prune`, on deltas.
+Han et al., https://arxiv.org/abs/1506.02626; in merging, it is the first step of TIES. The same as PEFT's
+`magnitude_prune`, but on deltas.
 """
 
 from collections.abc import Sequence
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class MagnitudePrune(FullRank):
-    """The weighted sum of each adapter's largest changes."""
+    """The weighted sum of each adapter's largest entries."""
 
-    method: Literal["magnitude_prune"] = "magnitude_prune"
-    density: float = Field(gt=0, le=1, description="The share of each module's entries that is kept")
+    method: Literal["magnitude_prune"] = Field(default="magnitude_prune", description="The method's name")
+    density: float = Field(gt=0, le=1, description="The share of each module's entries to keep")
 
     def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
         pruned = (top(delta, self.density).mul_(weight) for delta, weight in zip(deltas, weights, strict=True))
@@ -31,7 +32,7 @@ class MagnitudePrune(FullRank):
 
 
 def top(delta: "Tensor", density: float) -> "Tensor":
-    """A new tensor with the ⌊density · n⌋ entries of largest size, 0 elsewhere."""
+    """A new tensor with the ⌊density · n⌋ entries of largest magnitude, and 0 elsewhere."""
     flat = delta.flatten()
     kept = flat.abs().topk(int(density * len(flat)), sorted=False).indices
     return flat.new_zeros(len(flat)).index_copy_(0, kept, flat[kept]).view_as(delta)

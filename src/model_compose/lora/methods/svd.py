@@ -1,9 +1,10 @@
-"""SVD: the LoRA of a given rank that is nearest to the weighted sum.
+"""SVD: the LoRA of a given rank r that is nearest to the weighted sum (in the Frobenius norm).
 
-    Σ w_i D_i = U S Vᵀ,   result U_r S_r V_rᵀ        the r largest singular values; of all matrices of rank r, the nearest
+    Σ w_i D_i = U S Vᵀ,   result U_r S_r V_rᵀ        U_r, S_r and V_r belong to the r largest singular values
 
-Eckart and Young, https://doi.org/10.1007/BF02288367. The sum is B A of small rank R, so no (out, in) matrix is formed: with
-B = Q_b R_b and Aᵀ = Q_a R_a, the decomposition of R_b R_aᵀ, (R, R), turned by Q_b and Q_a is that of the sum.
+Eckart and Young, https://doi.org/10.1007/BF02288367. The sum is B A with a small rank R, so no (out, in) matrix is formed.
+With the QR decompositions B = Q_b R_b and Aᵀ = Q_a R_a, we take the SVD of the (R, R) matrix R_b R_aᵀ = u S vᵀ; then
+U = Q_b u and V = Q_a v.
 """
 
 from typing import TYPE_CHECKING, Literal
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class Svd(LowRank):
-    """The weighted sum, compressed to a rank."""
+    """The weighted sum, compressed to a given rank."""
 
-    method: Literal["svd"] = "svd"
-    rank: int = Field(ge=1, description="Of the result, in every module; the sum itself where that has no more")
+    method: Literal["svd"] = Field(default="svd", description="The method's name")
+    rank: int = Field(ge=1, description="The result's rank in every module; a sum of lower rank stays exact")
 
     def compress(self, a: "Tensor", b: "Tensor") -> "tuple[Tensor, Tensor]":
         import torch

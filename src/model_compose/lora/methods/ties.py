@@ -1,12 +1,13 @@
-"""TIES: trim each adapter, elect a sign for each entry, and average those that have it.
+"""TIES: trim each adapter, elect a sign for each entry, and average the adapters that have that sign.
 
-    T_i = top(D_i)                                 the entries of largest size (see magnitude_prune.py)
+    T_i = top(D_i)                                 the entries of largest magnitude (see magnitude_prune.py)
     γ = sgn(Σ T_i)                                 for majority_sign_method frequency: sgn(Σ sgn(T_i)); 0 counts as +
     Σ_{i: sgn T_i = γ} w_i T_i  /  |{i: sgn T_i = γ}|
 
-Yadav et al., TIES-Merging, https://arxiv.org/abs/2306.01708, which has no weights but one factor for the whole. They stand
-where PEFT's `ties` has them: the adapters vote without them, and the mean divides by how many agree, not by Σ w_i, so a
-weight scales as in the sum. (mergekit multiplies before the vote, and divides by the weights of those that agree.)
+Yadav et al., TIES-Merging, https://arxiv.org/abs/2306.01708. The paper has no weight per adapter, only one factor for the
+result. We apply the weights as PEFT's `ties` does: the vote does not use them, and the mean divides by the number of
+adapters that agree, not by the sum of their weights, so that a weight scales an adapter as in the exact sum. (mergekit
+multiplies by the weights before the vote, and divides by the sum of the weights that agree.)
 """
 
 from collections.abc import Sequence
@@ -21,16 +22,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Majority = Literal["total", "frequency"]
-"""What elects a sign: the sum of the values, or the number of those that have it."""
+"""What elects an entry's sign: "total", the sum of the adapters' values, or "frequency", the most frequent sign."""
 
 
 class Ties(FullRank):
-    """For each entry, the mean of the adapters' largest changes that agree with the majority's sign."""
+    """For each entry, the mean over the adapters whose trimmed entry has the elected sign."""
 
-    method: Literal["ties"] = "ties"
-    density: float = Field(gt=0, le=1, description="The share of each module's entries that is kept")
+    method: Literal["ties"] = Field(default="ties", description="The method's name")
+    density: float = Field(gt=0, le=1, description="The share of each module's entries to keep")
     majority_sign_method: Majority = Field(
-        default="total", description="What elects a sign: the sum of the values, or how many have it"
+        default="total", description="What elects an entry's sign: the sum of the values, or the most frequent sign"
     )
 
     def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
@@ -38,7 +39,7 @@ class Ties(FullRank):
 
 
 def disjoint_mean(trimmed: "Sequence[Tensor]", weights: Sequence[float], majority: Majority) -> "Tensor":
-    """For each entry, the mean of w_i T_i over those T_i that have the elected sign; 0 where none has it."""
+    """For each entry, the mean of w_i T_i over the adapters whose T_i has the elected sign; 0 if there is none."""
     import torch
 
     votes = torch.zeros_like(trimmed[0])

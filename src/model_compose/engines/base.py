@@ -1,0 +1,124 @@
+"""A base class for engines of other packages: everything that `Engine` asks for, except the text itself.
+
+It serves engines that turn a prompt into pieces of text. Engines that load adapters themselves override more of it.
+"""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from pathlib import Path
+from typing import ClassVar
+
+from model_compose.engines import Stats
+from model_compose.engines.adapters import check_loaded
+from model_compose.engines.options import AdapterOptions, ModelOptions, refuse_common, refuse_full_rank
+from model_compose.engines.text import StopStrings
+from model_compose.errors import Conflict, InputError
+from model_compose.generation import Chunk, Finish, Request, Sampling, Usage
+from model_compose.lora.blend import Blend, Blends
+from model_compose.progress import Report
+from model_compose.room import Room
+from model_compose.schema import Options as NoOptions
+from model_compose.sources import describe
+
+OF_MODELS = ("precision", "device", "quantization", "max_seq_length", "allow_runtime_adapters")
+"""Keys of a component that an engine must honour or refuse, besides those that no engine honours."""
+OF_REQUESTS = ("logprobs", "response_format", "logit_bias")
+"""Fields of `Sampling` that an engine must honour or refuse. The others only say how a text is drawn and where it ends."""
+
+
+class BaseEngine(ABC):
+    """An engine of which only `write` is missing. A text ends where `write` ends, before a stop string, or after
+    max_output_length pieces: every piece counts as one token.
+
+    Options: the class of `options:` in the YAML. rows: texts that are written at once; queue: texts that may wait besides.
+    honours: names from OF_MODELS and OF_REQUESTS that this engine acts on; all other names are refused where they are set.
+    """
+
+    Options: ClassVar[type[NoOptions]] = NoOptions
+    needs = None
+    rows: ClassVar[int] = 16
+    queue: ClassVar[int] = 256
+    honours: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
+        self.options, self.blends, self.base_dir = options, blends, base_dir
+        self.room = Room(self.rows, self.queue)
+        self._turns = asyncio.Semaphore(self.rows)
+
+    @abstractmethod
+    def write(self, request: Request) -> AsyncGenerator[str]:
+        """One text for the request, in pieces of whole characters. It is closed when the client leaves."""
+
+    @classmethod
+    def refuse(cls, options: ModelOptions) -> None:
+        refuse_common(options)
+        refuse_full_rank(options)
+        for key in OF_MODELS:
+            if key not in cls.honours and getattr(options, key) != ModelOptions.model_fields[key].default:
+                raise ValueError(f"driver {options.driver} cannot honour '{key}': it does not act on it; leave it out")
+
+    async def open(self, report: Report) -> None:  # noqa: B027
+        """Nothing to load."""
+
+    async def close(self) -> None:  # noqa: B027
+        """Nothing to free."""
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        self._check(request)
+        start, sampling, tokens = time.perf_counter(), request.sampling, 0
+        texts = sampling.num_return_sequences
+        with self.room.hold(texts, request.place):
+            for index in range(texts):
+                finish: Finish = "stop"
+                stops, length, stopped = StopStrings(sampling.stop_sequences), 0, False
+                async with self._turns, aclosing(self.write(request)) as pieces:
+                    async for piece in pieces:
+                        length += 1
+                        ready, stopped = stops.push(piece)
+                        if ready:
+                            yield Chunk(index, ready)
+                        if stopped:
+                            break
+                        if length == sampling.max_output_length:
+                            finish = "length"
+                            break
+                tokens += length
+                usage = Usage(completion_tokens=tokens, seconds=time.perf_counter() - start)
+                rest = "" if stopped else stops.flush()
+                yield Chunk(index, rest, finish, usage=usage if index == texts - 1 else None)
+
+    def _check(self, request: Request) -> None:
+        """Raises InputError for what this engine does not act on."""
+        given, plain = request.sampling, Sampling()
+        for name in OF_REQUESTS:
+            if name not in self.honours and getattr(given, name) != getattr(plain, name):
+                raise InputError(f"driver {self.options.driver} does not act on '{name}'; leave it out", field=name)
+        if not isinstance(request.prompt, str) and not self.has_chat_template:
+            raise InputError(
+                f"driver {self.options.driver} has no chat template; use /v1/completions or task: text-generation",
+                field="messages",
+            )
+
+    def identity(self, blend: Blend) -> str:
+        """By the names of the sources. An engine that reads the files should use a digest of their content."""
+        sources = dict(zip(self.options.adapter_names, self.options.peft_adapters, strict=True))
+        check_loaded(blend, sources)
+        return blend.identity(
+            describe(self.options.model), {name: describe(each.model) for name, each in sources.items()}
+        )
+
+    @property
+    def has_chat_template(self) -> bool:
+        return False
+
+    def stats(self) -> Stats | None:
+        return None
+
+    async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
+        raise Conflict(f"driver {self.options.driver} loads no adapters while it runs")
+
+    async def unload_adapter(self, name: str) -> None:
+        raise Conflict(f"driver {self.options.driver} unloads no adapters while it runs")

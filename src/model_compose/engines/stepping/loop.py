@@ -1,0 +1,131 @@
+"""The engine's thread: steps of the batch, one after the other, for as long as there is a sequence in it."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import Sequence as List
+from concurrent.futures import Future
+
+from model_compose.engines.stepping.scheduler import Scheduler
+from model_compose.engines.stepping.sequence import Sequence
+from model_compose.errors import ComposeError, NotReady
+from model_compose.generation import Chunk, Usage
+
+
+class Mailbox:
+    """Carries chunks, or the error that ended a request, from the engine's thread to its event loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Chunk | ComposeError] = asyncio.Queue()
+
+    def put(self, item: Chunk | ComposeError) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+    async def get(self) -> Chunk:
+        """The next chunk. Raises the error that ended the request."""
+        item = await self._queue.get()
+        if isinstance(item, ComposeError):
+            raise item
+        return item
+
+
+class Loop:
+    """Runs sequences until they are done. Sequences join and leave between any two steps."""
+
+    def __init__(self, batch: Scheduler) -> None:
+        self._batch = batch
+        self._joining: list[Sequence] = []
+        self._calls: list[tuple[Callable[[], None], Future[None]]] = []
+        self.running: tuple[Sequence, ...] = ()
+        """What is being computed or waits for it, as of the last step."""
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Raises NotReady once closed."""
+        with self._changed:
+            if self._closed:
+                raise _shutting_down()
+            self._joining.extend(sequences)
+            self._changed.notify()
+
+    @property
+    def load(self) -> int:
+        """Sequences that run or wait, and those that have just been added."""
+        return len(self.running) + len(self._joining)
+
+    def call(self, work: Callable[[], None]) -> Future[None]:
+        """Runs `work` between two steps, in the engine's thread. Raises NotReady once closed."""
+        future: Future[None] = Future()
+        with self._changed:
+            if self._closed:
+                raise _shutting_down()
+            self._calls.append((work, future))
+            self._changed.notify()
+        return future
+
+    def close(self) -> None:
+        """Stops within one step; requests that still run get an error. Blocks until the thread has ended."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._join():
+            try:
+                self._batch.step()
+            except Exception as error:  # a bug of ours outside any request; nobody may wait for ever because of it
+                for sequence in self._batch.sequences:
+                    sequence.fail(error)
+        for sequence in self._batch.sequences:
+            sequence.fail(_shutting_down())
+
+    def _join(self) -> bool:
+        """Takes in what has been added; waits while there is nothing to do. False once closed."""
+        with self._changed:
+            while not (self._joining or self._calls or self._closed) and self._batch.idle:
+                self.running = ()
+                self._changed.wait()
+            self._batch.add(self._joining)
+            self._joining = []
+            self.running = tuple(self._batch.sequences)
+            calls, self._calls = self._calls, []
+        for work, future in calls:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+        return not self._closed
+
+
+async def stream(
+    loop: Loop, mailbox: Mailbox, sequences: List[Sequence], prompt_tokens: int, start: float
+) -> AsyncGenerator[Chunk]:
+    """Runs the sequences of one request, which emit into the mailbox; the last chunk has the usage. start: by perf_counter.
+
+    Closing it drops them before the next step. Raises NotReady once the loop is closed, and what ends a sequence.
+    """
+    loop.add(sequences)
+    try:
+        unfinished = len(sequences)
+        while unfinished:
+            chunk = await mailbox.get()
+            unfinished -= chunk.finish is not None
+            if unfinished:
+                yield chunk
+        made = sum(sequence.generated for sequence in sequences)
+        usage = Usage(prompt_tokens, made, time.perf_counter() - start, sequences[0].reused)
+        yield Chunk(chunk.index, chunk.text, chunk.finish, chunk.logprobs, usage)
+    finally:
+        for sequence in sequences:
+            sequence.done = True  # the thread drops it before its next step
+
+
+def _shutting_down() -> NotReady:
+    return NotReady("the service is shutting down")

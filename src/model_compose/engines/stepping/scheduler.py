@@ -1,0 +1,100 @@
+"""What every scheduler of sequences does alike: its queue, adapters that leave, a pass that ends only who breaks it."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as List
+
+from torch import Tensor
+
+from model_compose.engines.stepping.sampling import draw
+from model_compose.engines.stepping.sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+WORTH_WAITING = 32
+"""A sequence waits for another's prompt to be read where that saves it so many tokens."""
+
+Work = tuple[Sequence, int]
+"""A sequence, and how many of its pending tokens to compute."""
+
+
+class Scheduler(ABC):
+    """Belongs to the engine's thread. running: the oldest first."""
+
+    def __init__(self) -> None:
+        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+        self._retired: set[str] = set()
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        self.waiting.extend(sequences)
+
+    def retire(self, adapter: str) -> None:
+        """Takes an adapter away as soon as no sequence uses it."""
+        self._retired.add(adapter)
+        self._unload_retired()
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All that run or wait and are not done."""
+        return [sequence for sequence in (*self.running, *self.waiting) if not sequence.done]
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compute and nothing to give back."""
+        return not self.running and not self.waiting
+
+    def _unload_retired(self) -> None:
+        if not self._retired:
+            return
+        used = {name for sequence in self.sequences for name in sequence.blend.active}
+        for name in self._retired - used:
+            self._unload(name)
+        self._retired &= used
+
+    @abstractmethod
+    def step(self) -> None:
+        """One forward pass, and a token for each sequence whose prompt has been read."""
+
+    @abstractmethod
+    def _unload(self, adapter: str) -> None:
+        """Frees an adapter that no sequence uses."""
+
+    @abstractmethod
+    def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
+        """Logits (sequences, vocabulary) in the order that comes with them: numbers into `work`."""
+
+    def _run(self, work: List[Work]) -> None:
+        """One forward pass, and a draw for each sequence whose tokens are all cached then.
+
+        Where the pass fails, each sequence is tried alone, so that only those that cause it end.
+        """
+        try:
+            logits, order = self._compute(work)
+        except Exception as error:
+            if len(work) == 1:
+                work[0][0].fail(error)
+                return
+            log.warning("a step of %d sequences failed (%s); trying each alone", len(work), error)
+            logits = None
+        if logits is None:  # after the except block, which holds on to the failed pass's memory
+            for each in work:
+                self._run([each])
+            return
+        for sequence, tokens in work:
+            sequence.cached += tokens
+        ready = [(at, work[number][0]) for at, number in enumerate(order) if not work[number][0].pending]
+        if not ready:
+            return
+        rows = logits if len(ready) == len(logits) else logits[[at for at, _ in ready]]
+        drawn = draw(rows, [sequence.chooser for _, sequence in ready])
+        for (_, sequence), row, token in zip(ready, rows, drawn, strict=True):
+            try:
+                if isinstance(token, Exception):
+                    raise token
+                sequence.take(token, row)
+            except Exception as error:
+                sequence.fail(error)
