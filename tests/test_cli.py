@@ -67,14 +67,15 @@ def cli(*arguments: str, cwd: Path, stdin: str = "", **how: Any) -> tuple[int, s
 
 def called(*arguments: str, cwd: Path, stdin: str = "") -> tuple[int, str, str]:
     """The same as `cli`, in this process, so without its seconds of imports. The log stays with pytest."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    out, err = io.BytesIO(), io.BytesIO()
+    streams = [io.TextIOWrapper(stream, encoding="utf-8", write_through=True) for stream in (out, err)]
     log = logging.getLogger("model_compose")
     level = log.level
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), chdir(cwd):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(streams[0]), redirect_stderr(streams[1]), chdir(cwd):
         patch.setattr(sys, "stdin", io.StringIO(stdin))
         code = execute(arguments)
     log.setLevel(level)
-    return code, *(stream.buffer.getvalue().decode() for stream in (out, err))  # type: ignore[attr-defined]
+    return code, out.getvalue().decode(), err.getvalue().decode()
 
 
 @pytest.fixture
