@@ -15,6 +15,9 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from model_compose.errors import ConfigError, Keys
 
+FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
+"""The names of a folder's file, where the user names none. The first one that exists counts."""
+
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
 _PLAIN_TAGS = {f"{_TAG}{name}" for name in ("map", "seq", "str", "null", "bool", "int", "float", "merge")}

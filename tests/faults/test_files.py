@@ -17,7 +17,7 @@ from model_compose.errors import ConfigError
 from model_compose.loading import ComposeFile, load
 from model_compose.native import compiling, kernels
 from model_compose.native.compiling import find_compiler, load_compiled
-from model_compose.running import find, hold, log_file
+from model_compose.running import find, hold, log_file, make_state_dir
 from tests.engines.test_child import alive
 from tests.test_cli import cli, folder, state  # noqa: F401 - fixtures
 from tests.tiny import YAML
@@ -43,6 +43,7 @@ def test_records_locks_and_logs_are_this_users_alone(loaded: ComposeFile, before
     """Also where a version before left them open, or the umask would."""
     umask = os.umask(0)
     try:
+        make_state_dir()
         log = log_file(loaded.files)
         if before is not None:
             for kind in ("log", "json", "lock", "tmp"):
