@@ -4,7 +4,7 @@ ${env.…} is filled in scalar by scalar: never in comments, never changing the 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class ComposeFile:
         return place(self.root, keys)
 
 
-def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
+def find_files(given: Collection[Path] = ()) -> tuple[Path, ...]:
     """The files to load: those given, else model-compose.yml in the current folder. Raises ConfigError."""
     paths = list(given) or [Path(name) for name in FILE_NAMES if Path(name).is_file()][:1]
     if not paths:
@@ -57,7 +57,7 @@ def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
     return tuple(path.resolve() for path in paths)
 
 
-def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> ComposeFile:
+def load(files: list[Path] | tuple[Path, ...], env: Mapping[str, str] | None = None) -> ComposeFile:
     """Reads, merges and checks the files; later ones win. `env` fills ${env.…}. Raises ConfigError."""
     base_dir = files[0].parent
     root: Node = compose(files[0], _short(files[0]))
@@ -79,7 +79,7 @@ def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> Compose
     return ComposeFile(config, tuple(files), base_dir, root)
 
 
-def environment(env_files: Sequence[Path] = (), pairs: Sequence[str] = ()) -> dict[str, str]:
+def environment(env_files: Collection[Path] = (), pairs: Collection[str] = ()) -> dict[str, str]:
     """--env-file files in order (./.env without any), over them the process's environment, over that -e K=V.
 
     Raises ConfigError.

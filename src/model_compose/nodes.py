@@ -5,7 +5,7 @@ say where its cause stands.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -199,7 +199,7 @@ class _Preparing:
         return entries
 
 
-def _children(node: Node) -> Sequence[Node]:
+def _children(node: Node) -> Collection[Node]:
     if isinstance(node, MappingNode):
         return [part for pair in node.value for part in pair]
     return node.value if isinstance(node, SequenceNode) else ()

@@ -1,7 +1,7 @@
 """`run`: one workflow once, in this process or on the service that is already up. The answer is the same."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ class Ran(NamedTuple):
     """A finished run. notes: what a person should know about its texts."""
 
     output: Any
-    notes: Sequence[str]
+    notes: Collection[str]
 
 
 async def run_here(

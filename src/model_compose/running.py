@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging.handlers
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import TextIOWrapper
@@ -50,12 +50,12 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(config.model_dump_json(warnings=False).encode()).hexdigest()[:16]
 
 
-def _state(files: Sequence[Path], kind: str) -> Path:
+def _state(files: tuple[Path, ...], kind: str) -> Path:
     digest = hashlib.sha256("\0".join(map(str, files)).encode()).hexdigest()[:12]
     return state_dir() / f"{files[0].parent.name}-{digest}.{kind}"
 
 
-def log_file(files: Sequence[Path]) -> Path:
+def log_file(files: tuple[Path, ...]) -> Path:
     """The log of the file's detached service. Makes its folder, which only this user may enter. Raises ConfigError."""
     try:
         state_dir().mkdir(parents=True, exist_ok=True, mode=FOLDER_MODE)
@@ -110,7 +110,7 @@ class Running:
 
 
 @contextmanager
-def hold(files: Sequence[Path], config: Config) -> Iterator[Running]:
+def hold(files: tuple[Path, ...], config: Config) -> Iterator[Running]:
     """Within the block this process is the service of these files. Raises Conflict if there is one already, ConfigError."""
     log_file(files)
     lock = FileLock(_state(files, "lock"), mode=FILE_MODE)
@@ -127,13 +127,13 @@ def hold(files: Sequence[Path], config: Config) -> Iterator[Running]:
         lock.release()
 
 
-def already_up(files: Sequence[Path], record: Record | None) -> Conflict:
+def already_up(files: tuple[Path, ...], record: Record | None) -> Conflict:
     """The refusal to start a second service of the same files."""
     where = f" at {record.api or record.page}" if record and (record.api or record.page) else ""
     return Conflict(f"{files[0].name} is up already{where}; `model-compose down` ends it")
 
 
-def find(files: Sequence[Path]) -> Record | None:
+def find(files: tuple[Path, ...]) -> Record | None:
     """The service of these files that is up now, else None. Clears away what a killed one left."""
     return _find(_state(files, "json"))
 

@@ -1,6 +1,6 @@
 """The plot of `adapters list` and `inspect`: norms and shares by layer, and how much each pair overlaps."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ STYLE = {
 }  # fmt: skip
 
 
-def draw(inspections: Sequence[Inspection], path: Path) -> None:
+def draw(inspections: Collection[Inspection], path: Path) -> None:
     """Writes the plot: a row for each model. Raises InputError where the file cannot be written."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -139,7 +139,7 @@ def _draw_overlaps(area: Any, inspection: Inspection) -> None:
                     )
 
 
-def _label_layers(axes: Any, layers: Sequence[str]) -> None:
+def _label_layers(axes: Any, layers: tuple[str, ...]) -> None:
     """Every layer where there is room, else some; modules outside of any layer by their names."""
     step = -(-len(layers) // 20)
     shown = [i for i, layer in enumerate(layers) if not layer.isdecimal() or int(layer) % step == 0]

@@ -7,7 +7,7 @@ only as much of the text as decides whether it fits.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from model_compose.daemon import Lane
@@ -150,7 +150,7 @@ def check_tokens(tokens: Iterable[int], vocabulary: int) -> None:
             )
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
+def common(one: Collection[int], other: Collection[int]) -> int:
     """How many tokens both start with."""
     for position, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:

@@ -1,7 +1,6 @@
 """The base's own tokenizer with its chat template, from a folder or from inside a GGUF file."""
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def _gguf_tokenizer(base: Fetched, header: Gguf) -> Any:
     return tokenizer
 
 
-def _same_tokens(tokenizer: Any, tokens: Sequence[str]) -> bool:
+def _same_tokens(tokenizer: Any, tokens: list[str]) -> bool:
     """Whether a tokenizer has a GGUF file's tokens. Converters rewrite those that were added to a vocabulary."""
     own, added = tokenizer.convert_ids_to_tokens(range(len(tokenizer))), tokenizer.added_tokens_decoder
     return all(id in added or tokens[id : id + 1] == [token] for id, token in enumerate(own))

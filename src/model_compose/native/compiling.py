@@ -15,7 +15,7 @@ import signal
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -37,7 +37,7 @@ def find_compiler() -> list[str] | None:
     return given or ([found] if found else None)
 
 
-def load_compiled(compiler: Sequence[str], load: Callable[[Path], T]) -> T:
+def load_compiled(compiler: list[str], load: Callable[[Path], T]) -> T:
     """What `load` makes of the library, which is compiled where the cache has none that can be trusted and loaded.
 
     Raises OSError, and SubprocessError where the compiler fails.
@@ -76,7 +76,7 @@ def _is_trusted(path: Path) -> bool:
     return ours and path.stem.endswith(f"-{_digest(path.read_bytes())}")
 
 
-def _compile(compiler: Sequence[str], folder: Path, key: str) -> Path:
+def _compile(compiler: list[str], folder: Path, key: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # beside its place, so that the rename is one step
         made = Path(scratch) / "native.so"
         _run([*compiler, *FLAGS, "-o", str(made), str(SOURCES / "decode.c"), "-lm"])
@@ -87,7 +87,7 @@ def _compile(compiler: Sequence[str], folder: Path, key: str) -> Path:
         return made.replace(path)
 
 
-def _key(compiler: Sequence[str]) -> str:
+def _key(compiler: list[str]) -> str:
     """A digest of all that the library depends on: sources, flags, compiler, processor."""
     sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]"))]
     how = (shlex.join([*compiler, *FLAGS]).encode(), _run([*compiler, "--version"]), _processor().encode())
@@ -98,7 +98,7 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _run(command: Sequence[str]) -> bytes:
+def _run(command: list[str]) -> bytes:
     """What the command prints.
 
     It is ended after COMPILE_SECONDS with all that it has started. Raises SubprocessError.

@@ -5,7 +5,7 @@ tokens. Only attention looks at rows: rows of one block that stand together deco
 call of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ class Piece:
     """
 
     row: Row
-    tokens: Sequence[int]
+    tokens: Collection[int]
     start: int
     long: bool = False
 
@@ -44,7 +44,7 @@ class Scoring:
 class Decode:
     """Rows first..first+n-1 of a block, one new token each: tokens at..at+n-1 of the pass."""
 
-    def __init__(self, at: int, rows: Sequence[Row], starts: Sequence[int], device: torch.device) -> None:
+    def __init__(self, at: int, rows: list[Row], starts: list[int], device: torch.device) -> None:
         self.block, first, count = rows[0].block, rows[0].index, len(rows)
         self.tokens, self.rows, self.longest = slice(at, at + count), slice(first, first + count), max(starts) + 1
         self._row_index = torch.arange(first, first + count, device=device)
@@ -116,7 +116,7 @@ class Pass:
     once.
     """
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
+    def __init__(self, pieces: list[Piece], device: torch.device) -> None:
         singles = [i for i, piece in enumerate(pieces) if len(piece.tokens) == 1]
         singles.sort(key=lambda i: (id(pieces[i].row.block), pieces[i].row.index))
         self.order = singles + [i for i, piece in enumerate(pieces) if len(piece.tokens) > 1]
@@ -149,7 +149,7 @@ def attend_group(group: Decode | Prefill, layer: int, q: Tensor, k: Tensor, v: T
     return group.attend(q[group.tokens], keys, values, how)
 
 
-def _groups(pieces: Sequence[Piece], device: torch.device) -> list[Decode | Prefill]:
+def _groups(pieces: list[Piece], device: torch.device) -> list[Decode | Prefill]:
     """Single tokens come first in `pieces`; neighbours in a block become one group."""
     groups: list[Decode | Prefill] = []
     run: list[Piece] = []

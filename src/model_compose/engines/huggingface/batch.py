@@ -8,7 +8,6 @@ the KV cache is full, old prefixes go first, then the youngest sequence, which i
 
 import logging
 from collections import deque
-from collections.abc import Sequence as List
 
 from torch import Tensor
 
@@ -205,7 +204,7 @@ class Batch(Scheduler):
         self._cache.give_back(self._rows.pop(sequence))
         sequence.cached = 0
 
-    def _fold_or_not(self, sequences: List[Sequence]) -> None:
+    def _fold_or_not(self, sequences: list[Sequence]) -> None:
         """With `fold: auto`: folded while all use the same blend; live as soon as one uses another."""
         first, folded = sequences[0].blend, self._lora.folded
         if folded is not None and folded.full_rank and not folded.equals(first):
@@ -227,7 +226,7 @@ class Batch(Scheduler):
                 log.warning("no memory to fold the blend, it stays live: %s", error)
                 self._auto_fold = False
 
-    def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
+    def _compute(self, work: list[Work]) -> tuple[Tensor, list[int]]:
         """Logits (sequences, vocabulary) in the order that comes with them: numbers into `work`."""
         if work[0][0].blend.full_rank:  # and thus all of them
             self._lora.fold(work[0][0].blend)

@@ -6,7 +6,7 @@ different lengths do not share a padded tensor. Knows nothing of tokens or blend
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -53,7 +53,7 @@ class Row:
 class Block:
     """keys[layer], values[layer]: (rows, heads, capacity, dim). Rows 0..len(used)-1 are in use."""
 
-    def __init__(self, layers: Sequence[LayerShape], rows: int, capacity: int) -> None:
+    def __init__(self, layers: Collection[LayerShape], rows: int, capacity: int) -> None:
         # Zeros, not uninitialised memory: a masked position counts 0 times its value, and 0 times NaN is NaN.
         self.keys, self.values = (
             [torch.zeros(rows, s.heads, capacity, dim(s), dtype=s.dtype, device=s.device) for s in layers]
@@ -84,7 +84,7 @@ class Block:
 class KVCache:
     """Hands out rows. budget: bytes for rows and for whatever else is kept in their stead (`spend`)."""
 
-    def __init__(self, layers: Sequence[LayerShape], budget: int, context: int) -> None:
+    def __init__(self, layers: Collection[LayerShape], budget: int, context: int) -> None:
         self._layers, self.budget, self._context = layers, budget, context
         self.token_bytes = sum(shape.token_bytes for shape in layers)
         self.spent = 0

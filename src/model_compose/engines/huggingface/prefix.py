@@ -5,7 +5,7 @@ live in the KV cache's budget and give way, least recently used first, as soon a
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,7 +41,7 @@ class PrefixCache:
         self.size = 0
         """Bytes, part of what the KV cache has spent."""
 
-    def find(self, identity: str, tokens: Sequence[int]) -> tuple[Entry | None, int]:
+    def find(self, identity: str, tokens: Collection[int]) -> tuple[Entry | None, int]:
         """The entry with the longest common beginning, and its length."""
         for chain in reversed(list(_chains(identity, tokens))):
             alike = [entry for entry in self._chunks.get(chain, ()) if entry.identity == identity]
@@ -51,7 +51,7 @@ class PrefixCache:
                 return entry, length
         return None, 0
 
-    def keep(self, identity: str, tokens: Sequence[int], row: Row) -> None:
+    def keep(self, identity: str, tokens: Collection[int], row: Row) -> None:
         """Copies the row's keys and values of these tokens, where the budget has room or others can give way."""
         found, length = self.find(identity, tokens)
         size = len(tokens) * self._cache.token_bytes

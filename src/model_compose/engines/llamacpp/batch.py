@@ -6,7 +6,6 @@ start alike; they give way when there is no room, then the youngest text does, w
 """
 
 from collections import deque
-from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -139,13 +138,13 @@ class Batch(Scheduler):
             work = [each for each in work if each[0] is not youngest]
         return work
 
-    def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
+    def _compute(self, work: list[Work]) -> tuple[Tensor, list[int]]:
         self._llama.use(work[0][0].blend.active)
         pieces = []
         for sequence, count in work:
             start = sequence.cached
             pieces.append(Piece(self._rows[sequence], sequence.tokens[start : start + count], start))
-        return self._llama.compute(pieces), range(len(work))
+        return self._llama.compute(pieces), list(range(len(work)))
 
     def _drop_done(self) -> None:
         """Takes out sequences that have ended, or that nobody reads any more."""

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,7 +165,7 @@ class ServerEngine:
                         chunk = replace(chunk, usage=usage)
                     yield chunk
 
-    async def _chunks(self, writings: Sequence[Writing]) -> AsyncGenerator[Chunk]:
+    async def _chunks(self, writings: Collection[Writing]) -> AsyncGenerator[Chunk]:
         """Those of all texts as they come."""
         items: asyncio.Queue[Chunk | ComposeError] = asyncio.Queue()
 

@@ -11,7 +11,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from model_compose.engines.served import watcher
@@ -62,7 +62,7 @@ class Child:
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], is_ready: Callable[[], Awaitable[bool]],
+        self, name: str, command: list[str], environment: Mapping[str, str], is_ready: Callable[[], Awaitable[bool]],
         before_start: Callable[[], None], *, patience: float,
     ) -> None:  # fmt: skip
         self.ready = False

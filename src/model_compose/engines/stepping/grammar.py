@@ -4,7 +4,7 @@ Knows nothing of models and requests: a tokenizer, a format, and the scores of o
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ class Grammars:
     eos: the tokens that end a text.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: int, eos: Collection[int]) -> None:
         self._tokenizer, self._vocabulary, self._eos = tokenizer, vocabulary, list(eos)
         self._lock = Lock()
         self._tokens: LLTokenizer | None = None

@@ -5,7 +5,7 @@ instead of the whole vocabulary; penalties follow transformers (repetition) and 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -30,7 +30,12 @@ class Chooser:
     """
 
     def __init__(
-        self, sampling: Sampling, index: int, prompt: Sequence[int], eos: Sequence[int], constraint: Constraint | None
+        self,
+        sampling: Sampling,
+        index: int,
+        prompt: Collection[int],
+        eos: Collection[int],
+        constraint: Constraint | None,
     ) -> None:
         self.sampling, self._eos, self._constraint = sampling, list(eos), constraint
         self.greedy = not sampling.do_sample or sampling.temperature < SMALLEST_TEMPERATURE
@@ -86,7 +91,7 @@ class Chooser:
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
 
-def draw(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | Exception]:
+def draw(logits: Tensor, choosers: list[Chooser]) -> list[int | Exception]:
     """A token for each row of (rows, vocabulary), or what went wrong in that row."""
     scores = logits.float().cpu()
     failed: dict[int, Exception] = {}
@@ -114,7 +119,7 @@ def draw(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | Exception]:
     return chosen
 
 
-def _sample(scores: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+def _sample(scores: Tensor, choosers: list[Chooser]) -> list[int]:
     samplings = [chooser.sampling for chooser in choosers]
     width = scores.shape[1]
     scores = scores / torch.tensor([s.temperature for s in samplings])[:, None]
@@ -137,7 +142,9 @@ def _candidates(sampling: Sampling, width: int) -> int:
     return min(CANDIDATES, width) if sampling.top_p < 1 or sampling.min_p > 0 else 0
 
 
-def _from_candidates(scores: Tensor, count: int, samplings: Sequence[Sampling], numbers: Sequence[float]) -> list[int]:
+def _from_candidates(
+    scores: Tensor, count: int, samplings: Collection[Sampling], numbers: Collection[float]
+) -> list[int]:
     """Draws from (rows, vocabulary) by inverting the cumulative distribution at the rows' random numbers."""
     if not count:
         return _invert(scores.softmax(dim=-1), numbers).tolist()
@@ -154,7 +161,7 @@ def _from_candidates(scores: Tensor, count: int, samplings: Sequence[Sampling], 
     return ids.gather(1, _invert(chances * keep, numbers)[:, None])[:, 0].tolist()
 
 
-def _invert(chances: Tensor, numbers: Sequence[float]) -> Tensor:
+def _invert(chances: Tensor, numbers: Collection[float]) -> Tensor:
     """Where the cumulative sums of (rows, n) chances, which need not add up to 1, pass the rows' shares of their total."""
     sums = chances.double().cumsum(-1)
     at = torch.tensor(numbers, dtype=torch.float64)[:, None] * sums[:, -1:]

@@ -4,7 +4,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
-from collections.abc import Sequence as List
 
 from torch import Tensor
 
@@ -64,10 +63,10 @@ class Scheduler(ABC):
         """Frees an adapter that no sequence uses."""
 
     @abstractmethod
-    def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
+    def _compute(self, work: list[Work]) -> tuple[Tensor, list[int]]:
         """Logits (sequences, vocabulary) in the order that comes with them: numbers into `work`."""
 
-    def _run(self, work: List[Work]) -> None:
+    def _run(self, work: list[Work]) -> None:
         """One forward pass, and a draw for each sequence whose tokens are all cached then.
 
         Where the pass fails, each sequence is tried alone, so that only those that cause it end.

@@ -4,7 +4,7 @@ Text, stop strings and the end of a text are decided here, by the embedded engin
 """
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ def _finish(reason: str) -> Finish:
     raise RunError(f"vLLM gave the request up ({reason}); its log has the details")
 
 
-async def complete(client: httpx.AsyncClient, prompt: Prompt, texts: Sequence[Text]) -> AsyncGenerator[Chunk | int]:
+async def complete(client: httpx.AsyncClient, prompt: Prompt, texts: list[Text]) -> AsyncGenerator[Chunk | int]:
     """The chunks of all texts, at last how many tokens of the prompt came out of vLLM's prefix cache.
 
     Closing the iterator closes the connection, which makes vLLM stop. Raises InputError, NotReady, RunError, and httpx's
