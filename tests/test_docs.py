@@ -183,7 +183,9 @@ RUN = {"yaml": run_yaml, "bash": run_bash, "console": run_console, "python": run
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_is_run_or_says_why_not(page: Path) -> None:
     for block in blocks(page):
-        assert block.language in (*RUN, *NO_CODE), f"{block.place}: a block of '{block.language}' is not run; mark it"
+        assert block.mark[0] or block.language in (*RUN, *NO_CODE), (
+            f"{block.place}: a block of '{block.language}' is not run; mark it"
+        )
         if block.mark[0] == "run by":
             assert (ROOT / block.mark[1]).is_file(), f"{block.place}: there is no {block.mark[1]}"
         if block.mark[0] == "output not compared":

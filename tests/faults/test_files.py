@@ -261,14 +261,14 @@ def merged(count: int) -> str:
 
 
 BOMBS = {
-    "ten levels of ten aliases": (levels(11, 10), "holds 111,111 values once its aliases are spelt out"),
-    "forty levels of two": (levels(41, 2), "spelt out; a file may hold 100,000"),
-    "a thousand aliases of a thousand": (levels(3, 1000), "spelt out; a file may hold 100,000"),
+    "ten levels of ten aliases": (levels(11, 10), "holds 111,111 values with its aliases written out"),
+    "forty levels of two": (levels(41, 2), "written out; a file may hold 100,000"),
+    "a thousand aliases of a thousand": (levels(3, 1000), "written out; a file may hold 100,000"),
     "as keys of mappings": (levels(3, 1000).replace("[", "{k: [").replace("]", "]}"), "a file may hold 100,000"),
     "10,000 merges, each of the one before": (merged(10_000), "brings in more than the 100,000 values"),
     "many merges of one": (
         "a: &a {" + ", ".join(f"k{n}: 0" for n in range(1000)) + "}\nb: {<<: [" + "*a, " * 50_000 + "]}",
-        "spelt out; a file may hold 100,000",
+        "written out; a file may hold 100,000",
     ),
     "an anchor that holds itself": ("a: &a [x, *a]", "an anchor cannot hold itself"),
     "an anchor that holds itself below": ("a: &a {b: {c: [*a]}}", "an anchor cannot hold itself"),

@@ -147,6 +147,7 @@ def check_tokens(tokens: Iterable[int], vocabulary: int) -> None:
             raise InputError(
                 f"logit_bias names the token {token}, and this model has the tokens 0 to {vocabulary - 1}",
                 field="logit_bias",
+                at=(str(token),),
             )
 
 
