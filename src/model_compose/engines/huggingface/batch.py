@@ -16,7 +16,7 @@ from model_compose.engines.huggingface.cache import KVCache, Row, copy
 from model_compose.engines.huggingface.forward import Forward
 from model_compose.engines.huggingface.prefix import PrefixCache, paste
 from model_compose.engines.prompts import common
-from model_compose.engines.stepping.scheduler import WORTH_WAITING, Scheduler, Work
+from model_compose.engines.stepping.scheduler import Scheduler, Work
 from model_compose.engines.stepping.sequence import Sequence
 from model_compose.lora.layers import LoraModel
 
@@ -137,13 +137,9 @@ class Batch(Scheduler):
             self.running.append(sequence)
         self.waiting.extendleft(reversed(kept))
 
-    def _is_worth_waiting(self, sequence: Sequence) -> bool:
-        return self.prefixes is not None and any(
-            other.pending > 1
-            and other.kept_as == sequence.kept_as
-            and common(other.tokens, sequence.tokens[:-1]) >= other.cached + WORTH_WAITING
-            for other in self.running
-        )
+    @property
+    def _shares_prefixes(self) -> bool:
+        return self.prefixes is not None
 
     def _goes_with_running(self, sequence: Sequence) -> bool:
         """A blend that only runs folded has the batch to itself; of others, there may be a limit of adapters."""

@@ -21,7 +21,7 @@ from model_compose.schema import Options
 if TYPE_CHECKING:
     from model_compose.engines.huggingface.batch import Batch
     from model_compose.engines.huggingface.cache import KVCache
-    from model_compose.engines.huggingface.loading import Loaded
+    from model_compose.engines.huggingface.loading import LoadedModel
 
 
 class HuggingfaceEngine(SteppingEngine):
@@ -40,7 +40,7 @@ class HuggingfaceEngine(SteppingEngine):
         assert isinstance(own, HuggingfaceOptions)
         super().__init__(blends, base_dir, rows=own.max_batch_size, queue=own.max_queue)
         self._options, self._own, self._blends = options, own, blends
-        self._loaded: Loaded | None = None
+        self._loaded: LoadedModel | None = None
         self._batch: Batch | None = None
         self._cache: KVCache | None = None
 
@@ -129,7 +129,7 @@ class HuggingfaceEngine(SteppingEngine):
             )
 
 
-def _fold_ahead(loaded: "Loaded", blend: Blend, report: Report) -> None:
+def _fold_ahead(loaded: "LoadedModel", blend: Blend, report: Report) -> None:
     """Makes the weights of a blend of full rank and lays them aside, so that a request for it only swaps them in.
 
     Raises LoadError.

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """Everything that generation needs. context: the longest prompt plus text, in tokens; eos: ids that end a text."""
 
     lora: LoraModel
@@ -69,7 +69,7 @@ class Loaded:
         return int(config.get_text_config().vocab_size)
 
 
-def load(options: ModelOptions, base_dir: Path, report: Report, *, max_adapters: int | None = None) -> Loaded:
+def load(options: ModelOptions, base_dir: Path, report: Report, *, max_adapters: int | None = None) -> LoadedModel:
     """Fetches and loads base and adapters. Blocking. Raises SourceError, AdapterError, LoadError."""
     from transformers.utils import logging as transformers_logging
 
@@ -112,13 +112,13 @@ def load(options: ModelOptions, base_dir: Path, report: Report, *, max_adapters:
             lora.refuse(theirs.unfit)
             forward = theirs
     context = sizes.context_length(model.config, options.max_seq_length)
-    loaded = Loaded(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
+    loaded = LoadedModel(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
     if native is None:
         _warn_of_slow_dtype(loaded)
     return loaded
 
 
-def _warn_of_slow_dtype(loaded: Loaded) -> None:
+def _warn_of_slow_dtype(loaded: LoadedModel) -> None:
     """bfloat16 where the processor has no instructions for it: a prompt takes ten times as long."""
     if loaded.dtype == torch.bfloat16 and pick_dtype("auto", loaded.device) == torch.float32:
         log.warning(

@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from model_compose.engines import ENGINES
-from model_compose.engines.devices import KINDS, Devices, device_name, free_memory, pick_dtype, size_text
+from model_compose.engines.devices import KINDS, Devices, device_name, free_memory, pick_dtype
 from model_compose.engines.huggingface.options import HuggingfaceOptions
-from model_compose.engines.needs import LEAST_TOKENS, Needs
+from model_compose.engines.needs import LEAST_TOKENS, Needs, limit_context
 from model_compose.engines.options import ModelOptions
 from model_compose.engines.sizes import (
     AdapterSize,
@@ -26,7 +26,6 @@ from model_compose.engines.sizes import (
     stored_bits,
     weight_of,
 )
-from model_compose.errors import LoadError
 from model_compose.lora.blend import Blend
 from model_compose.lora.methods import LowRank
 
@@ -75,18 +74,7 @@ def open_cache(
     budget = kv_budget(options, device, UNKNOWN_MEMORY if free is None else free, per_token, row)
     holds = budget // per_token // SMALLEST * SMALLEST
     wanted = SMALLEST if options.max_context is None else row
-    if holds < wanted:
-        raise LoadError(
-            f"a KV cache of {size_text(budget)} holds {holds} tokens of this model, which takes "
-            f"{size_text(per_token)} for each, and one sequence needs {wanted}; set a larger kv_cache, or a smaller "
-            "max_context"
-        )
-    if holds < context:
-        log.warning(
-            "the KV cache of %s holds %d tokens, so prompt and answer together are limited to these instead of %d",
-            size_text(budget), holds, context,
-        )  # fmt: skip
-        context = holds
+    context = limit_context(budget, per_token, holds, context, wanted)
     return KVCache(layers, budget, context), context
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model_compose.engines.llamacpp.llama import Llama, Piece
 from model_compose.engines.prompts import common
-from model_compose.engines.stepping.scheduler import WORTH_WAITING, Scheduler, Work
+from model_compose.engines.stepping.scheduler import Scheduler, Work
 from model_compose.engines.stepping.sequence import Sequence
 
 TURN = 8
@@ -86,13 +86,9 @@ class Batch(Scheduler):
             self._llama.copy(donor, row, shared)
         return row, shared
 
-    def _is_worth_waiting(self, sequence: Sequence) -> bool:
-        return self._llama.can_copy and any(
-            other.pending > 1
-            and other.identity == sequence.identity
-            and common(other.tokens, sequence.tokens[:-1]) >= other.cached + WORTH_WAITING
-            for other in self.running
-        )
+    @property
+    def _shares_prefixes(self) -> bool:
+        return self._llama.can_copy
 
     def _donor(self, sequence: Sequence) -> tuple[int, int]:
         """The row of this blend that starts most alike, and how many tokens it shares; 0 where there is none."""

@@ -14,10 +14,7 @@ from torch import Tensor
 from model_compose.engines.stepping.grammar import Constraint
 from model_compose.engines.text import token_bytes
 from model_compose.errors import InputError
-from model_compose.generation import Sampling, TokenLogprob
-
-SMALLEST_TEMPERATURE = 1e-5
-"""Below, the division overflows: greedy."""
+from model_compose.generation import LEAST_LOGPROB, Sampling, TokenLogprob
 
 CANDIDATES = 1024
 """As many of the likeliest tokens are looked at where only top_p or min_p filters; all of them if that is too few."""
@@ -38,7 +35,7 @@ class Chooser:
         constraint: Constraint | None,
     ) -> None:
         self.sampling, self._eos, self._constraint = sampling, list(eos), constraint
-        self.greedy = not sampling.do_sample or sampling.temperature < SMALLEST_TEMPERATURE
+        self.greedy = sampling.greedy
         self._seen = dict.fromkeys(prompt) if sampling.repetition_penalty != 1.0 else None
         self._counts: dict[int, int] = {}
         self._drawn = 0
@@ -178,8 +175,7 @@ def logprobs(logits: Tensor, token: int, count: int, tokenizer: Any, position: i
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI's API uses -9999 for tokens that cannot occur."""
-    return logprob if math.isfinite(logprob) else -9999.0
+    return logprob if math.isfinite(logprob) else LEAST_LOGPROB
 
 
 def _not_finite() -> InputError:

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from model_compose.engines.prompts import common
 from model_compose.engines.stepping.sampling import draw
 from model_compose.engines.stepping.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
 WORTH_WAITING = 32
-"""A sequence waits for another's prompt to be read where that saves it so many tokens."""
+"""A sequence waits until another's prompt is read if that saves it this many tokens."""
 
 Work = tuple[Sequence, int]
 """A sequence, and how many of its pending tokens to compute."""
@@ -53,6 +54,20 @@ class Scheduler(ABC):
         for name in self._retired - used:
             self._unload(name)
         self._retired &= used
+
+    @property
+    @abstractmethod
+    def _shares_prefixes(self) -> bool:
+        """Whether a sequence may use the keys and values of another one's beginning."""
+
+    def _is_worth_waiting(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is just reading a prompt that starts like this one's."""
+        return self._shares_prefixes and any(
+            other.pending > 1
+            and other.kept_as == sequence.kept_as
+            and common(other.tokens, sequence.tokens[:-1]) >= other.cached + WORTH_WAITING
+            for other in self.running
+        )
 
     @abstractmethod
     def step(self) -> None:
