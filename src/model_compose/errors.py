@@ -15,7 +15,7 @@ Keys = tuple[str | int, ...]
 class ComposeError(Exception):
     """The base of all errors raised on purpose. status: the HTTP status. title: the problem's short name.
 
-    at: the keys from the refused value down to its wrong part; () means the whole value.
+    at: the keys from the refused value, or from the options that were read, down to the wrong part; () means all of it.
     """
 
     status = 500

@@ -19,12 +19,10 @@ from model_compose.declared import declarations, is_later
 from model_compose.errors import ConfigError, Keys, RunError
 from model_compose.explain import explain, place
 from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, convert, parse_reference, split
-from model_compose.nodes import at, child, compose, file_of, merge, typed
+from model_compose.nodes import FILE_NAMES, at, child, compose, file_of, merge, typed
 from model_compose.schema import Options, RelativeToFile, Secret, nearest
 
-FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
-
-# The names that other languages have for our types.
+# What other languages call our types.
 _OTHER_NAMES = {
     "int": "integer", "float": "number", "double": "number", "bool": "boolean", "str": "string", "dict": "object",
     "map": "object", "array": "list",
