@@ -1,7 +1,7 @@
 """The OpenAPI document: what each route takes and answers, a page that lists the routes, and the root, which links to all
 of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from html import escape
 from typing import Any
 
@@ -77,7 +77,7 @@ def body_schema(model: type[BaseModel], *kinds: str) -> dict[str, Any]:
     return {"required": True, "content": {kind: {"schema": _ref(model)} for kind in kinds}}
 
 
-def add_documents(app: FastAPI, *, bodies: Sequence[type[BaseModel]], open_path: str, with_keys: bool) -> None:
+def add_documents(app: FastAPI, *, bodies: Collection[type[BaseModel]], open_path: str, with_keys: bool) -> None:
     """Adds /openapi.json and /docs. bodies: the models that `body_schema` refers to. open_path: needs no key."""
     document: dict[str, Any] = {}
 
@@ -103,7 +103,7 @@ def add_index(app: FastAPI, links: Mapping[str, str]) -> None:
         return JSONResponse(shown(Index(name=app.title, version=app.version, links=dict(links))))
 
 
-def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]], open_path: str, *, with_keys: bool) -> dict[str, Any]:
+def _describe(app: FastAPI, bodies: Collection[type[BaseModel]], open_path: str, *, with_keys: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     models: Any = [(model, "validation") for model in (*ANSWERS, *bodies)]
