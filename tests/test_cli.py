@@ -320,7 +320,7 @@ def test_what_an_input_means(tmp_path: Path, text: str, workflow: str | None, va
     loaded = load([tmp_path / "model-compose.yml"], {})
     assert read_input(text, loaded, workflow) == value
     if value is not None:
-        Compose(loaded).check_input(value, workflow, None)
+        Compose(loaded).prepare(value, workflow=workflow)
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,11 @@ async def run_here(
     loading: open while the models load, and closed before any text is shown: bars and text do not mix.
     """
     compose = Compose(loaded)
-    compose.check_input(value, workflow, blend)  # before minutes of loading
+    prepared = compose.prepare(value, workflow=workflow, blend=blend)  # before minutes of loading
     try:
         with loading as report:
             await compose.load(report)
-        async with aclosing(compose.run(value, workflow=workflow, blend=blend)) as events:
+        async with aclosing(compose.execute(prepared)) as events:
             async for event in events:
                 if isinstance(event, Done):
                     return Ran(event.output, event.notes)

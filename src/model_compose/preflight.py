@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from model_compose.components import located
-from model_compose.engines import on_disk
+from model_compose.engines import ENGINES, on_disk
 from model_compose.engines.devices import check_device, check_quantization
 from model_compose.engines.options import ModelOptions
 from model_compose.engines.prompts import check_tokens
@@ -95,7 +95,10 @@ def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Co
         with findings.at(*at, "peft_adapters", number, "model"):
             if read := _read_adapter(name, adapter.model, loaded, weights):
                 adapters[number] = read
-    _check_driver(findings, at, options, adapters, loaded)
+    named = {options.adapter_names[number]: adapter for number, adapter in adapters.items()}
+    for keys, error in ENGINES[options.driver].preflight(options, named, loaded.base_dir):
+        with findings.at(*at, "options", *keys):
+            raise error
     if base is not None:
         unsure = []
         for number, read in adapters.items():
@@ -197,29 +200,7 @@ def _check_exactly(
             check(adapter, shapes)
 
 
-# What drivers and actions ask for.
-
-
-def _check_driver(
-    findings: Findings, at: Keys, options: ModelOptions, adapters: Mapping[int, LoraAdapter], loaded: ComposeFile
-) -> None:
-    """Checks the programs that the file names, and that vLLM's max_lora_rank is enough for every blend."""
-    own = options.options.model_dump()
-    if own.get("server"):
-        from model_compose.engines.llamacpp.server import find
-
-        with findings.at(*at, "options", "server"):
-            find(own["server"], loaded.base_dir)
-    if options.driver == "vllm":
-        from model_compose.engines.vllm.loading import choose_rank
-        from model_compose.engines.vllm.server import interpreter
-
-        if own["python"]:
-            with findings.at(*at, "options", "python"):
-                interpreter(own["python"], loaded.base_dir)
-        if len(adapters) == len(options.peft_adapters):
-            with findings.at(*at, "options", "max_lora_rank"):
-                choose_rank(options.to_blends(), {each.name: each for each in adapters.values()}, own["max_lora_rank"])
+# What actions ask for.
 
 
 def _check_actions(findings: Findings, at: Keys, options: Any, base: Base | None) -> None:

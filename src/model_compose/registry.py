@@ -10,11 +10,11 @@ from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from pydantic import GetCoreSchemaHandler, TypeAdapter, ValidationError
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
+from pydantic import GetCoreSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 from model_compose.errors import PluginError
-from model_compose.schema import AnyOf, nearest, shown
+from model_compose.schema import AnyOf, Options, invalid, nearest, shown
 
 log = logging.getLogger(__name__)
 
@@ -105,21 +105,14 @@ class ByName(AnyOf):
         return self._adapters[name].validate_python(value)
 
     def _name(self, value: Any) -> str:
-        """Raises PydanticKnownError, ValidationError."""
         if isinstance(value, Mapping):
             if self._key not in value:
-                raise _wrong("missing", self._key, value)
+                raise invalid(f"the key '{self._key}' is missing")
             name = value[self._key]
+        elif isinstance(value, Options):  # checked already
+            name = getattr(value, self._key, None)
         else:
-            name = getattr(value, self._key, None)  # options that have been checked already
-            if name is None:
-                raise PydanticKnownError("dict_type")
+            raise PydanticKnownError("dict_type")
         if not isinstance(name, str) or name not in self._registry:
-            given = {"key": self._key, "name": shown(name), "hint": nearest(str(name), self._registry)}
-            raise _wrong(PydanticCustomError("unknown_name", "unknown {key} {name}; {hint}", given), self._key, name)
+            raise invalid(f"unknown {self._key} {shown(name)}; {nearest(str(name), self._registry)}", self._key)
         return name
-
-
-def _wrong(problem: str | PydanticCustomError, key: str, given: Any) -> ValidationError:
-    """An error at a key of the value that is being checked."""
-    return ValidationError.from_exception_data("", [InitErrorDetails(type=problem, loc=(key,), input=given)])

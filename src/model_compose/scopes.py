@@ -11,7 +11,7 @@ from typing import Any, Literal
 from model_compose.components import ActionOptions, ComponentOptions, located, pick
 from model_compose.config import Config
 from model_compose.errors import Keys
-from model_compose.expressions import Path, Reference, Splice, Template, parse
+from model_compose.expressions import Path, Reference, Splice, Template
 from model_compose.schema import nearest
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
@@ -49,19 +49,19 @@ def _of_workflow(at: Keys, workflow: WorkflowOptions, config: Config) -> Iterato
                 message = _nowhere(reference, names) or _too_early(reference, job, before)
                 if message:
                     yield Problem((*at, *place, key, *path), message)
-    if workflow.output is not None:
-        yield from _in_scope((*at, "output"), parse(workflow.output), scope)
+    if workflow.output_template is not None:
+        yield from _in_scope((*at, "output"), workflow.output_template, scope)
 
 
 def _of_action(at: Keys, action: ActionOptions, component: ComponentOptions, config: Config) -> Iterator[Problem]:
     scope: dict[str, Shape] = {"input": None, "context": None}
-    for field, template in action.fields().items():
+    for field, template in action.templates.items():
         found = list(_in_scope((*at, field), template, scope))
         yield from found
         if field in action.needs and isinstance(template.node, Reference) and not found:
             yield from _never_given((*at, field), template.node, action, component, config)
-    if action.output is not None:
-        yield from _in_scope((*at, "output"), parse(action.output), {**scope, "result": "text"})
+    if action.output_template is not None:
+        yield from _in_scope((*at, "output"), action.output_template, {**scope, "result": "text"})
 
 
 def _never_given(
@@ -162,7 +162,7 @@ def _output(job: JobOptions, config: Config) -> Shape:
 def _result(job: JobOptions, config: Config) -> Shape:
     """The shape of the result of the job's action."""
     action = pick(config.all_components, job.component, "component").find_action(job.action)
-    return "text" if action.output is None else _shape(parse(action.output), {"result": "text"})
+    return "text" if action.output_template is None else _shape(action.output_template, {"result": "text"})
 
 
 def _shape(template: Template, scope: Mapping[str, Shape]) -> Shape:

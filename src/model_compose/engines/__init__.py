@@ -4,12 +4,14 @@ A new driver is one file and its line in ENGINES: a class that has the methods o
 `needs` of `Driver`.
 """
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from model_compose.errors import Keys, LoadError
 from model_compose.generation import Chunk, Request
+from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.registry import Registry
@@ -90,6 +92,15 @@ class Driver(Protocol):
 
     def refuse(self, options: "ModelOptions", /) -> None:
         """Raises ValueError for a valid option that this driver cannot honour; it names the option and what would work."""
+
+    def preflight(
+        self, options: "ModelOptions", adapters: Mapping[str, LoraAdapter], base_dir: Path, /
+    ) -> Iterable[tuple[Keys, LoadError]]:
+        """What this machine shows to be wrong before anything is loaded, each with its keys under `options`: a program that
+        is not there, or adapters that do not suit the options.
+
+        adapters: those whose files are here, by name; their tensors may be on the meta device. Must not import torch.
+        """
 
     def __call__(self, options: "ModelOptions", blends: Blends, base_dir: Path) -> Engine: ...
 

@@ -6,7 +6,7 @@ It serves engines that turn a prompt into pieces of text. Engines that load adap
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import ClassVar
@@ -15,8 +15,9 @@ from model_compose.engines import Stats
 from model_compose.engines.adapters import check_loaded
 from model_compose.engines.options import AdapterOptions, ModelOptions, refuse_common, refuse_full_rank, refuse_given
 from model_compose.engines.text import StopStrings
-from model_compose.errors import Conflict, InputError
+from model_compose.errors import Conflict, InputError, Keys, LoadError
 from model_compose.generation import Chunk, Finish, Request, Sampling, Usage
+from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.room import Room
@@ -59,6 +60,12 @@ class BaseEngine(ABC):
         given = {key: getattr(options, key) != ModelOptions.model_fields[key].default for key in OF_MODELS}
         remedy = "it does not act on it; leave it out"
         refuse_given(options, {(key,): (is_given, remedy) for key, is_given in given.items() if key not in cls.honours})
+
+    @classmethod
+    def preflight(
+        cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path
+    ) -> Iterable[tuple[Keys, LoadError]]:
+        return ()
 
     async def open(self, report: Report) -> None:  # noqa: B027
         """Nothing to load."""

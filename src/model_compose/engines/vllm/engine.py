@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +37,14 @@ from model_compose.engines.vllm.loading import (
     zero_adapter,
 )
 from model_compose.engines.vllm.options import VllmOptions, refuse
-from model_compose.engines.vllm.server import RANKS, Installed, Settings, command, cores, environment, find
+from model_compose.engines.vllm.server import RANKS, Installed, Settings, command, cores, environment, find, interpreter
 from model_compose.engines.vllm.stream import Prompt, Text, complete
 from model_compose.errors import (
     AdapterError,
     ComposeError,
     Conflict,
     InputError,
+    Keys,
     LoadError,
     NotReady,
     RunError,
@@ -68,6 +69,23 @@ class VllmEngine:
     Options: ClassVar[type[Options]] = VllmOptions
     needs = None  # vLLM divides its own memory
     refuse = staticmethod(refuse)
+
+    @classmethod
+    def preflight(
+        cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path
+    ) -> Iterator[tuple[Keys, LoadError]]:
+        own = options.options
+        assert isinstance(own, VllmOptions)
+        if own.python:
+            try:
+                interpreter(own.python, base_dir)
+            except LoadError as error:
+                yield ("python",), error
+        if len(adapters) == len(options.peft_adapters):
+            try:
+                choose_rank(options.to_blends(), adapters, own.max_lora_rank)
+            except LoadError as error:
+                yield ("max_lora_rank",), error
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         assert isinstance(options.options, VllmOptions)
