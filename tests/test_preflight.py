@@ -164,7 +164,7 @@ def test_adapters_of_experts_are_compared_with_the_model_itself(app: Path) -> No
     [
         (lambda path: path.unlink(), "holds neither adapter_model.safetensors nor adapter_model.bin"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "adapter_model.safetensors is cut off: "),
-        (lambda path: path.write_bytes(b"\xff" * 200), "adapter_model.safetensors is cut off, or is not a safetensors"),
+        (lambda path: path.write_bytes(b"\xff" * 200), "adapter_model.safetensors is cut off, or no safetensors file"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
          "adapter_model.safetensors is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull`"),
         (lambda path: (path.parent / "adapter_config.json").unlink(), "has no adapter_config.json"),
@@ -218,10 +218,10 @@ def shard(base: Path) -> Path:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda base: (base / "model.safetensors").unlink(), "has a config and no weights"),
+        (lambda base: (base / "model.safetensors").unlink(), "has a config but no weights"),
         (lambda base: (base / "config.json").unlink(), "has no config.json; is it the folder of a model"),
         (lambda base: (base / "config.json").write_text("{"), "config.json is not valid JSON"),
-        (lambda base: (base / "config.json").write_text("[]"), "config.json holds no JSON object"),
+        (lambda base: (base / "config.json").write_text("[]"), "config.json does not hold a JSON object"),
         (lambda base: [file.unlink() for file in base.glob("tokenizer*")], "has no tokenizer"),
         (lambda base: (base / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
          "model.safetensors is a git-lfs pointer"),
@@ -229,7 +229,7 @@ def shard(base: Path) -> Path:
          "tokenizer.json is a git-lfs pointer"),
         (lambda base: (base / "model.safetensors").write_bytes(
             b"\x41\0\0\0\0\0\0\0" + b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}'.ljust(65) + b"1234"),
-         "model.safetensors is damaged, or is not a safetensors file"),
+         "model.safetensors is damaged, or no safetensors file"),
         (lambda base: shard(base).unlink(),
          "base has no model-00002-of-00002.safetensors, which model.safetensors.index.json lists; download it too"),
     ],
@@ -280,8 +280,8 @@ def test_a_chat_task_needs_a_template(app: Path) -> None:
         ([{"template": "y"}], "whose entries are not {name, template}"),
         ([{"name": [], "template": "y"}], "whose entries are not {name, template}"),
         (["x"], "whose entries are not {name, template}"),
-        ([{"name": "default"}], "a chat_template that is no text"), ({"default": 1}, "a chat_template that is no text"),
-        (7, "a chat_template that is no text"),
+        ([{"name": "default"}], "a chat_template that is not text"), ({"default": 1}, "a chat_template that is not text"),
+        (7, "a chat_template that is not text"),
     ],
     ids=str,
 )  # fmt: skip
@@ -367,7 +367,7 @@ def test_what_a_driver_does_not_take(gguf: Path, app: Path) -> None:
     assert problems(app) == []
     edit(app, "./base", "./models")
     (problem,) = problems(app, error=LoadError)
-    assert "is a single file, and vllm takes a folder of safetensors" in problem
+    assert "is a single file, but vllm takes a folder of safetensors" in problem
 
 
 def test_the_parts_of_a_gguf(app: Path) -> None:
@@ -419,7 +419,7 @@ def test_a_chat_template_may_lie_beside_a_gguf(app: Path) -> None:
         ("response_format: {type: regex, regex: '(a'}",
          "component.action.response_format: the response_format cannot be kept to: "),
         ("params: {logit_bias: {999: 1}}",
-         "component.action.params.logit_bias.999: logit_bias names the token 999, and this model has the tokens 0 to 257"),
+         "component.action.params.logit_bias.999: logit_bias names the token 999, but this model has the tokens 0 to 257"),
     ],
 )  # fmt: skip
 def test_what_an_action_asks_for_in_vain(app: Path, given: str, expected: str) -> None:
@@ -462,14 +462,12 @@ def test_programs_that_are_not_there(app: Path, gguf: Path) -> None:
     edit(app, "  precision: float32", "  driver: llamacpp\n  options: {server: ./llama-server}")
     (problem,) = problems(app, error=LoadError)
     assert problem.startswith(
-        "model-compose.yml:13: component.options.server: options.server: there is no ./llama-server that can"
+        "model-compose.yml:13: component.options: options.server: there is no ./llama-server that can"
     )
     edit(app, "driver: llamacpp\n  options: {server: ./llama-server}", "driver: vllm\n  options: {python: ./python}")
     edit(app, "./models", "./base")
     (problem,) = problems(app, error=LoadError)
-    assert problem.startswith(
-        f"model-compose.yml:13: component.options.python: options.python: there is no {app}/python; "
-    )
+    assert problem.startswith(f"model-compose.yml:13: component.options: options.python: there is no {app}/python; ")
 
 
 def test_ranks_beyond_what_vllm_is_started_for(app: Path) -> None:
@@ -521,7 +519,7 @@ def test_plan_is_content_with_configs(app: Path) -> None:
         (app / file).unlink()
     loaded = load([app / "model-compose.yml"], {})
     check_files(loaded, weights=False)
-    with pytest.raises(LoadError, match="has a config and no weights"):
+    with pytest.raises(LoadError, match="has a config but no weights"):
         check_files(loaded)
 
 

@@ -73,7 +73,7 @@ def _taken_apart(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _members(plain: Any, annotations: tuple[Any, ...]) -> list[Any]:
-    """The members of a union, without None; the classes of an AnyOf or ByName; otherwise nothing."""
+    """The members of a union, without None; the classes of an AnyOf; otherwise nothing."""
     if chosen := _chosen(annotations):
         return [kind for each in chosen for kind in each.classes()]
     if get_origin(plain) not in (Union, UnionType):

@@ -13,10 +13,14 @@ Keys = tuple[str | int, ...]
 
 
 class ComposeError(Exception):
-    """The base of all errors raised on purpose. status: the HTTP status. title: the problem's short name."""
+    """The base of all errors raised on purpose. status: the HTTP status. title: the problem's short name.
+
+    at: the keys from the refused value, or from the options that were read, down to the wrong part; () means all of it.
+    """
 
     status = 500
     title = "Internal error"
+    at: Keys = ()
 
     @property
     def code(self) -> str:
@@ -76,6 +80,10 @@ class LoadError(ComposeError):
 
     title = "Model not loadable"
 
+    def __init__(self, message: str, *, at: Keys = ()) -> None:
+        super().__init__(message)
+        self.at = at
+
 
 class AddressInUse(ComposeError):
     """A port that a server should listen on is taken."""
@@ -95,10 +103,7 @@ class FieldError:
 
 
 class InputError(ComposeError):
-    """A request is wrong: `fields` names each field and the allowed values.
-
-    at: the keys from the refused value down to its wrong part; () means the whole value.
-    """
+    """A request is wrong: `fields` names each field and the allowed values."""
 
     status = 400
     title = "Invalid request"

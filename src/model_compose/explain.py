@@ -71,7 +71,7 @@ def _message(item: Any, secret: bool) -> str:
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _tag(kind, context)
     if kind == "too_long":
-        return f"holds at most {context['max_length']}, not {context['actual_length']}"
+        return f"a list of at most {context['max_length']}, not of {context['actual_length']}"
     if kind == "weight" and isinstance(item["input"], str) and "${" in item["input"]:
         return (
             f"a weight in the file is a number or ${{env.NAME}}, not {shown(item['input'])}; for weights that come with "

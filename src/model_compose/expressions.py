@@ -140,14 +140,16 @@ def parse(value: Any, at: Keys = ()) -> Template:
     if isinstance(value, dict):
         for key in value:
             if key in OPERATOR_KEYS:
-                raise SyntaxProblem(f"the structural operator '{key}' is not supported in this version", (*at, key))
+                raise SyntaxProblem(
+                    f"the structural operator '{key}' is not supported in this version; leave it out", (*at, key)
+                )
         return Template({key: parse(item, (*at, key)) for key, item in value.items()})
     if isinstance(value, list | tuple):
         return Template([parse(item, (*at, index)) for index, item in enumerate(value)])
     if not isinstance(value, str) or "${" not in value:
         return Template(value)
     if value.startswith("...${"):
-        raise SyntaxProblem("the structural operator '...' is not supported in this version", at)
+        raise SyntaxProblem("the structural operator '...' is not supported in this version; leave it out", at)
     try:
         parts = tuple(_parts(value))
     except SyntaxProblem as problem:
@@ -171,7 +173,7 @@ def split(text: str) -> Iterator[tuple[str, bool]]:
             else:
                 depth, end = depth - (text[end] == "}"), end + 1
         if depth:
-            raise SyntaxProblem(f"'{text[start:]}' has no closing brace")
+            raise SyntaxProblem(f"'{text[start:]}' has no closing brace; add one at its end")
         yield text[start:end], True
         at = end
     if at < len(text):

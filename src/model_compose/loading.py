@@ -19,12 +19,10 @@ from model_compose.declared import declarations, is_later
 from model_compose.errors import ConfigError, Keys, RunError
 from model_compose.explain import explain, place
 from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, convert, parse_reference, split
-from model_compose.nodes import at, child, compose, file_of, merge, typed
+from model_compose.nodes import FILE_NAMES, at, child, compose, file_of, merge, typed
 from model_compose.schema import Options, RelativeToFile, Secret, nearest
 
-FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
-
-# The names that other languages have for our types.
+# What other languages call our types.
 _OTHER_NAMES = {
     "int": "integer", "float": "number", "double": "number", "bool": "boolean", "str": "string", "dict": "object",
     "map": "object", "array": "list",
@@ -122,6 +120,8 @@ def _with_paths_moved(value: Any, node: Node, folders: Mapping[str, str]) -> Any
     """
     if isinstance(value, tuple):
         return tuple(_with_paths_moved(item, child(node, index) or node, folders) for index, item in enumerate(value))
+    if isinstance(value, dict):
+        return {key: _with_paths_moved(item, child(node, key) or node, folders) for key, item in value.items()}
     if not isinstance(value, Options):
         return value
     changed = {}
@@ -136,6 +136,7 @@ def _with_paths_moved(value: Any, node: Node, folders: Mapping[str, str]) -> Any
 
 
 def _moved(value: Any, node: Node, path: RelativeToFile, folders: Mapping[str, str]) -> Any:
+    """A path, or a tuple of paths, with the folder of its file in front; see _with_paths_moved."""
     if isinstance(value, tuple):
         return tuple(_moved(item, child(node, index) or node, path, folders) for index, item in enumerate(value))
     if not isinstance(value, str) or not path.is_path(value) or value.startswith(("/", "~")):

@@ -15,6 +15,9 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from model_compose.errors import ConfigError, Keys
 
+FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
+"""The names of a folder's file, where the user names none. The first one that exists counts."""
+
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
 _PLAIN_TAGS = {f"{_TAG}{name}" for name in ("map", "seq", "str", "null", "bool", "int", "float", "merge")}
@@ -140,11 +143,11 @@ class _Preparing:
         """above: the ids of the nodes that contain this one."""
         node.file = self._name  # type: ignore[attr-defined]  # the marks of libyaml's loader do not carry it
         if id(node) in above:
-            raise ConfigError(f"{at(node)}: an anchor cannot hold itself")
+            raise ConfigError(f"{at(node)}: an anchor cannot contain its own alias; remove the alias")
         if id(node) in self._extent:
             return
         if len(above) > MAX_DEPTH:
-            raise ConfigError(f"{at(node)}: mappings and lists are nested deeper than {MAX_DEPTH}")
+            raise ConfigError(f"{at(node)}: mappings and lists are nested deeper than {MAX_DEPTH}; nest fewer")
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace(_TAG, "!!")
             self.problems.append(f"{at(node)}: the tag {tag} is not supported; write the value without it")

@@ -17,7 +17,7 @@ from model_compose.engines import ENGINES, on_disk
 from model_compose.engines.devices import check_device, check_quantization
 from model_compose.engines.options import ModelOptions
 from model_compose.engines.prompts import check_tokens
-from model_compose.errors import ComposeError, InputError, Keys, SourceError
+from model_compose.errors import ComposeError, Keys, SourceError
 from model_compose.headers import Gguf, Stored
 from model_compose.loading import ComposeFile
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check
@@ -61,8 +61,7 @@ class Findings:
         try:
             yield
         except ComposeError as error:
-            inside = error.at if isinstance(error, InputError) else ()
-            self.found.append(((*keys, *inside), error))
+            self.found.append(((*keys, *error.at), error))
 
 
 def check_files(loaded: ComposeFile, *, weights: bool = True) -> None:
@@ -95,10 +94,9 @@ def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Co
         with findings.at(*at, "peft_adapters", number, "model"):
             if read := _read_adapter(name, adapter.model, loaded, weights):
                 adapters[number] = read
-    named = {options.adapter_names[number]: adapter for number, adapter in adapters.items()}
-    for keys, error in ENGINES[options.driver].preflight(options, named, loaded.base_dir):
-        with findings.at(*at, "options", *keys):
-            raise error
+    with findings.at(*at, "options"):
+        named = {options.adapter_names[number]: adapter for number, adapter in adapters.items()}
+        ENGINES[options.driver].preflight(options, named, loaded.base_dir)
     if base is not None:
         unsure = []
         for number, read in adapters.items():

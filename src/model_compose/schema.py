@@ -31,22 +31,23 @@ LONGEST_NAME = 256
 
 
 def invalid(message: str, *at: str | int) -> PydanticCustomError:
-    """The error that a validator raises about a part of what it validates, so that the file's line of it can be told.
+    """The error that a validator raises about a part of the value that it validates.
 
-    at: the keys from the validated value down to the wrong part; none means the whole value.
+    at: the keys from the validated value down to the wrong part; without any, the whole value is wrong. Messages about a
+    file name the line of that part.
     """
     return PydanticCustomError("invalid", "{message}", {"message": message, "at": at})
 
 
-# What a field declares about itself, beside its type.
+# Annotations by which a field declares more than its type.
 
 
 @dataclass(frozen=True)
 class Secret:
-    """Annotation: no message shows the value, and a variable's value stays text however much it looks like a number.
+    """Annotation: no message shows the value. The value of a variable stays text, even if it looks like a number.
 
-    unset_is_none: an unset variable means no value, instead of an error. danger: what would happen without a value, which
-    makes an empty one an error too.
+    unset_is_none: whether an unset variable means null, instead of an error. danger: what would happen without a value,
+    for messages; if given, an empty value is an error too.
     """
 
     unset_is_none: bool = False
@@ -55,9 +56,9 @@ class Secret:
 
 @dataclass(frozen=True)
 class RelativeToFile:
-    """Annotation: the value is a path, or a list of paths, and counts from the folder of the file that says it.
+    """Annotation: the value is a path or a list of paths. A relative path counts from the folder of the file that has it.
 
-    is_path: tells paths from other texts, where the field takes both.
+    is_path: whether a text is a path, for fields that take other texts too. By default every text that is not empty is.
     """
 
     is_path: Callable[[str], bool] = bool
@@ -65,8 +66,10 @@ class RelativeToFile:
 
 @dataclass(eq=False)
 class AnyOf:
-    """Annotation: the field's value is of one of these classes; another field says of which. classes: called when needed,
-    since it imports them."""
+    """Annotation: the value is of one of several classes, which another field chooses.
+
+    classes: returns them. It is called only when the classes are needed, since it imports them.
+    """
 
     classes: Callable[[], Iterable[Any]]
 

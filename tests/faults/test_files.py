@@ -17,7 +17,7 @@ from model_compose.errors import ConfigError
 from model_compose.loading import ComposeFile, load
 from model_compose.native import compiling, kernels
 from model_compose.native.compiling import find_compiler, load_compiled
-from model_compose.running import find, hold, log_file
+from model_compose.running import find, hold, log_file, make_state_dir
 from tests.engines.test_child import alive
 from tests.test_cli import cli, folder, state  # noqa: F401 - fixtures
 from tests.tiny import YAML
@@ -43,6 +43,7 @@ def test_records_locks_and_logs_are_this_users_alone(loaded: ComposeFile, before
     """Also where a version before left them open, or the umask would."""
     umask = os.umask(0)
     try:
+        make_state_dir()
         log = log_file(loaded.files)
         if before is not None:
             for kind in ("log", "json", "lock", "tmp"):
@@ -270,9 +271,9 @@ BOMBS = {
         "a: &a {" + ", ".join(f"k{n}: 0" for n in range(1000)) + "}\nb: {<<: [" + "*a, " * 50_000 + "]}",
         "written out; a file may hold 100,000",
     ),
-    "an anchor that holds itself": ("a: &a [x, *a]", "an anchor cannot hold itself"),
-    "an anchor that holds itself below": ("a: &a {b: {c: [*a]}}", "an anchor cannot hold itself"),
-    "an anchor that merges itself": ("a: &a {<<: *a}", "an anchor cannot hold itself"),
+    "an anchor that holds itself": ("a: &a [x, *a]", "an anchor cannot contain its own alias"),
+    "an anchor that holds itself below": ("a: &a {b: {c: [*a]}}", "an anchor cannot contain its own alias"),
+    "an anchor that merges itself": ("a: &a {<<: *a}", "an anchor cannot contain its own alias"),
     "nested 150 deep": (in_each_other(150), "nested deeper than 100"),
     "nested 900 deep": (in_each_other(900), "nested deeper than 100"),
     "nested 100,000 deep": ("a: " + "[" * 100_000, "exceeded maximum nesting depth"),

@@ -1,6 +1,6 @@
 """The embedded engine: transformers in this process, any blend for any request. `driver: huggingface`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,7 +11,7 @@ from model_compose.engines.huggingface.options import HuggingfaceOptions, refuse
 from model_compose.engines.options import AdapterOptions, ModelOptions
 from model_compose.engines.prompts import Prompts
 from model_compose.engines.stepping.engine import Running, SteppingEngine
-from model_compose.errors import Conflict, InputError, Keys, LoadError
+from model_compose.errors import Conflict, InputError, LoadError
 from model_compose.generation import Request, ResponseFormat
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
@@ -32,10 +32,8 @@ class HuggingfaceEngine(SteppingEngine):
     refuse = staticmethod(refuse)
 
     @classmethod
-    def preflight(
-        cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path
-    ) -> Iterable[tuple[Keys, LoadError]]:
-        return ()  # the base's and the adapters' own files say everything
+    def preflight(cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
+        """The base's and the adapters' own files say everything."""
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         own = options.options

@@ -1,6 +1,6 @@
 """`driver: llamacpp`: llama.cpp with a GGUF base, in this process or as a llama-server."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -8,7 +8,6 @@ from model_compose.engines import Engine
 from model_compose.engines.llamacpp import options as own
 from model_compose.engines.llamacpp.options import find
 from model_compose.engines.options import ModelOptions
-from model_compose.errors import Keys, LoadError
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blends
 from model_compose.schema import Options
@@ -21,15 +20,10 @@ class LlamacppDriver:
     needs = None
     refuse = staticmethod(own.refuse)
 
-    def preflight(
-        self, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path
-    ) -> Iterator[tuple[Keys, LoadError]]:
+    def preflight(self, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
         assert isinstance(options.options, own.LlamacppOptions)
         if options.options.server is not None:
-            try:
-                find(options.options.server, base_dir)
-            except LoadError as error:
-                yield ("server",), error
+            find(options.options.server, base_dir)
 
     def __call__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> Engine:
         assert isinstance(options.options, own.LlamacppOptions)

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,6 @@ from model_compose.errors import (
     ComposeError,
     Conflict,
     InputError,
-    Keys,
     LoadError,
     NotReady,
     RunError,
@@ -71,21 +70,13 @@ class VllmEngine:
     refuse = staticmethod(refuse)
 
     @classmethod
-    def preflight(
-        cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path
-    ) -> Iterator[tuple[Keys, LoadError]]:
+    def preflight(cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
         own = options.options
         assert isinstance(own, VllmOptions)
         if own.python:
-            try:
-                interpreter(own.python, base_dir)
-            except LoadError as error:
-                yield ("python",), error
+            interpreter(own.python, base_dir)
         if len(adapters) == len(options.peft_adapters):
-            try:
-                choose_rank(options.to_blends(), adapters, own.max_lora_rank)
-            except LoadError as error:
-                yield ("max_lora_rank",), error
+            choose_rank(options.to_blends(), adapters, own.max_lora_rank)
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         assert isinstance(options.options, VllmOptions)
