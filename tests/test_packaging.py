@@ -165,6 +165,7 @@ def test_the_installed_wheel_works_in_an_empty_folder(installed: Path, tmp_path:
     assert "Configuration is valid" in run(command, "validate", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_type_checkers_see_its_types(installed: Path, tmp_path: Path) -> None:
     """Only those of this package are read: its dependencies take mypy most of a minute."""
     (tmp_path / "mypy.ini").write_text(
