@@ -41,7 +41,7 @@ def write_project(folder: Path, layers: int) -> int:
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from model_compose.export.shards import Entry, write_shards
+    from model_compose.checkpoint.shards import Entry, write_shards
     from tests import tiny
 
     config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="float16")

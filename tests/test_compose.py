@@ -683,7 +683,7 @@ async def test_a_component_that_ends_without_a_result_fails_the_run() -> None:
 def test_default_names_the_adapters_own_weights_alone(project: Path) -> None:
     path = project.parent / "named-default.yml"
     path.write_text(project.read_text().replace("  plain: {}", "  default: {}"))
-    with pytest.raises(ConfigError, match="the name 'default' is taken by the blend of the adapters' own weights"):
+    with pytest.raises(ConfigError, match="the name 'default' is reserved for the blend of the adapters' own weights"):
         load([path])
 
 

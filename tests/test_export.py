@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from model_compose.checkpoint.shards import INDEX, Entry, write_shards
 from model_compose.errors import AdapterError, InputError, LoadError
 from model_compose.export import Order, export
-from model_compose.export.shards import INDEX, Entry, write_shards
 from model_compose.loading import load
 from model_compose.lora.adapter import LoraAdapter, read_adapter
 from model_compose.lora.blend import Blend, delta

@@ -37,7 +37,7 @@ class Reader:
 
     def read(self, part: str) -> None:
         for language, text in BLOCK.findall(part):
-            if language == "shell":
+            if language == "bash":
                 for command in text.replace("\\\n", " ").splitlines():
                     self._run(shlex.split(command))
             elif language == "text":
@@ -180,7 +180,7 @@ def test_a_broken_package_names_itself_and_stays_alone(
         f"the driver 'odd' comes from the package broken 0.3 (broken_plugin:Engine), which cannot be imported: {reason}; "
         "mend or uninstall that package"
     )
-    assert [name for name, _ in registry.usable()] == ["own", "taken"]
+    assert list(registry.usable) == ["own", "taken"]
     assert "the package broken 0.3" in caplog.text
 
 

@@ -8,13 +8,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar, Union
+from typing import Any, Generic, TypeVar
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
+from pydantic import GetCoreSchemaHandler, TypeAdapter
+from pydantic_core import CoreSchema, PydanticKnownError, core_schema
 
 from model_compose.errors import PluginError
-from model_compose.schema import nearest, shown
+from model_compose.schema import AnyOf, Options, invalid, nearest, shown
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +62,16 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._claims)
 
-    def usable(self) -> Iterator[tuple[str, T]]:
-        """Every entry with its name. Logs a warning for each entry of another package that cannot be used, and skips it."""
+    @cached_property
+    def usable(self) -> Mapping[str, T]:
+        """All entries, imported, but for those of other packages that cannot be used: a warning names each of these."""
+        found = {}
         for name in self:
             try:
-                yield name, self[name]
+                found[name] = self[name]
             except PluginError as error:
                 log.warning("%s", error)
+        return found
 
 
 def _owner(claim: EntryPoint) -> str:
@@ -77,27 +80,19 @@ def _owner(claim: EntryPoint) -> str:
     return f"the package {claim.dist.name} {claim.dist.version} ({claim.value})"
 
 
-class ByName:
+class ByName(AnyOf):
     """Annotation: a mapping whose `key` names an entry of a registry; it is checked as that entry's options.
 
-    options: entry -> the type that pydantic checks the mapping as. Only entries that a file names are imported, but the
-    JSON schema shows all of them.
+    options: entry -> the type that pydantic checks the mapping as.
     """
 
     def __init__(self, registry: Registry[Any], key: str, options: Callable[[Any], Any]) -> None:
+        super().__init__(lambda: map(options, registry.usable.values()))
         self._registry, self._key, self._options = registry, key, options
         self._adapters: dict[str, TypeAdapter[Any]] = {}
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check)
-
-    def classes(self) -> list[Any]:
-        """The types of all entries. Imports them."""
-        return [self._options(entry) for _, entry in self._registry.usable()]
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        every: Any = Union[tuple(self.classes())]  # noqa: UP007
-        return handler(TypeAdapter(every).core_schema)
 
     def _check(self, value: Any) -> Any:
         name = self._name(value)
@@ -105,28 +100,19 @@ class ByName:
             try:
                 entry = self._registry[name]
             except PluginError as error:
-                raise _wrong(
-                    PydanticCustomError("plugin", "{problem}", {"problem": str(error)}), self._key, name
-                ) from None
+                raise invalid(str(error), self._key) from None
             self._adapters[name] = TypeAdapter(self._options(entry))
         return self._adapters[name].validate_python(value)
 
     def _name(self, value: Any) -> str:
-        """Raises PydanticKnownError, ValidationError."""
         if isinstance(value, Mapping):
             if self._key not in value:
-                raise _wrong("missing", self._key, value)
+                raise invalid(f"the key '{self._key}' is missing")
             name = value[self._key]
+        elif isinstance(value, Options):  # checked already
+            name = getattr(value, self._key, None)
         else:
-            name = getattr(value, self._key, None)  # options that have been checked already
-            if name is None:
-                raise PydanticKnownError("dict_type")
+            raise PydanticKnownError("dict_type")
         if not isinstance(name, str) or name not in self._registry:
-            given = {"key": self._key, "name": shown(name), "hint": nearest(str(name), self._registry)}
-            raise _wrong(PydanticCustomError("unknown_name", "unknown {key} {name}; {hint}", given), self._key, name)
+            raise invalid(f"unknown {self._key} {shown(name)}; {nearest(str(name), self._registry)}", self._key)
         return name
-
-
-def _wrong(problem: str | PydanticCustomError, key: str, given: Any) -> ValidationError:
-    """An error at a key of the value that is being checked."""
-    return ValidationError.from_exception_data("", [InitErrorDetails(type=problem, loc=(key,), input=given)])

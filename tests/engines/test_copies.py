@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from model_compose.checkpoint import reading
+from model_compose.checkpoint.reading import open_checkpoint
 from model_compose.engines.huggingface.engine import HuggingfaceEngine
 from model_compose.engines.llamacpp.base import read_base
 from model_compose.engines.options import AdapterOptions
 from model_compose.errors import AdapterError, LoadError
-from model_compose.export import checkpoint
-from model_compose.export.checkpoint import open_checkpoint
 from model_compose.lora.adapter import LoraAdapter, check_copies, read_adapter
 from model_compose.lora.blend import Blend
 from model_compose.lora.gguf import is_stored
@@ -88,7 +88,7 @@ async def test_a_base_is_opened_once_for_all_copies(tmp_path: Path, monkeypatch:
         opened_bases.append(base)
         return open_checkpoint(base, model)
 
-    monkeypatch.setattr(checkpoint, "open_checkpoint", opens)
+    monkeypatch.setattr(reading, "open_checkpoint", opens)
     project(tmp_path, tiny.llama_config(**SIZES))
     gguf_base.save_gguf(tmp_path / "base", tmp_path / "base.gguf")
     engine = await opened(tmp_path, model="./base.gguf")

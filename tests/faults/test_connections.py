@@ -15,7 +15,8 @@ import pytest
 
 from model_compose.compose import Compose
 from model_compose.loading import load
-from model_compose.servers import HttpServerOptions, bodies, connections
+from model_compose.server_options import HttpServerOptions
+from model_compose.servers import bodies, connections
 from model_compose.servers.connections import Connections, Limits
 from model_compose.servers.http import create_app
 from model_compose.servers.serve import bind, listening

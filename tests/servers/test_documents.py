@@ -11,7 +11,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator, validate
 from model_compose import __version__
 from model_compose.compose import Compose
 from model_compose.loading import load
-from model_compose.servers import HttpServerOptions
+from model_compose.server_options import HttpServerOptions
 from model_compose.servers.http import create_app
 from tests import tiny
 from tests.conftest import serving

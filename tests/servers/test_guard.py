@@ -19,7 +19,8 @@ from model_compose.compose import Compose
 from model_compose.config import Config
 from model_compose.errors import ConfigError
 from model_compose.loading import load
-from model_compose.servers import HttpServerOptions, WebuiOptions, access, connections, guard
+from model_compose.server_options import HttpServerOptions, WebuiOptions
+from model_compose.servers import access, connections, guard
 from tests.conftest import serving
 from tests.servers.test_http import PROMPT, is_problem, post
 from tests.servers.test_openai import client_of, complete

@@ -161,8 +161,7 @@ def _component(config: Config, id: str | None) -> ModelOptions:
 
     Raises InputError.
     """
-    models = {c.id: c for c in config.all_components if isinstance(c, ModelOptions)}
-    named = {"default" if key == "__component__" else key: model for key, model in models.items()}
+    named = dict(config.models)
     if not named:
         raise InputError("the file has no component of `type: model`, so there is no blend to export")
     if id is None and len(named) > 1:
@@ -176,10 +175,10 @@ def _gather(
     loaded: ComposeFile, options: ModelOptions, blend: Blend, order: Order, format: Format, report: Report
 ) -> Export:
     """Fetch the blend's adapters and the base, and check that they fit together."""
+    from model_compose.checkpoint.reading import holder
     from model_compose.engines.adapters import fetch_adapter
     from model_compose.engines.blueprint import read_blueprint
     from model_compose.engines.on_disk import CONFIG_FILES
-    from model_compose.export.checkpoint import holder
     from model_compose.lora.adapter import check, check_copies
     from model_compose.lora.layers import module_shapes
 

@@ -111,7 +111,7 @@ def _kind(export: Export, tensor: Any, touched: bool) -> "gguf.GGMLQuantizationT
     """
     import gguf
 
-    from model_compose.export.gguf_checkpoint import PLAIN
+    from model_compose.checkpoint.gguf import PLAIN
 
     if not touched or (export.dtype is None and tensor.tensor_type in PLAIN):
         found: gguf.GGMLQuantizationType = tensor.tensor_type
@@ -161,7 +161,7 @@ def _data(
     import numpy as np
     import torch
 
-    from model_compose.export.gguf_checkpoint import read_tensor
+    from model_compose.checkpoint.gguf import read_tensor
 
     stored: np.ndarray[Any, Any] = read_tensor(source, tensor)
     if change is None:

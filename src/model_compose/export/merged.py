@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model_compose.checkpoint.reading import Checkpoint, open_checkpoint
+from model_compose.checkpoint.shards import Entry, write_shards
 from model_compose.errors import AdapterError
 from model_compose.export import SHARD_SIZE, Export, Format, overflow
 from model_compose.export.card import write_card
-from model_compose.export.checkpoint import Checkpoint, open_checkpoint
 from model_compose.export.destination import check_free
-from model_compose.export.shards import Entry, write_shards
 from model_compose.lora.adapter import ModuleShape
 from model_compose.lora.blend import delta
 from model_compose.lora.layers import module_shapes

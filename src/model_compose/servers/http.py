@@ -21,7 +21,7 @@ from model_compose.errors import ComposeError, InputError
 from model_compose.expressions import strict_json
 from model_compose.metrics import MEDIA_TYPE
 from model_compose.schema import LONGEST_NAME, Options
-from model_compose.servers import HttpServerOptions
+from model_compose.server_options import HttpServerOptions
 from model_compose.servers.access import REQUEST_ID
 from model_compose.servers.answers import Health, LoadProgress, RunState, VariableInfo, WorkflowInfo, shown
 from model_compose.servers.callbacks import Callback

@@ -18,7 +18,7 @@ from model_compose.compose import Compose
 from model_compose.daemon import in_daemon_thread
 from model_compose.errors import AddressInUse
 from model_compose.progress import Report, silent
-from model_compose.servers import HttpServerOptions
+from model_compose.server_options import HttpServerOptions
 from model_compose.servers.access import Access
 from model_compose.servers.bodies import Bodies
 from model_compose.servers.connections import (

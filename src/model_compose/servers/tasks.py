@@ -20,7 +20,7 @@ from model_compose.components import Answer, Delta
 from model_compose.compose import Compose
 from model_compose.errors import Cancelled, ComposeError, Conflict, NotFound, Overloaded, RunError
 from model_compose.room import Admission
-from model_compose.servers import DEFAULT_MAX_TASKS_SIZE
+from model_compose.server_options import DEFAULT_MAX_TASKS_SIZE
 from model_compose.servers.answers import Failure, RunState, Status, Usage, UsedBlend, shown
 from model_compose.workflow.runner import Done, PreparedRun
 

@@ -21,7 +21,8 @@ from starlette.types import ASGIApp
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
 from model_compose.progress import Progress
-from model_compose.servers import DEFAULT_MAX_BODY, WebuiOptions, webui_runs, webui_snippets
+from model_compose.server_options import DEFAULT_MAX_BODY, WebuiOptions
+from model_compose.servers import webui_runs, webui_snippets
 from model_compose.servers.guard import Guard, Hosts
 from model_compose.servers.webui_auth import ICON, Door
 from model_compose.servers.webui_form import Form, draw_form

@@ -197,7 +197,7 @@ def _load_model(base: Fetched, config: Any, options: ModelOptions, device: torch
 def _holds(base: Fetched, model: Any) -> Callable[[str, torch.Tensor], bool | None]:
     """Says whether the base's parameter of a name is a tensor. Its files tell, as the model's own weights may be packed or
     folded."""
-    from model_compose.export.checkpoint import holder
+    from model_compose.checkpoint.reading import holder
 
     stored = holder(base, model)
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from model_compose.checkpoint.shards import Entry
 from model_compose.errors import LoadError, reason
-from model_compose.export.shards import Entry
 from model_compose.lora.adapter import is_copy
 from model_compose.sources import Fetched
 
@@ -45,7 +45,7 @@ class Checkpoint(Protocol):
 def open_checkpoint(base: Fetched, model: "PreTrainedModel") -> Checkpoint:
     """The base's weights. Raises LoadError if they are quantised, missing, or in another format."""
     if base.file is not None:
-        from model_compose.export.gguf_checkpoint import GgufCheckpoint
+        from model_compose.checkpoint.gguf import GgufCheckpoint
 
         return GgufCheckpoint(base.folder / base.file, model)
     if (config := getattr(model.config, "quantization_config", None)) is not None:

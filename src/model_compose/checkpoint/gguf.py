@@ -11,8 +11,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from torch import Tensor
 
+from model_compose.checkpoint.shards import Entry
 from model_compose.errors import LoadError
-from model_compose.export.shards import Entry
 from model_compose.lora.gguf import is_stored
 
 if TYPE_CHECKING:
