@@ -10,7 +10,7 @@ from model_compose.components import Answer, pick
 from model_compose.components.response_format import on_the_wire
 from model_compose.compose import Compose
 from model_compose.generation import Message, Sampling
-from model_compose.servers.openai import public_id
+from model_compose.schema import public_name
 from model_compose.workflow.jobs import WorkflowOptions
 
 KEY = "MODEL_COMPOSE_API_KEY"
@@ -58,7 +58,7 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
     route, prompt, shown = _asking(prompts[0])
     plain, extra = _sampling(asked.sampling, model.sampling())
     lora = [{"name": name, "scale": weight} for name, weight in answer.blend.weights.items() if weight]
-    id = public_id(answer.component)
+    id = public_name(answer.component)
     if answer.blend.method is not None:  # `lora` would be the sum
         id += f":{answer.blend.name}"
     elif model.blends.adapters:
