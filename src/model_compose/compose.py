@@ -52,8 +52,8 @@ class Compose:
             options.id: COMPONENTS[options.type](options, loaded.base_dir) for options in loaded.config.all_components
         }
         self.metrics = Metrics()
-        for id, model in self.models.items():
-            model.meter = self.metrics.watch(id, model.engine)
+        for model in self.models.values():
+            model.meter = self.metrics.watch(model.options.public_name, model.engine)
         self._turns = {options.id: _turns(options.max_concurrent_count) for options in loaded.config.all_components}
         self._runs = _turns(loaded.config.serving.max_concurrent_count)
         self._graphs = {workflow.id: self._graph(workflow) for workflow in loaded.config.all_workflows}

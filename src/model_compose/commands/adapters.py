@@ -165,11 +165,12 @@ def _inspect(
 
 def _models(loaded: "ComposeFile | None", component: str | None) -> "Mapping[str, ModelOptions]":
     """The model components by their public names, or only `component`. Raises NotFound."""
+    from model_compose.schema import public_name
 
     found = dict(loaded.config.models) if loaded else {}
     if component is None:
         return found
-    id = "default" if component == "__component__" else component
+    id = public_name(component)
     if id not in found:
         raise NotFound(f"--component: there is no model component '{component}'; known: {', '.join(found) or 'none'}")
     return {id: found[id]}

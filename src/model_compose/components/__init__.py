@@ -19,7 +19,7 @@ from model_compose.lora.blend import Blend
 from model_compose.progress import Report
 from model_compose.registry import Registry
 from model_compose.room import Place
-from model_compose.schema import Options, TemplateValue, invalid
+from model_compose.schema import Named, Options, TemplateValue, invalid
 
 DEFAULT_ID = "__default__"
 
@@ -83,13 +83,9 @@ class ActionOptions(Options):
         return None if self.output is None else parse(self.output)
 
 
-class ComponentOptions(Options):
+class ComponentOptions(Named):
     """What every component has."""
 
-    id: str = Field(
-        default="__component__",
-        description="The name by which jobs and clients choose this component; `default` on /v1 if unset",
-    )
     type: str = Field(description="The kind of component")
     runtime: Literal["native", "embedded"] = Field(
         default="native", description="Accepted for files of the original; both run in this process"

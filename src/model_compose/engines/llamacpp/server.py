@@ -96,11 +96,10 @@ class ServerEngine:
             loaded = await in_daemon_thread(lambda: self._load(folder, report))
             self._prompts = Prompts(loaded.tokenizer, loaded.context)
             self._connection = Connection("http://llama-server", socket=folder / SOCKET)
-            public = "default" if self._options.id == "__component__" else self._options.id  # as on /v1
             variables = inherited(os.environ) | self._own.env
             self._child = Child(
-                public, command(binary, loaded, folder / SOCKET), variables, folder / SOCKET, self._connection.is_ready,
-                self._slots.forget, patience=self._own.start_timeout,
+                self._options.public_name, command(binary, loaded, folder / SOCKET), variables, folder / SOCKET,
+                self._connection.is_ready, self._slots.forget, patience=self._own.start_timeout,
             )  # fmt: skip
             report(Progress("starting llama-server", 0, 1, "servers"))
             await self._child.start()

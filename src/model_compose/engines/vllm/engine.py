@@ -159,10 +159,10 @@ class VllmEngine:
             trust_remote_code=options.trust_remote_code,
         )
         self._connection = Connection("http://vllm", socket=socket)
-        public = "default" if options.id == "__component__" else options.id  # as on /v1
         variables = environment(installed, os.environ, cores(), own.env)
         self._child = Child(
-            public, command(installed, settings), variables, socket, self._connection.is_ready, self._forget_adapters,
+            options.public_name, command(installed, settings), variables, socket, self._connection.is_ready,
+            self._forget_adapters,
             patience=own.start_timeout,
         )  # fmt: skip
         report(Progress("starting vLLM", 0, 1, "servers"))

@@ -13,7 +13,7 @@ from model_compose.components.model_actions import SamplingOverrides
 from model_compose.components.response_format import on_the_wire
 from model_compose.compose import Compose
 from model_compose.generation import Message, Sampling
-from model_compose.servers.openai import public_id
+from model_compose.schema import public_name
 from model_compose.workflow.jobs import WorkflowOptions
 
 KEY = "MODEL_COMPOSE_API_KEY"
@@ -75,7 +75,7 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
     drawn = asked.sampling if call.sampling is None else call.sampling.over(asked.sampling)
     plain, extra = _sampling(drawn, model.sampling())
     lora = [{"name": name, "scale": weight} for name, weight in answer.blend.weights.items() if weight]
-    id = public_id(answer.component)
+    id = public_name(answer.component)
     if answer.blend.method is not None:  # `lora` would be the sum
         id += f":{answer.blend.name}"
     elif model.blends.adapters:
