@@ -36,7 +36,11 @@ INSTALLS = [
 
 def texts() -> Iterator[Path]:
     for pattern in TEXTS:
-        yield from (p for p in ROOT.glob(pattern) if p.is_file() and p.suffix in KINDS and "__pycache__" not in p.parts)
+        yield from (
+            p
+            for p in ROOT.glob(pattern)
+            if p.is_file() and p.suffix in KINDS and not {"__pycache__", "_build"} & set(p.parts)
+        )
 
 
 def wrong_installs(text: str) -> list[str]:
