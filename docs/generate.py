@@ -379,10 +379,16 @@ def _commands() -> str:
     root: Any = get_command(app)
     parts += ["## model-compose", _text(root.help or ""), _options(root)]
     for name, command in _walk(root, "model-compose"):
-        arguments = [p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument"]
+        arguments = [_usage(each) for each in command.params if each.param_type_name == "argument"]
         usage = " ".join([name, "[OPTIONS]", *arguments])
-        parts += [f"## {name}", _text(command.help or ""), f"```text\n{usage}\n```", _options(command)]
+        example = f"{command.epilog.replace('Example: ', 'Example: `')}`" if command.epilog else ""
+        parts += [f"## {name}", _text(command.help or ""), f"```text\n{usage}\n```", _options(command), _text(example)]
     return _join(parts)
+
+
+def _usage(argument: Any) -> str:
+    name = argument.metavar or argument.name.upper()
+    return (name if argument.required else f"[{name}]") + ("..." if argument.nargs == -1 else "")
 
 
 def _walk(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -2,14 +2,16 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from model_compose.components import Delta, Result
+from model_compose.components import ActionOptions, ComponentOptions, Delta, Result
+from model_compose.components.model_actions import SamplingOverrides
 from model_compose.compose import Compose
 from model_compose.errors import (
     AdapterError,
@@ -24,9 +26,11 @@ from model_compose.errors import (
 )
 from model_compose.generation import Completion, Request, collect
 from model_compose.loading import load
-from model_compose.workflow import runner, variables
+from model_compose.progress import Report
+from model_compose.servers.answers import VariableInfo, shown
+from model_compose.workflow import runner
 from model_compose.workflow.jobs import WorkflowOptions
-from model_compose.workflow.runner import Done
+from model_compose.workflow.runner import Done, Graph, PreparedRun, Step
 from tests import tiny
 from tests.waiting import held, until
 
@@ -399,13 +403,13 @@ def test_whatever_an_expression_reads_is_an_input(project: Path, workflow: str, 
     path.write_text(READING, encoding="utf-8")
     compose = Compose(load([path]))
     if stray is None:
-        compose.check_input(input, workflow, None)
+        compose.prepare(input, workflow=workflow)
     else:
         with pytest.raises(InputError) as caught:
-            compose.check_input(input, workflow, None)
+            compose.prepare(input, workflow=workflow)
         assert stray in [problem.field for problem in caught.value.fields]
     for variable in compose.inputs(workflow):
-        json.dumps(variables.describe(variable))  # as the API's schema gives it
+        json.dumps(shown(VariableInfo.of(variable)))  # as the API's schema gives it
 
 
 async def test_input_that_cannot_be_converted_names_field_and_value(both: Compose) -> None:
@@ -649,18 +653,65 @@ async def test_an_empty_list_of_prompts_is_refused(project: Path) -> None:
         assert len((await compose.answer({"prompt": ["a", "b"]})).output["generated"]) == 2
 
 
-async def test_a_component_that_ends_without_a_result_fails_the_run() -> None:
-    async def nothing(component: str, action: str, context: Mapping[str, Any], /) -> AsyncGenerator[Delta | Result]:
+class Silent:
+    """A component that yields nothing."""
+
+    Options: ClassVar[Any] = ComponentOptions
+
+    def __init__(self, options: Any, base_dir: Path) -> None: ...
+
+    async def open(self, report: Report) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def run(
+        self, action: ActionOptions, context: Mapping[str, Any], **caller: Any
+    ) -> AsyncGenerator[Delta | Result]:
         return
         yield
 
+
+async def test_a_component_that_ends_without_a_result_fails_the_run() -> None:
+    workflow = WorkflowOptions()
+    step = Step(workflow.all_jobs[0], "silent", Silent(None, Path()), ActionOptions(), nullcontext())
+    prepared = PreparedRun(Graph(workflow, (step,), (), hands_out_all=True), {})
     with pytest.raises(RunError, match="job '__job__': the component ended without a result"):
-        async for _ in runner.run(WorkflowOptions(), {}, {}, nothing):
+        async for _ in runner.run(prepared, nullcontext({})):
             pass
 
 
 def test_default_names_the_adapters_own_weights_alone(project: Path) -> None:
     path = project.parent / "named-default.yml"
     path.write_text(project.read_text().replace("  plain: {}", "  default: {}"))
-    with pytest.raises(ConfigError, match="the name 'default' is taken by the blend of the adapters' own weights"):
+    with pytest.raises(ConfigError, match="the name 'default' is reserved for the blend of the adapters' own weights"):
         load([path])
+
+
+async def test_a_run_may_override_the_sampling_of_its_action(compose: Compose) -> None:
+    whole = await compose.answer(PROMPT)
+    cut = await compose.answer(PROMPT, sampling={"max_output_length": 3})
+    assert cut.answers[0].usage.completion_tokens == 3
+    assert whole.output["generated"].startswith(cut.output["generated"])
+    warm = {"temperature": 1.5, "seed": 3}  # the action says do_sample: false
+    drawn = [(await compose.answer(PROMPT, sampling=warm)).output for _ in range(2)]
+    assert drawn[0] == drawn[1] != whole.output
+    assert (await compose.answer(PROMPT, sampling={"temperature": None})).output == whole.output
+    assert (await compose.answer(PROMPT, sampling=SamplingOverrides(temperature=0))).output == whole.output
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field", "message"),
+    [
+        ({"temprature": 1}, "sampling.temprature", "did you mean 'temperature'"),
+        ({"temperature": -1}, "sampling.temperature", "greater than or equal to 0"),
+        ({"seed": 1.5}, "sampling.seed", "integer"),
+        ({"max_output_length": 0}, "sampling.max_output_length", "greater than or equal to 1"),
+        ({"do_sample": True}, "sampling.do_sample", "unknown key"),
+    ],
+)
+def test_overrides_that_no_action_could_take_are_refused(
+    project: Path, sampling: Any, field: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        Compose(load([project])).prepare(PROMPT, sampling=sampling)
+    assert [problem.field for problem in caught.value.fields] == [field]

@@ -33,13 +33,10 @@ TRANSLATED = {
     "docs/index.md": "docs/zh/index.md",
     "docs/tutorial.md": "docs/zh/tutorial.md",
 }
-ELSEWHERE = {ROOT / "docs/how-to/extend.md": "tests/test_extensions.py"}
-"""Pages with a test of their own, which reads and runs all of their code."""
-
 PAGES = [
     path
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-    if not {"zh", "reference", "_build"} & set(path.parts) and path not in ELSEWHERE
+    if not {"zh", "reference", "_build"} & set(path.parts)
 ]
 NOT_RUN = 12
 """Blocks that say why they are not run. Whoever adds one changes this number, and so thinks of another way first."""
@@ -188,16 +185,13 @@ RUN = {"yaml": run_yaml, "bash": run_bash, "console": run_console, "python": run
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_is_run_or_says_why_not(page: Path) -> None:
     for block in blocks(page):
-        assert block.language in (*RUN, *NO_CODE), f"{block.place}: a block of '{block.language}' is not run; mark it"
+        assert block.mark[0] or block.language in (*RUN, *NO_CODE), (
+            f"{block.place}: a block of '{block.language}' is not run; mark it"
+        )
         if block.mark[0] == "run by":
             assert (ROOT / block.mark[1]).is_file(), f"{block.place}: there is no {block.mark[1]}"
         if block.mark[0] == "output not compared":
             assert block.language == "console", f"{block.place}: has no output to compare"
-
-
-@pytest.mark.parametrize(("page", "test"), ELSEWHERE.items())
-def test_a_page_that_is_run_elsewhere_is(page: Path, test: str) -> None:
-    assert str(page.relative_to(ROOT)) in (ROOT / test).read_text(encoding="utf-8")
 
 
 def test_few_blocks_are_not_run() -> None:

@@ -17,7 +17,7 @@ from model_compose.compose import Compose
 from model_compose.errors import SourceError
 from model_compose.loading import load
 from model_compose.plan import as_json, parse_memory, plan
-from model_compose.servers.documents import RunState
+from model_compose.servers.answers import RunState
 from model_compose.servers.http import RunBody
 from tests import tiny
 from tests.test_plan import write_llama
@@ -74,10 +74,10 @@ def test_commands_of_the_first_example_are_taken(path: Path) -> None:
     assert (len(bodies), len(runs)) == (2, 2)
     for text in bodies:
         body = RunBody.model_validate_json(text)
-        compose.check_input(body.input, body.workflow_id, body.blend)
+        compose.prepare(body.input, workflow=body.workflow_id, blend=body.blend)
     for words in runs:
         blend = parse_blend(words[words.index("--blend") + 1]) if "--blend" in words else None
-        compose.check_input(read_input(words[words.index("--input") + 1], loaded, None), None, blend)
+        compose.prepare(read_input(words[words.index("--input") + 1], loaded, None), blend=blend)
 
 
 def test_both_languages_have_the_same_code_links_and_tables() -> None:

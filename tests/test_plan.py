@@ -134,8 +134,8 @@ def test_the_error_for_a_card_of_12_gb_says_what_is_too_large_and_by_how_much(tm
     assert "too few" in out
     assert err == (
         "❌ ./base does not fit on cuda:0: the base 13.48 GB + adapters 41.9 MB + a KV cache of 256 tokens 134.2 MB are "
-        f"13.65 GB, and 11.46 GB are free, {missing / 1e9:.2f} GB too few; set quantization: int8 (the base: 7.01 GB) or "
-        "quantization: nf4 (the base: 4.17 GB) or another device, or use a smaller model\n"
+        f"13.65 GB, but only 11.46 GB are free, {missing / 1e9:.2f} GB too few; set quantization: int8 (the base: 7.01 GB) "
+        "or quantization: nf4 (the base: 4.17 GB) or another device, or use a smaller model\n"
     )
     code, out, err = cli("--memory", "cuda:0=12GB", "--json", cwd=tmp_path)
     assert (code, json.loads(out)["fits"]) == (1, False)
@@ -216,7 +216,7 @@ def test_mapped_weights_count_and_the_error_names_them(tmp_path: Path) -> None:
     assert (needs.mapped, needs.fold, needs.folded) == (True, "auto", 0)  # weights that a fold replaces are paged out
     (problem,) = planned(yaml, "100kB").problems
     assert f"the base {needs.base / 1e3:.1f} kB" in problem
-    assert "(the base is mapped from its files, and would be read from disk for every token)" in problem
+    assert "(the base is mapped from its files and would be read from disk for every token)" in problem
     yaml.write_text(tiny.YAML.replace("float32", "bfloat16"))
     (copied,) = only_model(planned(yaml)).needs
     assert (copied.mapped, copied.base) == (False, needs.base // 2)

@@ -189,7 +189,7 @@ def test_names_and_ranks_are_told_by_the_header(app: Path) -> None:
     put(app / "pirate/adapter_config.json", r=rank + 1)
     twice, other_rank = problems(app, error=AdapterError)
     assert "are both the lora_A of" in twice
-    assert f"has rank {rank} in its weights, and adapter_config.json says {rank + 1}" in other_rank
+    assert f"has rank {rank} in its weights, but adapter_config.json says {rank + 1}" in other_rank
 
 
 def test_a_pickled_adapter_is_left_to_whoever_reads_it(app: Path) -> None:
@@ -218,10 +218,10 @@ def shard(base: Path) -> Path:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda base: (base / "model.safetensors").unlink(), "has a config and no weights"),
+        (lambda base: (base / "model.safetensors").unlink(), "has a config but no weights"),
         (lambda base: (base / "config.json").unlink(), "has no config.json; is it the folder of a model"),
         (lambda base: (base / "config.json").write_text("{"), "config.json is not valid JSON"),
-        (lambda base: (base / "config.json").write_text("[]"), "config.json holds no JSON object"),
+        (lambda base: (base / "config.json").write_text("[]"), "config.json does not hold a JSON object"),
         (lambda base: [file.unlink() for file in base.glob("tokenizer*")], "has no tokenizer"),
         (lambda base: (base / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n"),
          "model.safetensors is a git-lfs pointer"),
@@ -280,8 +280,8 @@ def test_a_chat_task_needs_a_template(app: Path) -> None:
         ([{"template": "y"}], "whose entries are not {name, template}"),
         ([{"name": [], "template": "y"}], "whose entries are not {name, template}"),
         (["x"], "whose entries are not {name, template}"),
-        ([{"name": "default"}], "a chat_template that is no text"), ({"default": 1}, "a chat_template that is no text"),
-        (7, "a chat_template that is no text"),
+        ([{"name": "default"}], "a chat_template that is not text"), ({"default": 1}, "a chat_template that is not text"),
+        (7, "a chat_template that is not text"),
     ],
     ids=str,
 )  # fmt: skip
@@ -367,7 +367,7 @@ def test_what_a_driver_does_not_take(gguf: Path, app: Path) -> None:
     assert problems(app) == []
     edit(app, "./base", "./models")
     (problem,) = problems(app, error=LoadError)
-    assert "is a single file, and vllm takes a folder of safetensors" in problem
+    assert "is a single file, but vllm takes a folder of safetensors" in problem
 
 
 def test_the_parts_of_a_gguf(app: Path) -> None:
@@ -419,7 +419,7 @@ def test_a_chat_template_may_lie_beside_a_gguf(app: Path) -> None:
         ("response_format: {type: regex, regex: '(a'}",
          "component.action.response_format: the response_format cannot be kept to: "),
         ("params: {logit_bias: {999: 1}}",
-         "component.action.params.logit_bias: logit_bias names the token 999, and this model has the tokens 0 to 257"),
+         "component.action.params.logit_bias.999: logit_bias names the token 999, but this model has the tokens 0 to 257"),
     ],
 )  # fmt: skip
 def test_what_an_action_asks_for_in_vain(app: Path, given: str, expected: str) -> None:
@@ -519,7 +519,7 @@ def test_plan_is_content_with_configs(app: Path) -> None:
         (app / file).unlink()
     loaded = load([app / "model-compose.yml"], {})
     check_files(loaded, weights=False)
-    with pytest.raises(LoadError, match="has a config and no weights"):
+    with pytest.raises(LoadError, match="has a config but no weights"):
         check_files(loaded)
 
 

@@ -200,7 +200,7 @@ def test_a_message_is_typed_as_it_is_and_a_conversation_as_json(project: Path, t
     given = form.read_input([typed, '{"type": "json_object"}'])
     assert given == {"format": {"type": "json_object"}} | ({} if sent is None else {"messages": sent})
     if sent is not None:
-        compose.check_input(given, None, None)
+        compose.prepare(given)
 
 
 def test_a_conversation_with_a_mistake_in_it_is_not_sent_as_a_message(project: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_conversation_with_a_mistake_in_it_is_not_sent_as_a_message(project: P
     path.write_text(CHAT, encoding="utf-8")
     compose = Compose(load([path]))
     with pytest.raises(InputError, match=r"^input\.messages: expected a list of messages, such as \[\{"):
-        compose.check_input({"messages": as_messages('[{"role": "user", "content": "Hi"}')}, None, None)
+        compose.prepare({"messages": as_messages('[{"role": "user", "content": "Hi"}')})
 
 
 def test_an_empty_text_is_told_once() -> None:

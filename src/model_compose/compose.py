@@ -6,15 +6,16 @@ async with Compose.open("model-compose.yml") as compose:
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from model_compose.components import COMPONENTS, Component, Delta, Result, pick
+from model_compose.components import COMPONENTS, Component, Delta, pick
 from model_compose.components.model import ModelComponent
+from model_compose.components.model_actions import SamplingOverrides
 from model_compose.config import Config
 from model_compose.daemon import in_daemon_thread
 from model_compose.errors import InputError, NotFound, NotReady
@@ -23,10 +24,10 @@ from model_compose.loading import ComposeFile, find_files, load
 from model_compose.lora.blend import Blend, names_method
 from model_compose.preflight import check_files
 from model_compose.progress import Progress, Report, silent
-from model_compose.room import Admission
+from model_compose.room import Admission, Place
 from model_compose.workflow import runner, variables
-from model_compose.workflow.jobs import JobOptions, WorkflowOptions
-from model_compose.workflow.runner import Done
+from model_compose.workflow.jobs import WorkflowOptions
+from model_compose.workflow.runner import Done, Graph, PreparedRun, Step
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +54,9 @@ class Compose:
         self.metrics = Metrics()
         for id, model in self.models.items():
             model.meter = self.metrics.watch(id, model.engine)
-        self._limits: dict[str, AbstractAsyncContextManager[Any]] = {
-            options.id: _limit(options.max_concurrent_count) for options in loaded.config.all_components
-        }
-        self._runs = _limit(loaded.config.serving.max_concurrent_count)
-        self._inputs = {
-            workflow.id: variables.inputs(workflow, loaded.config.all_components)
-            for workflow in loaded.config.all_workflows
-        }
+        self._turns = {options.id: _turns(options.max_concurrent_count) for options in loaded.config.all_components}
+        self._runs = _turns(loaded.config.serving.max_concurrent_count)
+        self._graphs = {workflow.id: self._graph(workflow) for workflow in loaded.config.all_workflows}
 
     @classmethod
     @asynccontextmanager
@@ -98,111 +94,134 @@ class Compose:
 
     def inputs(self, workflow: str) -> tuple[variables.Variable, ...]:
         """What the workflow takes."""
-        return self._inputs[workflow]
-
-    def check_input(self, input: Any, workflow: str | None, blend: Any) -> tuple[WorkflowOptions, dict[str, Blend]]:
-        """The workflow and the blends that a run would take. Needs no model. Raises NotFound, InputError."""
-        chosen = self.config.find_workflow(workflow)
-        blends = self._resolve_blends(blend, chosen)
-        variables.check(self._inputs[chosen.id], input, hands_out_all=variables.hands_out_all(chosen))
-        return chosen, blends
-
-    def streams(self, job: JobOptions) -> bool:
-        """Whether the dialect's `streaming: true` stands on the job's action."""
-        action = pick(self.config.all_components, job.component, "component").find_action(job.action)
-        return getattr(action, "streaming", False) is True
+        return self._graphs[workflow].inputs
 
     @property
     def models(self) -> dict[str, ModelComponent]:
         """The model components by id."""
         return {id: part for id, part in self._components.items() if isinstance(part, ModelComponent)}
 
-    async def run(
+    def prepare(
         self,
         input: Any = None,
         *,
         workflow: str | None = None,
         blend: Any = None,
+        sampling: SamplingOverrides | Mapping[str, Any] | None = None,
         context: Mapping[str, Any] | None = None,
-        admission: Admission | None = None,
-    ) -> AsyncGenerator[Delta | Done]:
-        """Runs a workflow: deltas of its output as they are made, then Done. Closing the iterator stops the run.
+    ) -> PreparedRun:
+        """Checks everything about a run that can be wrong before it starts. Needs no model, so it may come before `load`.
 
-        blend: a name, {adapter: weight}, or {component: blend}; None leaves it to the actions. admission: from `admit`,
-        given back at the end; None asks for one.
-        Raises NotFound, InputError, NotReady, Overloaded, RunError.
+        workflow: its id; None is the default one. blend: a name, {adapter: weight}, or {component: blend}; None leaves it
+        to the actions. sampling: temperature, max_output_length and seed in place of what the actions of the workflow's
+        models say. context: what expressions read as `context`.
+        Raises NotFound, InputError.
         """
+        graph = self._graphs[self.config.find_workflow(workflow).id]
+        blends = self._resolve_blends(blend, graph)
+        overrides = SamplingOverrides.read(sampling)
+        if overrides is not None and not self._models_of(graph):
+            raise InputError("sampling: this workflow runs no model; leave it out", field="sampling")
+        variables.check(graph.inputs, input, hands_out_all=graph.hands_out_all)
+        return PreparedRun(graph, input, blends, overrides, context or {})
+
+    def admit(self, prepared: PreparedRun) -> Admission:
+        """A place for the run with every model that its workflow uses, for all texts that its jobs ask for. A run that was
+        let in is not refused later. Raises Overloaded where a model has no place left."""
+        models = self._models_of(prepared.graph)
+        return Admission({id: partial(model.take, prepared.blends.get(id)) for id, model in models.items()})
+
+    def execute(self, prepared: PreparedRun, admission: Admission | None = None) -> AsyncGenerator[Delta | Done]:
+        """Runs what `prepare` made: deltas of the output as they are made, then Done. Closing the iterator stops the run.
+
+        admission: from `admit`, given back at the end; without one, the run asks for its places when it starts.
+        Raises NotReady, Overloaded, RunError, and InputError for what a later job's input turns out to be.
+        """
+        return runner.run(prepared, self._turn(prepared, admission))
+
+    def run(
+        self,
+        input: Any = None,
+        *,
+        workflow: str | None = None,
+        blend: Any = None,
+        sampling: SamplingOverrides | Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[Delta | Done]:
+        """`prepare` and `execute` in one. Raises what they raise; what `prepare` finds is raised at once."""
         self.check_ready()
-        chosen, blends = self.check_input(input, workflow, blend)
-        admission = admission or self.admit(chosen, blends)
+        return self.execute(self.prepare(input, workflow=workflow, blend=blend, sampling=sampling, context=context))
 
-        async def run_component(
-            component: str, action: str, sources: Mapping[str, Any]
-        ) -> AsyncGenerator[Delta | Result]:
-            id = pick(self.config.all_components, component, "component").id
-            of_component = self._components[id].run(action, sources, blends.get(id), admission.places.get(id))
-            async with self._limits[id], aclosing(of_component) as items:
-                async for item in items:
-                    yield item
-
-        running = runner.run(chosen, input, context or {}, run_component)
-        with admission, self._counted():
-            async with self._runs, aclosing(running) as events:
-                async for event in events:
-                    yield event
-
-    def admit(self, workflow: WorkflowOptions, blends: Mapping[str, Blend]) -> Admission:
-        """A place for one run with every model that the workflow uses, for all that its jobs ask: what was let in is not
-        refused later. Raises Overloaded where a model has none left."""
-        models = {id: self.models[id] for id in sorted(self.models.keys() & self._used(workflow))}
-        return Admission({id: partial(model.take, blends.get(id)) for id, model in models.items()})
-
-    def _used(self, workflow: WorkflowOptions) -> set[str]:
-        """The ids of the components that the workflow's jobs name."""
-        return {pick(self.config.all_components, job.component, "component").id for job in workflow.all_jobs}
-
-    async def answer(self, input: Any = None, *, workflow: str | None = None, blend: Any = None) -> Done:
+    async def answer(
+        self,
+        input: Any = None,
+        *,
+        workflow: str | None = None,
+        blend: Any = None,
+        sampling: SamplingOverrides | Mapping[str, Any] | None = None,
+    ) -> Done:
         """`run`, collected."""
-        async with aclosing(self.run(input, workflow=workflow, blend=blend)) as events:
+        async with aclosing(self.run(input, workflow=workflow, blend=blend, sampling=sampling)) as events:
             async for event in events:
                 if isinstance(event, Done):
                     return event
         raise AssertionError("a run ends with Done")
 
     async def generate(self, component: str, request: Request) -> AsyncGenerator[Chunk]:
-        """Asks a model component directly, past workflows and actions. Raises NotFound, InputError, NotReady, Overloaded,
-        RunError."""
+        """Asks a model component directly, past workflows and actions.
+
+        Raises InputError, NotFound, NotReady, Overloaded, RunError.
+        """
         self.check_ready()
         if component not in self.models:
             raise NotFound(f"there is no model component '{component}'; known: {', '.join(self.models)}")
         model = self.models[component]
         place = model.take(request.blend)  # before it waits for its turn
+        self.busy += 1  # also while it waits for its turn
         try:
-            with self._counted():
-                async with self._limits[component], aclosing(model.generate(replace(request, place=place))) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
-        finally:
-            place.give_back()
-
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Within the block a request counts as `busy`, also while it waits for its turn."""
-        self.busy += 1
-        try:
-            yield
+            async with self._turns[component], aclosing(model.generate(replace(request, place=place))) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         finally:
             self.busy -= 1
+            place.give_back()
+
+    @asynccontextmanager
+    async def _turn(self, prepared: PreparedRun, admission: Admission | None) -> AsyncGenerator[Mapping[str, Place]]:
+        """Held while a run lasts: its places, by the component's id, and its turn among the runs that go on at once."""
+        self.check_ready()
+        with admission or self.admit(prepared) as taken:
+            self.busy += 1  # also while it waits for its turn
+            try:
+                async with self._runs:
+                    yield taken.places
+            finally:
+                self.busy -= 1
+
+    def _graph(self, workflow: WorkflowOptions) -> Graph:
+        options = self.config.all_components
+        steps = []
+        for job in workflow.all_jobs:
+            component = pick(options, job.component, "component")
+            action, id = component.find_action(job.action), component.id
+            steps.append(Step(job, id, self._components[id], action, self._turns[id]))
+        inputs = variables.inputs(workflow, options)
+        return Graph(workflow, tuple(steps), inputs, variables.hands_out_all(workflow))
+
+    def _models_of(self, graph: Graph) -> dict[str, ModelComponent]:
+        """The models that the graph's jobs ask, by id and in the ids' order."""
+        used = {step.component_id for step in graph.steps}
+        return {id: model for id, model in sorted(self.models.items()) if id in used}
 
     def check_ready(self) -> None:
         """Raises NotReady."""
         if not self.ready:
             raise NotReady("the models are still loading, or the service is shutting down; try again in a moment")
 
-    def _resolve_blends(self, blend: Any, workflow: WorkflowOptions) -> dict[str, Blend]:
+    def _resolve_blends(self, blend: Any, graph: Graph) -> dict[str, Blend]:
         """A caller's blend -> one for each model component that it speaks of. In {k: v} a number means an adapter, a
-        mapping or a name means a component; without components it goes to all models of the workflow that know its names.
-        Raises InputError."""
+        mapping or a name means a component. One that names no component goes to all models of the workflow that know its
+        adapters. Raises InputError."""
         if blend is None or blend == "":
             return {}
         by_component = isinstance(blend, Mapping) and any(_names_blend(value) for value in blend.values())
@@ -215,9 +234,9 @@ class Compose:
                 )
             return {id: self.models[id].blends.resolve(value, place=f"blend.{id}") for id, value in blend.items()}
         resolved, refusals = {}, []
-        for id in self.models.keys() & self._used(workflow):
+        for id, model in self._models_of(graph).items():
             try:
-                resolved[id] = self.models[id].blends.resolve(blend)
+                resolved[id] = model.blends.resolve(blend)
             except InputError as error:
                 refusals.append(error)
         if refusals and not resolved:
@@ -225,8 +244,8 @@ class Compose:
         return resolved
 
 
-def _limit(count: int) -> AbstractAsyncContextManager[Any]:
-    """At most `count` at once; 0 is unlimited."""
+def _turns(count: int) -> AbstractAsyncContextManager[Any]:
+    """Entered by whoever takes a turn: at most `count` have one at once; 0 is unlimited."""
     return asyncio.Semaphore(count) if count else nullcontext()
 
 

@@ -6,8 +6,8 @@ HTTP. It stands on prometheus_client, so whoever needs this module imports it in
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,47 +131,53 @@ class Meter:
     metrics: Metrics
     component: str
 
-    async def measure(self, request: Request, blends: Blends, chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:
-        """The same chunks. A request counts as completed just before its last one is passed on, else with what ended it;
-        one that was never begun does not count."""
-        labels = (self.component, label(request.blend, blends))
-        start, first = time.perf_counter(), 0.0
-        finishes: set[Finish | None] = set()
-        completed = False
+    @contextmanager
+    def measure(self, request: Request, blends: Blends) -> Iterator["Measured"]:
+        """Counts the request whose chunks are shown to what this gives: as completed once its last chunk is seen, else,
+        at the end of the block, with the error that ended it."""
+        measured = Measured(self.metrics, (self.component, label(request.blend, blends)), request)
         try:
-            async with aclosing(chunks):
-                async for chunk in chunks:
-                    if not first:
-                        first = time.perf_counter()
-                        self.metrics.to_first_token.labels(*labels).observe(first - start)
-                    finishes.add(chunk.finish)
-                    if chunk.usage:
-                        completed = True
-                        self._complete(labels, request, chunk.usage, finishes, start, first)
-                    yield chunk
-        except BaseException as error:  # also what closing and cancelling raise here
-            if not completed:
-                self.metrics.failures.labels(*labels, _code(error)).inc()
+            yield measured
+        except BaseException as error:  # closing and cancelling a generator raise here too
+            if not measured.completed:
+                self.metrics.failures.labels(*measured.labels, _code(error)).inc()
             raise
 
     def refuse(self, blend: Blend, blends: Blends, error: ComposeError) -> None:
         """Counts a request that was not let in, so that it never began."""
         self.metrics.failures.labels(self.component, label(blend, blends), error.code).inc()
 
-    def _complete(
-        self, labels: tuple[str, str], request: Request, usage: Usage, finishes: set[Finish | None],
-        start: float, first: float,
-    ) -> None:  # fmt: skip
-        metrics, end = self.metrics, time.perf_counter()
+
+class Measured:
+    """One request on its way. labels: its component and its blend."""
+
+    def __init__(self, metrics: Metrics, labels: tuple[str, str], request: Request) -> None:
+        self.labels, self.completed = labels, False
+        self._metrics, self._texts = metrics, request.sampling.num_return_sequences
+        self._start, self._first = time.perf_counter(), 0.0
+        self._finishes: set[Finish | None] = set()
+
+    def see(self, chunk: Chunk) -> None:
+        """Takes note of the request's next chunk, before it is passed on."""
+        if not self._first:
+            self._first = time.perf_counter()
+            self._metrics.to_first_token.labels(*self.labels).observe(self._first - self._start)
+        self._finishes.add(chunk.finish)
+        if chunk.usage:
+            self.completed = True
+            self._complete(chunk.usage)
+
+    def _complete(self, usage: Usage) -> None:
+        metrics, labels, end = self._metrics, self.labels, time.perf_counter()
         tell(usage.prompt_tokens, usage.completion_tokens, blend=labels[1])
         metrics.prompt_tokens.labels(*labels).inc(usage.prompt_tokens)
         metrics.generation_tokens.labels(*labels).inc(usage.completion_tokens)
-        metrics.successes.labels(*labels, "length" if "length" in finishes else "stop").inc()
-        metrics.whole.labels(*labels).observe(end - start)
+        metrics.successes.labels(*labels, "length" if "length" in self._finishes else "stop").inc()
+        metrics.whole.labels(*labels).observe(end - self._start)
         # The texts of one request are made side by side: a step gives each of them a token.
-        steps = usage.completion_tokens / request.sampling.num_return_sequences - 1
+        steps = usage.completion_tokens / self._texts - 1
         if steps > 0:
-            metrics.per_output_token.labels(*labels).observe((end - first) / steps)
+            metrics.per_output_token.labels(*labels).observe((end - self._first) / steps)
 
 
 def label(blend: Blend, blends: Blends) -> str:

@@ -250,7 +250,7 @@ async def test_logit_bias_and_penalties(project: Path) -> None:
     assert await text(engine, "Hello", sampling=replace(GREEDY, logit_bias=((favourite, 100.0),))) == "q" * 16
     varied = await text(engine, "Hello", sampling=replace(GREEDY, frequency_penalty=2.0, presence_penalty=2.0))
     assert varied != plain
-    with pytest.raises(InputError, match="names the token 999, and this model has the tokens 0 to 257"):
+    with pytest.raises(InputError, match="names the token 999, but this model has the tokens 0 to 257"):
         await text(engine, "Hello", sampling=replace(GREEDY, logit_bias=((999, 1.0),)))
     await engine.close()
 

@@ -272,7 +272,7 @@ async def test_what_it_cannot_do_exactly_is_the_requests_fault(engine: ServerEng
         assert [each.field for each in refused.value.fields] == [field]
     with pytest.raises(InputError, match="is none of the file's"):
         await text(engine, "Hello", Blend({"alpaca": 1.0}, method=Svd(rank=2)))
-    with pytest.raises(InputError, match="names the token 999, and this model has the tokens 0 to 258"):
+    with pytest.raises(InputError, match="names the token 999, but this model has the tokens 0 to 258"):
         await text(engine, "Hello", sampling=Sampling(2, logit_bias=((999, 1.0),)))
 
 

@@ -133,10 +133,12 @@ async def check_split(driver: str, project: Path, folder: Path) -> None:
         assert await text(one, "Hello", blend) == await text(parts, "Hello", blend)
     await one.close()
     await parts.close()
-    with pytest.raises(LoadError, match=r"is a later part of a base; name its first, parts-00001-of-00003.gguf"):
+    with pytest.raises(
+        LoadError, match=r"is a later part of a base; point to its first part, parts-00001-of-00003.gguf"
+    ):
         await opened(folder, driver, model="./parts-00002-of-00003.gguf")
     (folder / "parts-00003-of-00003.gguf").unlink()
-    with pytest.raises(LoadError, match=r"the first of 3 parts, and there is no parts-00003-of-00003.gguf beside it"):
+    with pytest.raises(LoadError, match=r"the first of 3 parts, but there is no parts-00003-of-00003.gguf beside it"):
         await opened(folder, driver, model="./parts-00001-of-00003.gguf")
 
 
@@ -277,7 +279,7 @@ async def test_response_formats_are_kept_to(engine: Engine) -> None:
         assert completion.texts[0].text.startswith(pattern)
     assert set(completion.texts[0].text) <= set("ab")
     assert len(completion.texts[0].text) == 3
-    with pytest.raises(InputError, match="names the token 999, and this model has the tokens 0 to 258"):
+    with pytest.raises(InputError, match="names the token 999, but this model has the tokens 0 to 258"):
         await text(engine, "Hello", sampling=replace(GREEDY, logit_bias=((999, 1.0),)))
 
 

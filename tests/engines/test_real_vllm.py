@@ -109,7 +109,7 @@ async def test_sampling_is_the_embedded_engines(engines: tuple[VllmEngine, Engin
     ):
         ours, theirs = [await text(engine, "Hello", BLENDS[0], sampling) for engine in engines]
         assert ours == theirs, sampling
-    with pytest.raises(InputError, match="logit_bias names the token 300, and this model has the tokens 0 to 257"):
+    with pytest.raises(InputError, match="logit_bias names the token 300, but this model has the tokens 0 to 257"):
         await text(engines[0], "Hello", sampling=Sampling(2, logit_bias=((300, 1.0),)))
 
 

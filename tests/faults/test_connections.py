@@ -13,8 +13,12 @@ from typing import Any
 import httpx
 import pytest
 
+from model_compose.compose import Compose
+from model_compose.loading import load
+from model_compose.server_options import HttpServerOptions
 from model_compose.servers import bodies, connections
 from model_compose.servers.connections import Connections, Limits
+from model_compose.servers.http import create_app
 from model_compose.servers.serve import bind, listening
 from tests.conftest import serving
 from tests.faults.service import Service, seconds_of_health, up
@@ -381,3 +385,24 @@ def test_the_soft_limit_on_files_is_raised_to_the_hard_one() -> None:
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["300", "300", "300"]
+
+
+async def test_a_page_of_an_allowed_origin_can_read_that_its_body_came_too_slowly(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
+    options = HttpServerOptions(origins=("https://a.example",))
+    compose = Compose(load([project]))
+    async with edge(create_app(compose, options)) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(
+            b"POST /api/workflows/runs HTTP/1.1\r\nHost: 127.0.0.1\r\nOrigin: https://a.example\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        )
+        answer = (await ended(reader)).lower()
+        writer.close()
+    await compose.close()
+    assert answer.startswith(b"http/1.1 408 ")
+    assert b"access-control-allow-origin: https://a.example" in answer
+    assert b"connection: close" in answer
+    assert b"application/problem+json" in answer

@@ -99,7 +99,7 @@ CASES: dict[str, tuple[Change, int, str]] = {
     "pickle of a matrix of 4 TB": (
         pickled(A=torch.ones(1).expand(10**6, 10**6), B=torch.ones(32, 4)), 400, "unpacks to more bytes",
     ),
-    "weights of 1 TB": (sparse, 400, "of main memory, of which"),
+    "weights of 1 TB": (sparse, 400, "of main memory, but only"),
     "weights from a pipe": (linked("adapter_model.safetensors", "/dev/stdin"), 403, "links to files outside"),
     "link out of the folder": (linked("adapter_model.safetensors", "../../secret/key"), 403, "links to files outside"),
     "nested link out": (linked("deep/er/key", "../../../../secret/key"), 403, "links to files outside"),

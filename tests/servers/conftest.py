@@ -142,7 +142,7 @@ class Live:
     def leftovers(self) -> list[str]:
         """Tasks of ours that run besides the test's own and the server's."""
         names = [str(task.get_coro()) for task in asyncio.all_tasks()]
-        return [name for name in names if any(part in name for part in ("Tasks.", "attended", "first_of", "runner"))]
+        return [name for name in names if any(part in name for part in ("Tasks.", "attended", "runner"))]
 
 
 @pytest.fixture

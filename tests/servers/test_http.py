@@ -300,7 +300,7 @@ def test_a_wrong_method_is_405_and_a_wrong_query_400(server: str) -> None:
 
 
 def test_a_bug_of_ours_is_a_500_without_its_traceback(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def explode(*_: object) -> None:
+    def explode(*_: object, **__: object) -> None:
         raise ZeroDivisionError("the secret is hunter2")
 
     with serving(project) as url:
@@ -313,7 +313,7 @@ def test_a_bug_of_ours_is_a_500_without_its_traceback(project: Path, monkeypatch
         assert state.json()["status"] == "failed"
         assert state.json()["error"] == {"code": "run_failed", "message": document["detail"]}
         is_problem(httpx.get(f"{url}/api/tasks/{document['task_id']}?output_only=true"), 500)
-        monkeypatch.setattr("model_compose.compose.Compose.check_input", explode)
+        monkeypatch.setattr("model_compose.compose.Compose.prepare", explode)
         assert "hunter2" not in str(is_problem(post(url, {"input": PROMPT}), 500))
 
 
@@ -392,3 +392,14 @@ def test_while_loading_health_shows_progress_and_runs_are_503(loading: str) -> N
         assert response.json()["error"]["type"] == "service_unavailable_error"
     assert httpx.get(f"{loading}/v1/models").status_code == 503
     assert httpx.get(f"{loading}/api/workflows").status_code == 200
+
+
+# A run's own sampling.
+
+
+def test_a_run_may_say_how_long_its_text_may_be(server: str) -> None:
+    body = {"input": PROMPT, "sampling": {"max_output_length": 2}}
+    answer = post(server, body).json()
+    assert (answer["usage"]["completion_tokens"], answer["finish_reason"]) == (2, "length")
+    document = is_problem(post(server, {"input": PROMPT, "sampling": {"top": 1}}), 400)
+    assert document["errors"][0]["field"] == "sampling.top"

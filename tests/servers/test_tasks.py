@@ -125,7 +125,7 @@ async def test_whoever_waits_for_a_cancelled_task_is_told(live: Live) -> None:
 
 async def test_a_task_cancelled_before_its_first_step_ends_as_cancelled(live: Live) -> None:
     tasks = Tasks(live.compose)
-    task = tasks.start(None, HELLO, None, {}, streaming=True)
+    task = tasks.start(live.compose.prepare(HELLO), {}, streaming=True)
     await tasks.cancel(task)
     assert task.status == "cancelled"
     with pytest.raises(Conflict):
@@ -137,7 +137,7 @@ async def test_a_task_cancelled_before_its_first_step_ends_as_cancelled(live: Li
 
 async def test_text_that_nobody_reads_is_not_kept(live: Live) -> None:
     tasks = Tasks(live.compose)
-    silent, read = (tasks.start(None, HELLO, None, {}, streaming=streaming) for streaming in (False, True))
+    silent, read = (tasks.start(live.compose.prepare(HELLO), {}, streaming=streaming) for streaming in (False, True))
     seen = 0
     async for _ in read.deltas():
         seen += 1
@@ -162,7 +162,7 @@ async def test_a_finished_task_holds_no_input(compose: Compose, prompt: Any, end
     tasks = Tasks(compose)
     given, metadata = Held(prompt=prompt), Held(a=[[]])
     watched = [weakref.ref(given), weakref.ref(metadata)]
-    task = tasks.start(None, given, None, {"metadata": metadata, "session_id": None}, streaming=streaming)
+    task = tasks.start(compose.prepare(given), {"metadata": metadata, "session_id": None}, streaming=streaming)
     del given, metadata
     if end == "cancelled":
         await tasks.cancel(task)
@@ -189,14 +189,14 @@ async def test_finished_tasks_are_forgotten_by_their_bytes_the_oldest_first(comp
     tasks = Tasks(compose, 5_000)
     ids = []
     for number in range(4):
-        task = tasks.start(None, HELLO, None, {"metadata": {"a": f"{number}" * 2_000}})
+        task = tasks.start(compose.prepare(HELLO), {"metadata": {"a": f"{number}" * 2_000}})
         await task.wait()
         await settled(task)
         ids.append(task.id)
     with pytest.raises(NotFound, match=r"kept for 1 h, at most 10000 and 5000 bytes of them \(max_tasks_size\)"):
         tasks.find(ids[1])
     assert [tasks.find(id).id for id in ids[2:]] == ids[2:]
-    large = tasks.start(None, HELLO, None, {"metadata": {"a": "x" * 9_000}})
+    large = tasks.start(compose.prepare(HELLO), {"metadata": {"a": "x" * 9_000}})
     await large.wait()
     await settled(large)
     assert tasks.find(large.id) is large  # the last one stays, whatever its size
@@ -206,11 +206,11 @@ async def test_finished_tasks_are_forgotten_by_their_bytes_the_oldest_first(comp
 
 async def test_the_inputs_of_running_tasks_have_a_bound_in_bytes(live: Live) -> None:
     tasks = Tasks(live.compose, 5_000)
-    first = tasks.start(None, HELLO, None, {}, size=6_000)  # one may always run
+    first = tasks.start(live.compose.prepare(HELLO), {}, size=6_000)  # one may always run
     with pytest.raises(Overloaded, match=r"inputs of running tasks have reached 5000 bytes \(max_tasks_size\)"):
-        tasks.start(None, HELLO, None, {}, size=1)
+        tasks.start(live.compose.prepare(HELLO), {}, size=1)
     await tasks.cancel(first)
-    second, third = (tasks.start(None, HELLO, None, {}, size=2_500) for _ in range(2))
+    second, third = (tasks.start(live.compose.prepare(HELLO), {}, size=2_500) for _ in range(2))
     await asyncio.gather(tasks.cancel(second), tasks.cancel(third))
 
 
@@ -232,11 +232,11 @@ def test_a_run_counts_with_the_size_of_its_body(endless_file: Path) -> None:
 async def test_an_output_that_is_no_json_fails_the_run(compose: Compose, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = Tasks(compose)
 
-    async def run(*_: Any, **__: Any) -> AsyncGenerator[Done]:
+    async def execute(*_: Any) -> AsyncGenerator[Done]:
         yield Done({"generated": float("nan")})
 
-    monkeypatch.setattr(compose, "run", run)
-    task = tasks.start(None, HELLO, None, {})
+    monkeypatch.setattr(compose, "execute", execute)
+    task = tasks.start(compose.prepare(HELLO), {})
     with pytest.raises(RunError, match="the run failed"):
         await task.wait()
     assert task.state()["status"] == "failed"
@@ -244,7 +244,7 @@ async def test_an_output_that_is_no_json_fails_the_run(compose: Compose, monkeyp
 
 async def test_a_run_that_is_cancelled_before_its_first_step_gives_its_place_back(live: Live) -> None:
     tasks, room = Tasks(live.compose), live.compose.models["__component__"].engine.room
-    task = tasks.start(None, HELLO, None, {})
+    task = tasks.start(live.compose.prepare(HELLO), {})
     assert (room.texts, room.promised) == (1, 1)
     await tasks.cancel(task)
     assert (room.texts, room.promised) == (0, 0)
@@ -253,7 +253,7 @@ async def test_a_run_that_is_cancelled_before_its_first_step_gives_its_place_bac
 async def test_a_run_that_cannot_be_shown_takes_no_place(live: Live) -> None:
     room = live.compose.models["__component__"].engine.room
     with pytest.raises(UnicodeEncodeError):
-        Tasks(live.compose).start(None, HELLO, None, {"metadata": {"a": "\ud800"}})
+        Tasks(live.compose).start(live.compose.prepare(HELLO), {"metadata": {"a": "\ud800"}})
     assert (room.texts, room.promised) == (0, 0)
 
 
@@ -262,10 +262,10 @@ async def test_finished_tasks_are_forgotten_by_age_and_number(live: Live, monkey
     monkeypatch.setattr(tasks_module, "KEPT_TASKS", 2)
     ids = []
     for _ in range(4):
-        task = tasks.start(None, HELLO, None, {})
+        task = tasks.start(live.compose.prepare(HELLO), {})
         await tasks.cancel(task)
         ids.append(task.id)
-    running = tasks.start(None, HELLO, None, {})
+    running = tasks.start(live.compose.prepare(HELLO), {})
     with pytest.raises(NotFound, match="kept for 1 h"):
         tasks.find(ids[1])
     assert tasks.find(ids[2]).id == ids[2]

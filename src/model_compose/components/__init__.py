@@ -5,6 +5,7 @@ A new component type is one file here plus its line in COMPONENTS: a class with 
 
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
@@ -69,11 +70,17 @@ class ActionOptions(Options):
     )
     default: bool = Field(default=False, description="Whether this is the action of a job that names none")
 
-    def fields(self) -> dict[str, Template]:
-        """What the YAML gives for the action's own fields, parsed; those that it needs come first."""
+    @cached_property
+    def templates(self) -> Mapping[str, Template]:
+        """What the YAML gives for the action's own fields, parsed once; those that the action needs come first."""
         common = set(ActionOptions.model_fields)
         given = self.model_dump(include=self.model_fields_set - common, exclude_unset=True, warnings=False)
         return {name: parse(given[name]) for name in sorted(given, key=lambda name: name not in self.needs)}
+
+    @cached_property
+    def output_template(self) -> Template | None:
+        """How the YAML maps `result`, parsed once; None where the action gives its result as it is."""
+        return None if self.output is None else parse(self.output)
 
 
 class ComponentOptions(Options):
@@ -124,12 +131,14 @@ class Component(Protocol):
     async def open(self, report: Report) -> None: ...
 
     def run(
-        self, action: str, context: Mapping[str, Any], blend: Any = None, place: Place | None = None
-    ) -> AsyncGenerator[Delta | Result]:
-        """Runs an action with `input` and `context` as sources. Deltas as they come, then one Result.
+        self, action: ActionOptions, context: Mapping[str, Any], *, blend: Blend | None = None, sampling: Any = None,
+        place: Place | None = None,
+    ) -> AsyncGenerator[Delta | Result]:  # fmt: skip
+        """Runs one of the component's actions. Yields deltas as the text is made, then one Result.
 
-        blend: the caller's blend, which goes before the action's own; None leaves it to the action. place: what the run was
-        accepted with, None where it asks for each text.
+        context: what the action's expressions read: `input` and `context`. The other arguments are for models alone, and
+        None where the caller says nothing. blend: replaces the action's own. sampling: values that replace the action's
+        own (SamplingOverrides). place: what the run was accepted with; without one, each text takes a place of its own.
         """
 
     async def close(self) -> None: ...

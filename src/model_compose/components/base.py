@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from model_compose.components import ActionOptions, ComponentOptions, Delta, Result
-from model_compose.expressions import parse
+from model_compose.lora.blend import Blend
 from model_compose.progress import Report
 from model_compose.room import Place
 
@@ -36,10 +36,10 @@ class BaseComponent(ABC):
         """Nothing to free."""
 
     async def run(
-        self, action: str, context: Mapping[str, Any], blend: Any = None, place: Place | None = None
-    ) -> AsyncGenerator[Delta | Result]:
-        chosen: ActionOptions = self.options.find_action(action)
-        value = await self.answer(chosen, {name: field.evaluate(context) for name, field in chosen.fields().items()})
-        if chosen.output is not None:
-            value = parse(chosen.output).evaluate({**context, "result": value})
+        self, action: ActionOptions, context: Mapping[str, Any], *, blend: Blend | None = None, sampling: Any = None,
+        place: Place | None = None,
+    ) -> AsyncGenerator[Delta | Result]:  # fmt: skip
+        value = await self.answer(action, {name: each.evaluate(context) for name, each in action.templates.items()})
+        if action.output_template is not None:
+            value = action.output_template.evaluate({**context, "result": value})
         yield Result(value)

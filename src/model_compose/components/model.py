@@ -17,19 +17,20 @@ from model_compose.components.model_actions import (
     ChatCompletionAction,
     Generation,
     Params,
+    SamplingOverrides,
     TextGeneration,
     TextGenerationAction,
+    wrong_fields,
 )
 from model_compose.components.notes import notes
 from model_compose.engines import ENGINES, Engine
 from model_compose.engines.options import AdapterOptions, ModelOptions
-from model_compose.errors import Conflict, FieldError, Forbidden, InputError, Keys, NotFound, Overloaded
-from model_compose.expressions import parse
+from model_compose.errors import Conflict, Forbidden, InputError, Keys, NotFound, Overloaded
 from model_compose.generation import Chunk, Finish, Request, Sampling, Usage
 from model_compose.lora.blend import Blend
 from model_compose.progress import Report, silent
 from model_compose.room import Place
-from model_compose.schema import field_of, has_expression, invalid
+from model_compose.schema import has_expression, invalid
 from model_compose.sources.confine import confine
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ class ModelComponent:
         self.options = options
         self.blends = options.to_blends()
         self.engine: Engine = ENGINES[options.driver](options, self.blends, base_dir)
-        self.meter: Meter | None = None
-        """Counts requests, where Compose has given one."""
+        self.meter: Meter
+        """Counts requests for /metrics. Compose sets it before anything runs."""
         self._inputs = INPUTS[options.task]
         self._base_dir = base_dir
         self._changing = asyncio.Lock()
@@ -113,10 +114,11 @@ class ModelComponent:
     async def close(self) -> None:
         await self.engine.close()
 
-    def sampling(self) -> Sampling:
-        """The default action's sampling as far as it is constant: what /v1 uses for fields that a request leaves out."""
+    def sampling(self, action: str = DEFAULT_ID) -> Sampling:
+        """An action's sampling as far as it is constant; the default action's is what /v1 uses for fields that a request
+        leaves out."""
         try:
-            given: Any = self.options.find_action(DEFAULT_ID).model_dump(exclude_unset=True, warnings=False)
+            given: Any = self.options.find_action(action).model_dump(exclude_unset=True, warnings=False)
         except NotFound:  # no action, or several and none is the default
             given = {}
         params = {name: value for name, value in given.get("params", {}).items() if not has_expression(value)}
@@ -179,33 +181,36 @@ class ModelComponent:
         try:
             return self.engine.room.take()
         except Overloaded as error:
-            if self.meter is not None:
-                self.meter.refuse(blend or self.blends.default, self.blends, error)
+            self.meter.refuse(blend or self.blends.default, self.blends, error)
             raise
 
-    def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        """The engine's text, counted: the way of every request, from workflows and from /v1."""
-        chunks = self.engine.generate(request)
-        return chunks if self.meter is None else self.meter.measure(request, self.blends, chunks)
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        """The engine's text, counted for /metrics. Every request comes through here, from workflows and from /v1."""
+        with self.meter.measure(request, self.blends) as measured:
+            async with aclosing(self.engine.generate(request)) as chunks:
+                async for chunk in chunks:
+                    measured.see(chunk)
+                    yield chunk
 
     async def run(
-        self, action: str, context: Mapping[str, Any], blend: Any = None, place: Place | None = None
-    ) -> AsyncGenerator[Delta | Result]:
-        chosen = self.options.find_action(action)
-        inputs = self.evaluate(chosen, context)
-        used = self.blends.resolve(inputs.blend if blend in (None, "") else blend)
-        prompts, sampling = inputs.prompts(), inputs.sampling
-        several = inputs.takes_many
-        requests = [Request(prompt, used, sampling, inputs.max_input_length, place) for prompt in prompts]
-        as_list = several or sampling.num_return_sequences > 1
+        self, action: ActionOptions, context: Mapping[str, Any], *, blend: Blend | None = None,
+        sampling: SamplingOverrides | None = None, place: Place | None = None,
+    ) -> AsyncGenerator[Delta | Result]:  # fmt: skip
+        inputs = self.evaluate(action, context)
+        used = self.blends.resolve(inputs.blend) if blend is None else blend
+        prompts, drawn = inputs.prompts(), inputs.sampling if sampling is None else sampling.over(inputs.sampling)
+        requests = [Request(prompt, used, drawn, inputs.max_input_length, place) for prompt in prompts]
+        as_list = inputs.takes_many or drawn.num_return_sequences > 1
         identity = self.engine.identity(used)  # now: the adapters may be others when the text ends
-        output = parse(chosen.output)
-        paths = output.places("result", ()) if chosen.output is not None else [()]
+        output = action.output_template
+        paths = [()] if output is None else output.places("result", ())
 
-        texts = [""] * (len(requests) * sampling.num_return_sequences)
+        texts = [""] * (len(requests) * drawn.num_return_sequences)
         finishes: list[Finish] = ["stop"] * len(texts)
         usage, start = Usage(), time.perf_counter()
-        async with aclosing(_merge(self.generate, requests, inputs.batch_size)) as chunks:
+        one = len(requests) == 1
+        generating = self.generate(requests[0]) if one else _merge(self.generate, requests, inputs.batch_size)
+        async with aclosing(generating) as chunks:
             async for chunk in chunks:
                 texts[chunk.index] += chunk.text
                 finishes[chunk.index] = chunk.finish or finishes[chunk.index]
@@ -215,20 +220,20 @@ class ModelComponent:
                         yield Delta((*path, chunk.index) if as_list else path, chunk.text)
         usage = replace(usage, seconds=time.perf_counter() - start)
         value: Any = texts if as_list else texts[0]
-        if chosen.output is not None:
+        if output is not None:
             value = output.evaluate({**context, "result": value})
         past_template = isinstance(prompts[0], str) and self.engine.has_chat_template
-        said = notes(texts, finishes, sampling, usage, past_template=past_template)
+        said = notes(texts, finishes, drawn, usage, past_template=past_template)
         finish = tuple(finishes) if as_list else finishes[0]
         yield Result(value, Answer(self.options.id, used, identity, usage, finish, said))
 
     def evaluate(self, action: ActionOptions, context: Mapping[str, Any]) -> TextGeneration | ChatCompletion:
         """The action's fields with expressions evaluated; null leaves a field at its default. Raises InputError."""
-        values = {name: _drop_nulls(field.evaluate(context)) for name, field in action.fields().items()}
+        values = {name: _drop_nulls(template.evaluate(context)) for name, template in action.templates.items()}
         try:
             return self._inputs.model_validate({name: value for name, value in values.items() if value is not None})
         except ValidationError as error:
-            fields = [FieldError(field_of(e, values) or "input", e["msg"]) for e in error.errors()]
+            fields = wrong_fields(error, values)
             summary = "; ".join(f"{field.field}: {field.message}" for field in fields)
             raise InputError(f"the action '{action.id}' cannot take this input: {summary}", fields) from None
 
@@ -236,12 +241,7 @@ class ModelComponent:
 async def _merge(
     generate: Callable[[Request], AsyncGenerator[Chunk]], requests: list[Request], at_once: int
 ) -> AsyncGenerator[Chunk]:
-    """The chunks of all requests, at most `at_once` running, renumbered so that every sequence has its own index."""
-    if len(requests) == 1:
-        async with aclosing(generate(requests[0])) as chunks:
-            async for chunk in chunks:
-                yield chunk
-        return
+    """The chunks of several requests, at most `at_once` running, renumbered so that every sequence has its own index."""
     width = requests[0].sampling.num_return_sequences
     queue: asyncio.Queue[Chunk | None] = asyncio.Queue()
     limit = asyncio.Semaphore(max(1, min(at_once, MOST_TEXTS // width)))

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
@@ -16,9 +18,10 @@ from pydantic_core import PydanticCustomError
 
 from model_compose.components import ActionOptions
 from model_compose.components.response_format import AnyFormat
+from model_compose.errors import FieldError, InputError
 from model_compose.expressions import strict_json
 from model_compose.generation import Message, Sampling
-from model_compose.schema import Options, at_most, invalid, templated
+from model_compose.schema import Options, at_most, field_of, invalid, templated
 
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 4096
@@ -67,6 +70,11 @@ EXPECTED_MESSAGES = 'expected a list of messages, such as [{"role": "user", "con
 STRUCTURED = ("response_format", "params.logit_bias")
 
 
+Length = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
 class Params(Options):
     """How tokens are drawn; the dialect's defaults, and our own keys after OpenAI's."""
 
@@ -74,8 +82,8 @@ class Params(Options):
     do_sample: bool = Field(
         default=True, description="Whether tokens are drawn at random; false always takes the most likely one (greedy)"
     )
-    temperature: float = Field(
-        default=0.7, ge=0, description="Flattens the distribution above 1 and sharpens it below; 0 is greedy"
+    temperature: Temperature = Field(
+        default=0.7, description="Flattens the distribution above 1 and sharpens it below; 0 is greedy"
     )
     top_p: float = Field(
         default=0.9,
@@ -105,9 +113,36 @@ class Params(Options):
     logit_bias: LogitBias = Field(
         default={}, description="{token id: number from -100 to 100 that is added to its score}"
     )
-    seed: int | None = Field(
-        default=None, ge=0, lt=2**63, description="Makes the draws repeatable; a new one each time if unset"
+    seed: Seed | None = Field(default=None, description="Makes the draws repeatable; a new one each time if unset")
+
+
+class SamplingOverrides(Options):
+    """Sampling that one run asks for in place of what its actions say. A field that is left out stays as in the action."""
+
+    max_output_length: Length | None = Field(default=None, description="The text is cut at this many tokens")
+    temperature: Temperature | None = Field(
+        default=None,
+        description="0 is greedy; every other value draws at random, also if the file says do_sample: false",
     )
+    seed: Seed | None = Field(default=None, description="Makes the draws repeatable")
+
+    @classmethod
+    def read(cls, value: "Self | Mapping[str, Any] | None") -> Self | None:
+        """The overrides, checked where they come as a mapping. Raises InputError that names each wrong field."""
+        if value is None or isinstance(value, cls):
+            return value
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            fields = wrong_fields(error, value, "sampling")
+            raise InputError("; ".join(f"{each.field}: {each.message}" for each in fields), fields) from None
+
+    def over(self, sampling: Sampling) -> Sampling:
+        """`sampling` with the given fields in place of its own."""
+        given = self.model_dump(exclude_none=True)
+        if self.temperature is not None:
+            given["do_sample"] = self.temperature > 0
+        return replace(sampling, **given)
 
 
 class Generation(Options):
@@ -120,9 +155,8 @@ class Generation(Options):
     max_input_length: int | None = Field(
         default=None, ge=1, description="Longer prompts are truncated to this many tokens"
     )
-    max_output_length: int | None = Field(
+    max_output_length: Length | None = Field(
         default=None,
-        ge=1,
         description="The text is cut at this many tokens; if unset, the end of the context is the limit",
     )
     min_output_length: int = Field(default=1, ge=0, description="Tokens before which the text may not end")
@@ -234,6 +268,12 @@ class TextGenerationTemplate(ActionOptions):
 class ChatCompletionTemplate(ActionOptions):
     needs: ClassVar[tuple[str, ...]] = ("messages",)
     structured: ClassVar[tuple[str, ...]] = ("messages", *STRUCTURED)
+
+
+def wrong_fields(error: ValidationError, data: Any, at: str = "") -> list[FieldError]:
+    """What is wrong with each field of `data`, which stands at `at`."""
+    found = [(field_of(item, data), item["msg"]) for item in error.errors()]
+    return [FieldError(".".join(filter(None, (at, field))) or "input", message) for field, message in found]
 
 
 TextGenerationAction = templated(TextGeneration, TextGenerationTemplate)

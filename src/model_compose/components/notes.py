@@ -1,4 +1,4 @@
-"""What a person should know about texts that a model made: that some were cut, or came out empty, and why."""
+"""What a person should know about texts that a model made: which were cut or came out empty, and why."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,9 +10,10 @@ def notes(
 ) -> tuple[str, ...]:
     """A sentence for each thing to know. usage: of all texts together.
 
-    past_template: the prompt was raw, and the base has a chat template.
+    past_template: whether the prompt was raw although the base has a chat template.
     """
-    return (*_cut(texts, finishes, sampling, usage), *_empty(texts, finishes, sampling, usage, past_template))
+    chat = "set task: chat-completion" if past_template else None
+    return (*_cut(texts, finishes, sampling, usage), *empty(texts, finishes, sampling, usage, chat=chat))
 
 
 def _cut(texts: Sequence[str], finishes: Sequence[Finish], sampling: Sampling, usage: Usage) -> Iterator[str]:
@@ -29,23 +30,25 @@ def _cut(texts: Sequence[str], finishes: Sequence[Finish], sampling: Sampling, u
     yield f"{_some(cut, len(texts), 'was', 'were')} cut at {where}"
 
 
-def _empty(
-    texts: Sequence[str], finishes: Sequence[Finish], sampling: Sampling, usage: Usage, past_template: bool
-) -> Iterator[str]:
+def empty(
+    texts: Sequence[str], finishes: Sequence[Finish], sampling: Sampling, usage: Usage, *, chat: str | None
+) -> tuple[str, ...]:
+    """Why texts came out empty, as a sentence; none if all of them say something.
+
+    chat: how to use the base's chat template, for a raw prompt to a base that has one.
+    """
     ended = [not text.strip() and finish == "stop" for text, finish in zip(texts, finishes, strict=True)]
-    empty = sum(ended)
-    if not empty:
-        return
-    head = f"{_some(empty, len(texts), 'is', 'are')} empty"
+    if not any(ended):
+        return ()
+    head = f"{_some(sum(ended), len(texts), 'is', 'are')} empty"
     if sampling.stop_sequences and usage.completion_tokens > len(texts):
-        yield f"{head}: a stop sequence came first, or the model ended at once"
-    elif past_template:
-        yield (
-            f"{head}: the model ended at once. The base has a chat template, which a raw prompt does not use: set task: "
-            "chat-completion, or write the prompt in the template that the base or an adapter was trained with"
-        )
-    else:
-        yield f"{head}: the model ended at once"
+        return (f"{head}: a stop sequence came first, or the model ended at once",)
+    if chat is None:
+        return (f"{head}: the model ended at once",)
+    return (
+        f"{head}: the model ended at once. The base has a chat template, which a raw prompt does not use: {chat}, or write "
+        "the prompt in the template that the base or an adapter was trained with",
+    )
 
 
 def _some(count: int, of: int, one: str, many: str) -> str:

@@ -1,15 +1,16 @@
-"""Engines: what runs a base model with blended adapters. The protocols of a driver and its engine, and the registry.
+"""Engines run a base model with blended adapters. Here are the protocols of a driver and of its engine, and the registry.
 
-A new driver is one file and its line in ENGINES: a class that has the methods of `Engine`, and `Options`, `refuse` and
-`needs` of `Driver`.
+To add a driver, write a class with the methods of `Engine` and with `Options`, `refuse` and `needs` of `Driver`, and add a
+line to ENGINES.
 """
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from model_compose.generation import Chunk, Request
+from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.registry import Registry
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stats:
-    """What an engine is doing, and has done since it was opened.
+    """What an engine is doing now, and what it has done since it was opened.
 
-    running and waiting count texts (waiting: also runs that have a place and no text yet), kv_cache_* bytes, prefix_*
-    prompt tokens. kv_cache_used: what running texts hold. kv_cache_prefixes: what the prefix cache keeps besides, in the
-    same total; it gives way to texts. None where the engine does not tell.
+    running, waiting: numbers of texts; waiting includes runs that have a place but no text yet. kv_cache_used: bytes
+    held by running texts. kv_cache_prefixes: further bytes held by the prefix cache, which gives them up when texts
+    need them; None if the engine does not report this. kv_cache_total: the bytes of both together at most.
+    prefix_queries, prefix_hits: prompt tokens that were looked up in the prefix cache, and found there.
     """
 
     running: int
@@ -42,42 +44,44 @@ class Stats:
 
 
 class Engine(Protocol):
-    """Runs one base model with its adapters. Opened once, then serves as many requests at once as its room has places."""
+    """Runs one base model with its adapters. It is opened once and then serves as many requests at once as `room`
+    admits."""
 
     room: Room
 
     async def open(self, report: Report) -> None:
-        """Fetches and loads everything. Raises SourceError, AdapterError, LoadError."""
+        """Fetch and load everything. Raises SourceError, AdapterError or LoadError."""
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        """The text as it is made. Closing the iterator stops the computation within one token.
+        """Yield the text while it is generated. Closing the iterator stops the computation within one token.
 
-        Raises InputError (prompt too long, no chat template), RunError, and Overloaded for a request without a place where
-        the room has none left.
+        Raises InputError (prompt too long, no chat template) or RunError, and Overloaded if the request has no place
+        yet and the room is full.
         """
 
     def identity(self, blend: Blend) -> str:
-        """The blend's digest over base, adapter contents, weights and method."""
+        """The blend's identity: a digest of the base, the adapters' contents, the weights and the method."""
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the base brings one; False before it is loaded and once it is closed."""
+        """Whether the base has a chat template; False before it is loaded and after it is closed."""
 
     def stats(self) -> Stats | None:
-        """As of now, from any thread, without waiting; None before it is loaded and once it is closed."""
+        """The current numbers; None before the engine is loaded and after it is closed. Any thread may call this; it does
+        not block."""
 
     async def load_adapter(self, options: "AdapterOptions", report: Report) -> None:
-        """One more adapter under options.name, or another one in its place, while requests run; those that use the old one
-        finish on it. Raises SourceError, AdapterError, Conflict."""
+        """Load an adapter under options.name while requests run, or replace the one with this name. Requests that use the
+        old adapter finish with it. Raises SourceError, AdapterError or Conflict."""
 
     async def unload_adapter(self, name: str) -> None:
-        """Frees an adapter as soon as no running request uses it."""
+        """Unload an adapter. It is freed as soon as no running request uses it."""
 
     async def close(self) -> None: ...
 
 
 class Driver(Protocol):
-    """What a file's `driver:` names. Called, it makes an engine; an engine's class is a driver itself."""
+    """What `driver:` in a YAML file names: a callable that makes an engine. An engine's class can be the driver itself."""
 
     @property
     def Options(self) -> type[Options]:
@@ -85,11 +89,19 @@ class Driver(Protocol):
 
     @property
     def needs(self) -> "Callable[..., tuple[Needs, ...]] | None":
-        """The arithmetic of `plan`: (options, blueprint, adapters, checkpoint, devices) -> what each device must hold, the
-        base's first. None for a driver that takes its memory by itself."""
+        """A function for `plan`: (options, blueprint, adapters, checkpoint, devices) -> what each device must hold, the
+        base's device first. None for a driver that decides by itself how much memory it takes."""
 
     def refuse(self, options: "ModelOptions", /) -> None:
-        """Raises ValueError for a valid option that this driver cannot honour; it names the option and what would work."""
+        """Raise ValueError for an option that is valid but that this driver cannot honour. The error names the option and
+        what would work."""
+
+    def preflight(self, options: "ModelOptions", adapters: Mapping[str, LoraAdapter], base_dir: Path, /) -> None:
+        """Raises LoadError for what this machine shows to be wrong before anything is loaded: a program that is not there,
+        or adapters that do not suit the options. The error's `at` starts in the component's `options`.
+
+        adapters: those whose files are here, by name; their tensors may be on the meta device. Must not import torch.
+        """
 
     def __call__(self, options: "ModelOptions", blends: Blends, base_dir: Path) -> Engine: ...
 

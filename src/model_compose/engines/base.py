@@ -1,12 +1,12 @@
-"""A base class for engines of other packages: everything that `Engine` asks for, except the text itself.
+"""A base class for engines in other packages. It implements all of `Engine` except generating the text.
 
-It serves engines that turn a prompt into pieces of text. Engines that load adapters themselves override more of it.
+It suits engines that turn a prompt into pieces of text. An engine that loads adapters overrides more methods.
 """
 
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from pathlib import Path
 from typing import ClassVar
@@ -17,6 +17,7 @@ from model_compose.engines.options import AdapterOptions, ModelOptions, refuse_c
 from model_compose.engines.text import StopStrings
 from model_compose.errors import Conflict, InputError
 from model_compose.generation import Chunk, Finish, Request, Sampling, Usage
+from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
 from model_compose.room import Room
@@ -24,17 +25,20 @@ from model_compose.schema import Options as NoOptions
 from model_compose.sources import describe
 
 OF_MODELS = ("precision", "device", "quantization", "max_seq_length", "allow_runtime_adapters")
-"""Keys of a component that an engine must honour or refuse, besides those that no engine honours."""
+"""The keys of a component that an engine must either honour or refuse. (`refuse_common` refuses those that no engine
+honours.)"""
 OF_REQUESTS = ("logprobs", "response_format", "logit_bias")
-"""Fields of `Sampling` that an engine must honour or refuse. The others only say how a text is drawn and where it ends."""
+"""The fields of `Sampling` that an engine must either honour or refuse. The others only change how a text is drawn and
+where it ends."""
 
 
 class BaseEngine(ABC):
-    """An engine of which only `write` is missing. A text ends where `write` ends, before a stop string, or after
-    max_output_length pieces: every piece counts as one token.
+    """An engine to which a subclass adds `write`. A text ends when `write` ends, before a stop string, or after
+    max_output_length pieces; every piece counts as one token.
 
-    Options: the class of `options:` in the YAML. rows: texts that are written at once; queue: texts that may wait besides.
-    honours: names from OF_MODELS and OF_REQUESTS that this engine acts on; all other names are refused where they are set.
+    Options: the class of `options:` in the YAML. rows: the most texts that are written at once. queue: the most further
+    texts that may wait. honours: the names from OF_MODELS and OF_REQUESTS that this engine acts on; if a file or a request
+    sets any other of these names, it is refused.
     """
 
     Options: ClassVar[type[NoOptions]] = NoOptions
@@ -50,7 +54,8 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def write(self, request: Request) -> AsyncGenerator[str]:
-        """One text for the request, in pieces of whole characters. It is closed when the client leaves."""
+        """Yield one text for the request, in pieces of complete characters. The iterator is closed when the client
+        leaves."""
 
     @classmethod
     def refuse(cls, options: ModelOptions) -> None:
@@ -59,6 +64,10 @@ class BaseEngine(ABC):
         given = {key: getattr(options, key) != ModelOptions.model_fields[key].default for key in OF_MODELS}
         remedy = "it does not act on it; leave it out"
         refuse_given(options, {(key,): (is_given, remedy) for key, is_given in given.items() if key not in cls.honours})
+
+    @classmethod  # noqa: B027
+    def preflight(cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
+        """Nothing to look at before the engine opens."""
 
     async def open(self, report: Report) -> None:  # noqa: B027
         """Nothing to load."""
@@ -91,7 +100,7 @@ class BaseEngine(ABC):
                 yield Chunk(index, rest, finish, usage=usage if index == texts - 1 else None)
 
     def _check(self, request: Request) -> None:
-        """Raises InputError for what this engine does not act on."""
+        """Raise InputError for a field that this engine does not act on, and for a chat without a chat template."""
         given, plain = request.sampling, Sampling()
         for name in OF_REQUESTS:
             if name not in self.honours and getattr(given, name) != getattr(plain, name):
@@ -103,7 +112,7 @@ class BaseEngine(ABC):
             )
 
     def identity(self, blend: Blend) -> str:
-        """By the names of the sources. An engine that reads the files should use a digest of their content."""
+        """A digest of the sources' names. An engine that reads the files should use digests of their content instead."""
         sources = dict(zip(self.options.adapter_names, self.options.peft_adapters, strict=True))
         check_loaded(blend, sources)
         return blend.identity(
@@ -118,7 +127,7 @@ class BaseEngine(ABC):
         return None
 
     async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
-        raise Conflict(f"driver {self.options.driver} loads no adapters while it runs")
+        raise Conflict(f"driver {self.options.driver} cannot load adapters while it runs")
 
     async def unload_adapter(self, name: str) -> None:
-        raise Conflict(f"driver {self.options.driver} unloads no adapters while it runs")
+        raise Conflict(f"driver {self.options.driver} cannot unload adapters while it runs")

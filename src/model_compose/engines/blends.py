@@ -1,4 +1,5 @@
-"""The YAML's named blends: {adapter: weight}, or {method: ties, weights: {adapter: weight}} with the method's options."""
+"""The options of named blends in the YAML: {adapter: weight}, or {method: ties, weights: {adapter: weight}, …}, where … are
+the method's own options."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -23,13 +24,14 @@ def _in_use(weights: Weights) -> Weights:
 
 
 class ByMethod(Options):
-    """What the YAML holds of a blend by a method, besides the method's own options."""
+    """A blend by a method, as the YAML holds it. Subclasses add each method's own options."""
 
     method: str
     weights: Annotated[Weights, AfterValidator(_in_use)] = Field(description="{adapter: weight}")
 
 
 def _with_weights(method: type[Method]) -> type[Any]:
+    """The class of this method's blends in the YAML: `ByMethod` with the method's options."""
     name: Any = method.model_fields["method"].annotation
     return create_model(
         method.__name__,
@@ -51,7 +53,7 @@ def _shape(value: Any) -> str:
 if TYPE_CHECKING:
     BlendOptions: TypeAlias = Weights | ByMethod
 else:
-    # Tags become parts of an error's place: these can be no keys of the file.
+    # A tag becomes part of an error's location, so it must be a text that is never a key of the file.
     BlendOptions = Annotated[
         Annotated[Weights, Tag("by weights")]
         | Annotated[ByMethod, ByName(METHODS, "method", _with_weights), Tag("by a method")],

@@ -1,5 +1,5 @@
-"""A base by its config alone: the model on the meta device, without weights. plan, inspection, export, preflight and the
-drivers share it.
+"""Builds a base model from its config alone: on the meta device, with shapes but without weights. plan, inspection,
+export, preflight and the drivers use it.
 """
 
 import copy
@@ -24,7 +24,7 @@ from model_compose.sources.hub import is_repository
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A base without its weights. name: what messages call it. config: transformers'. model: on the meta device."""
+    """A base without its weights. name: its name in messages. config: transformers' config. model: on the meta device."""
 
     name: str
     config: Any
@@ -32,14 +32,14 @@ class Blueprint:
 
     @cached_property
     def shapes(self) -> dict[str, ModuleShape]:
-        """The modules that an adapter may act on, by their path."""
+        """The modules that an adapter may change, by path."""
         return module_shapes(self.model)
 
 
 def read_blueprint(options: ModelOptions, base: Fetched) -> Blueprint:
-    """The base as its files describe it. Runs the repository's own code where options.trust_remote_code says so.
+    """Build the base from its files. Runs the repository's own code if options.trust_remote_code is set.
 
-    base: a fetched folder or GGUF file; the weights may be missing. Raises LoadError.
+    base: a fetched folder or GGUF file; a folder's weights may be missing. Raises LoadError.
     """
     name = describe(options.model)
     with load_errors(name, torch.device("meta")):
@@ -56,7 +56,7 @@ def base_config(base: Fetched, trust_remote_code: bool) -> Any:
 
 
 def on_meta(config: Any, trust_remote_code: bool) -> nn.Module:
-    """The model of a config without any weights: shapes alone. Leaves the config as it is."""
+    """The config's model with shapes but without weights. Does not change the config."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -65,10 +65,11 @@ def on_meta(config: Any, trust_remote_code: bool) -> nn.Module:
 
 
 def other_base(adapter: LoraAdapter, options: ModelOptions, base: Fetched) -> str | None:
-    """The base's name on the Hub where the adapter was trained on one of another name, and both names are known.
+    """The base's name on the Hub, if the adapter was trained on a base with another name; None if the names agree or one of
+    them is unknown.
 
-    The same shapes under another name may be meant (a re-upload), so this is no error. What a folder or a file is called
-    is no evidence.
+    This is no error, since the other name may be a re-upload of the same base. Names of local folders and files prove
+    nothing and are ignored.
     """
     path = base.folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
@@ -80,38 +81,38 @@ def other_base(adapter: LoraAdapter, options: ModelOptions, base: Fetched) -> st
     if not adapter.base or not _on_hub(adapter.base) or not known:
         return None
     trained_on = _last(adapter.base)
-    # A GGUF file is called like its model, with the quantisation behind a dot.
+    # A GGUF file has its model's name, followed by a dot and the quantisation.
     same = trained_on in known or (base.file or "").lower().startswith(f"{trained_on}.")
     return None if same else next(iter(known.values()))
 
 
 def _on_hub(name: str) -> bool:
-    """Whether it names a repository of an organisation, rather than somebody's folder."""
+    """Whether the name is that of a Hub repository, rather than of a local folder."""
     return "/" in name and is_repository(name)
 
 
 def _last(reference: str) -> str:
-    """The last part of a Hub name, in lower case. Repositories of GGUF files are called like the model, and -GGUF."""
+    """The last part of a Hub name, in lower case and without the -GGUF that repositories of GGUF files end with."""
     return Path(reference).name.lower().removesuffix("-gguf")
 
 
 @contextmanager
 def load_errors(name: str, device: torch.device) -> Iterator[None]:
-    """Turns what torch and transformers raise while loading into one sentence with a remedy."""
+    """A context in which every error of torch and transformers while loading becomes a LoadError of one sentence."""
     try:
         yield
     except ComposeError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(name, device) from error
-    except Exception as error:  # a config, a stranger's files or a model's own code may fail in any way
+    except Exception as error:  # a config, damaged files or a model's own code may raise anything
         text = str(error)
         if "allocate memory" in text or "Cannot allocate" in text or "bad alloc" in text:
             raise _out_of_memory(name, device) from error
-        told = reason(error)
+        why = reason(error)
         if isinstance(error, AttributeError | TypeError | LookupError | AssertionError):  # their text alone says little
-            told = f"{type(error).__name__}: {told}"
-        raise LoadError(f"{name} cannot be loaded as a causal language model: {told}") from error
+            why = f"{type(error).__name__}: {why}"
+        raise LoadError(f"{name} cannot be loaded as a causal language model: {why}") from error
 
 
 def _out_of_memory(name: str, device: torch.device) -> LoadError:

@@ -1,4 +1,5 @@
-"""Devices: which ones a machine has, what they can compute, and how many bytes they have free. Knows nothing of models."""
+"""Which devices this machine has, what they can compute, and how many bytes they have free. Nothing here knows of
+models."""
 
 import os
 import re
@@ -12,39 +13,39 @@ if TYPE_CHECKING:
     import torch
 
 UNLIMITED = 1 << 60
-"""Control groups of version 1 say "no limit" by a number about as large as addresses go."""
+"""Control groups of version 1 write "no limit" as a huge number: from this one on, in bytes."""
 
 
 KINDS = {"cpu": ("int8", "int4"), "cuda": ("int8", "nf4", "fp4")}
-"""The quantizations that a kind of device has kernels for: our own on CPU, those of bitsandbytes on CUDA."""
+"""The quantizations for which each kind of device has kernels: our own on CPU, bitsandbytes' on CUDA."""
 
 _DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 def check_device(name: str) -> None:
-    """Raises LoadError for what is no device's name; whether this machine has it is torch's to say."""
+    """Raise LoadError for a text that is not a device's name. Does not check whether this machine has the device."""
     if not _DEVICE.fullmatch(name):
         raise LoadError(f"device '{name}' is not known; use auto, cpu, cuda, cuda:0 or mps")
 
 
 def check_quantization(kind: str | None, device: str) -> None:
-    """Raises LoadError where a device of this name has no kernels for it."""
+    """Raise LoadError if the device has no kernels for this quantization."""
     device_type = device.partition(":")[0]
     kinds = KINDS.get(device_type, ())
     if kind is not None and kind not in kinds:
-        use = f"on {device_type} use {' or '.join(kinds)}" if kinds else f"leave it out on {device_type}"
+        use = f"on {device_type} use {' or '.join(kinds)}" if kinds else f"remove this option on {device_type}"
         raise LoadError(f"quantization: {kind} is not available on {device}; {use}")
 
 
 class Devices:
-    """The devices of this machine. `plan` derives from it to pretend others."""
+    """The devices of this machine. `plan` has a subclass that pretends to have other devices."""
 
     def pick(self, name: str) -> "torch.device":
-        """The torch device for a YAML value. Raises LoadError for one that is not there."""
+        """The torch device for a YAML value. Raises LoadError for one that does not exist."""
         return pick_device(name)
 
     def free(self, device: "torch.device") -> int | None:
-        """Bytes free on the device; None where this system does not say."""
+        """The free bytes of the device; None if the system does not report them."""
         return free_memory(device)
 
 
@@ -66,8 +67,8 @@ def pick_device(name: str) -> "torch.device":
 
 
 def pick_dtype(precision: str, device: "torch.device") -> "torch.dtype | str":
-    """The compute dtype: `auto` is the checkpoint's own on an accelerator, and on CPU bfloat16 where the processor
-    computes it natively, else float32."""
+    """The compute dtype. With `auto` it is "auto", the checkpoint's own dtype, on an accelerator; on a CPU it is
+    bfloat16 if the processor computes that natively, else float32."""
     import torch
 
     if precision != "auto":
@@ -86,19 +87,19 @@ def named_dtype(precision: str) -> "torch.dtype":
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for it."""
+    """Whether the processor has instructions that multiply bfloat16."""
     import torch
 
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def device_name(device: "torch.device") -> str:
-    """One name for one device: "cuda" is "cuda:0"."""
+    """The device's full name, so that each device has only one: "cuda" is "cuda:0"."""
     return f"cuda:{device.index or 0}" if device.type == "cuda" else device.type
 
 
 def size_text(size: int) -> str:
-    """Bytes for people, in powers of ten as in cards' and disks' names: 13.48 GB, 67.1 MB."""
+    """A number of bytes as text, in powers of ten, as cards and disks are sold: 13.48 GB, 67.1 MB."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if size >= factor:
             return f"{size / factor:.{2 if unit == 'GB' else 1}f} {unit}"
@@ -106,7 +107,7 @@ def size_text(size: int) -> str:
 
 
 def free_memory(device: "torch.device") -> int | None:
-    """Bytes free on the device; None where this system does not say. What the CUDA context itself takes is gone already."""
+    """The free bytes of the device; None if the system does not report them. The CUDA context's own memory is not free."""
     import torch
 
     if device.type == "cuda":
@@ -117,9 +118,10 @@ def free_memory(device: "torch.device") -> int | None:
 
 
 def main_memory(root: Path = Path("/")) -> int | None:
-    """Main memory that this process may still take: the machine's, or less where a control group (a container) limits it.
+    """The bytes of main memory that this process may still take; None if the system does not report them.
 
-    Page cache counts as free, as it gives way. root: where /proc and /sys are.
+    A control group (a container) may limit them further than the machine does. Page cache counts as free, since the kernel
+    gives it up when memory is needed. root: the folder that holds proc and sys.
     """
     available = _meminfo(root)
     if available is None:
@@ -128,7 +130,7 @@ def main_memory(root: Path = Path("/")) -> int | None:
 
 
 def _meminfo(root: Path) -> int | None:
-    """MemAvailable on Linux; elsewhere all memory there is, which is the only number at hand, else None."""
+    """MemAvailable on Linux. Elsewhere all physical memory, which is the only number available, or None."""
     for line in _text(root / "proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -139,7 +141,7 @@ def _meminfo(root: Path) -> int | None:
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
-    """limit - usage of this process's memory groups and of all above them, for version 2 and for version 1."""
+    """The bytes left in each of this process's memory control groups and in their parents (versions 1 and 2)."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -149,7 +151,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
             cache = "total_inactive_file"
         else:
             continue
-        # In a container this path may not be there: what is mounted at the top is the container's own group.
+        # In a container this path may not exist: the container's own group is mounted at the top.
         group = top / path.lstrip("/")
         for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
             most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
@@ -162,7 +164,7 @@ def _statistic(text: str, name: str) -> int:
 
 
 def _text(path: Path) -> str:
-    """The file's text, empty where there is none: what a kernel offers differs."""
+    """The file's text; empty if there is no such file, since kernels differ in the files that they offer."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError:

@@ -1,4 +1,5 @@
-"""What one device has to hold for a model, and whether it has that much free. A driver's own arithmetic fills it in."""
+"""The memory that a model needs on one device, and the check whether the device has it free. A driver computes the
+numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,18 +9,23 @@ from model_compose.engines.devices import size_text
 from model_compose.errors import LoadError
 
 LEAST_TOKENS = 256
-"""Less context than this is not worth starting for: `check_fits` wants a KV cache for so many tokens."""
+"""The smallest useful context: `check_fits` requires room for a KV cache of so many tokens."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What one device has to hold, in bytes, and what it has free before that (None: nobody can tell).
+    """The memory that one device must hold, in bytes, and what it has free before that (None: unknown).
 
-    kept: factors of adapters as stored, for folding and for adapters whose turn on the device comes later. folded: the
-    second copy of the weights that the default blend's fold touches; 0 where the originals are mapped and give way.
-    full_rank: the copy of those that the blend of full rank touches, which is always there.
-    loading: the base before it is quantised, where it is converted whole; else 0.
-    working: what a step holds besides; an estimate. smaller: settings that would shrink the base, and to what.
+    base: the base's weights; mapped: whether they are mapped from the checkpoint's files. adapters: the factors of each
+    adapter in its compute dtype; adapters_at_once: how many of them are on the device at a time (None: all).
+    kept: the adapters' factors as stored, in main memory, for folding and for adapters that are not on the device.
+    folded: a second copy of the weights that folding the default blend changes; 0 if the originals are mapped, since they
+    are then paged out. fold: the option of that name. full_rank: a copy, always there, of the weights that the blend of
+    full rank changes. loading: the whole base before it is quantised, if it must be converted as a whole; else 0.
+    context: tokens of a prompt with its answer at most. kv_per_token: the KV cache's bytes per token; kv_cache: its bytes;
+    kv_least: the least bytes with which the model starts; kv_given: whether the user set the size.
+    working: further memory while a step computes (an estimate). smaller: settings that would make the base smaller, each
+    with the bytes of the base then.
     """
 
     model: str
@@ -44,37 +50,39 @@ class Needs:
 
     @property
     def adapters_held(self) -> int:
-        """Bytes of the adapters that are on the device at once, at most."""
+        """The most bytes of adapters that are on the device at one time."""
         return sum(sorted(self.adapters.values(), reverse=True)[: self.adapters_at_once])
 
     @property
     def weights(self) -> int:
-        """All that is there before the first request."""
+        """The bytes that are taken before the first request."""
         return self.base + self.adapters_held + self.kept + self.folded + self.full_rank
 
     @property
     def least(self) -> int:
-        """What must be there: the weights but for the fold of `fold: auto`, and the least KV cache; or loading's peak."""
+        """The bytes without which the model cannot start: the weights (without the copy of `fold: auto`, which is optional)
+        and the least KV cache, or the peak while loading if that is more."""
         served = self.weights - (self.folded if self.fold == "auto" else 0) + self.kv_least
         return max(served, self.loading + self.kept if self.loading else 0)
 
     @property
     def tokens(self) -> int:
-        """How many tokens the KV cache holds."""
+        """The number of tokens that the KV cache can hold."""
         return self.kv_cache // self.kv_per_token if self.kv_per_token else 0
 
     @property
     def least_tokens(self) -> int:
+        """The tokens of the least KV cache."""
         return min(self.context, LEAST_TOKENS)
 
     @property
     def missing(self) -> int:
-        """Bytes too few for `least`."""
+        """How many bytes the device lacks for `least`; 0 if it has enough, or if its free memory is unknown."""
         return 0 if self.free is None else max(0, self.least - self.free)
 
 
 def check_fits(needs: Needs) -> None:
-    """Raises LoadError where the weights and the least KV cache exceed what the device has free."""
+    """Raise LoadError if the weights and the least KV cache need more than the device has free."""
     if not needs.missing:
         return
     assert needs.free is not None
@@ -88,9 +96,9 @@ def check_fits(needs: Needs) -> None:
     if needs.least > sum(parts.values()):
         parts = {"the base before it is quantised": needs.loading, "adapters": needs.kept}
     listed = " + ".join(f"{what} {size_text(size)}" for what, size in parts.items() if size)
-    mapped = " (the base is mapped from its files, and would be read from disk for every token)" if needs.mapped else ""
+    mapped = " (the base is mapped from its files and would be read from disk for every token)" if needs.mapped else ""
     raise LoadError(
-        f"{needs.model} does not fit on {needs.device}: {listed} are {size_text(needs.least)}, and "
+        f"{needs.model} does not fit on {needs.device}: {listed} are {size_text(needs.least)}, but only "
         f"{size_text(needs.free)} are free, {size_text(needs.missing)} too few{mapped}; {_remedy(needs)}"
     )
 

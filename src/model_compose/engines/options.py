@@ -1,6 +1,6 @@
-"""What a file may say of a model, whatever its driver: `ModelOptions` and `AdapterOptions`.
+"""The options of a model in the YAML file that are the same for every driver: `ModelOptions` and `AdapterOptions`.
 
-Each driver's own `options` are a class beside the driver.
+Each driver has a class of its own for the key `options`, beside the driver's code.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 def _kind(value: Any) -> Any:
-    """The dialect's long form, {type: int8}, as the short one."""
+    """Turn the dialect's long form, {type: int8}, into the short one, int8."""
     return value["type"] if isinstance(value, dict) and value.keys() == {"type"} else value
 
 
@@ -29,7 +29,7 @@ Quantization = Annotated[Literal["int8", "int4", "nf4", "fp4"], BeforeValidator(
 
 
 class AdapterOptions(Options):
-    """One LoRA adapter of the default blend. precision and device default to the base's."""
+    """One LoRA adapter, with its weight in the default blend. precision and device default to the base's."""
 
     type: Literal["lora"] = Field(description="The kind of adapter; LoRA is the only one")
     name: str | None = Field(
@@ -48,7 +48,7 @@ class AdapterOptions(Options):
     @classmethod
     def _no_colon(cls, name: str | None) -> str | None:
         if name is not None and ":" in name:
-            raise invalid(f"an adapter's name holds no ':', which separates component and blend; got '{name}'")
+            raise invalid(f"an adapter's name must not contain ':', which separates component and blend; got '{name}'")
         return name
 
     @field_validator("quantization")
@@ -60,7 +60,7 @@ class AdapterOptions(Options):
 
 
 class ModelOptions(Options):
-    """What every driver is told about its model."""
+    """The keys of a model component that every driver gets."""
 
     id: str = Field(
         default="__component__",
@@ -116,7 +116,7 @@ class ModelOptions(Options):
     def _known_driver(cls, driver: str) -> str:
         if driver not in ENGINES:
             raise invalid(f"unknown driver '{driver}'; available: {', '.join(ENGINES)}")
-        ENGINES[driver]  # raises PluginError, which is told at this key's line
+        ENGINES[driver]  # imports it here, so that a package that cannot be imported is an error of this key
         return driver
 
     @field_validator("options", mode="before")
@@ -146,9 +146,9 @@ class ModelOptions(Options):
                     f"the name '{name}' is used twice; adapters and blends of a component share one namespace", *at
                 )
             if name == "default":
-                raise invalid(f"the name '{name}' is taken by the blend of the adapters' own weights", *at)
+                raise invalid(f"the name '{name}' is reserved for the blend of the adapters' own weights", *at)
             if ":" in name:
-                raise invalid(f"a blend's name holds no ':'; got '{name}'", *at)
+                raise invalid(f"a blend's name must not contain ':'; got '{name}'", *at)
             seen.add(name)
         for blend, written in self.blends.items():
             for adapter in weights_of(written):
@@ -166,11 +166,12 @@ class ModelOptions(Options):
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
+        """The names of peft_adapters, in the file's order; adapters without a name are called peft_adapter_<i>."""
         return tuple(adapter.name or f"peft_adapter_{index}" for index, adapter in enumerate(self.peft_adapters))
 
     @property
     def trust_remote_code(self) -> bool:
-        """Whether Python code of the model's repository may run; False for a driver without that option."""
+        """Whether Python code from the model's repository may run; False for a driver without this option."""
         return "trust_remote_code" in type(self.options).model_fields and bool(
             self.options.model_dump(include={"trust_remote_code"})["trust_remote_code"]
         )
@@ -181,16 +182,17 @@ class ModelOptions(Options):
         return False
 
     def to_blends(self) -> Blends:
-        """The vocabulary of blends: the adapters, the named blends, and the default from the adapters' weights."""
+        """The blends that requests may name: single adapters, the named blends, and the default blend of the adapters'
+        weights."""
         weights = {name: adapter.weight for name, adapter in zip(self.adapter_names, self.peft_adapters, strict=True)}
         named = {name: to_blend(name, written) for name, written in self.blends.items()}
         return Blends(self.adapter_names, named, Blend(weights, "default"))
 
 
 def refuse_given(options: ModelOptions, refused: Mapping[Keys, tuple[bool, str]]) -> None:
-    """Raises ValueError for the first option that is given, of those that the driver cannot honour.
+    """Raise ValueError for the first option that is given but that the driver cannot honour.
 
-    refused: for the keys of each option, whether it is given, and what to do instead.
+    refused: for each option, by its keys: whether it is given, and what to do instead.
     """
     for keys, (given, remedy) in refused.items():
         if given:
@@ -199,7 +201,7 @@ def refuse_given(options: ModelOptions, refused: Mapping[Keys, tuple[bool, str]]
 
 
 def refuse_common(options: ModelOptions) -> None:
-    """Raises ValueError for what no driver can honour."""
+    """Raise ValueError for an option that no driver can honour."""
     refuse_given(
         options,
         {
@@ -212,10 +214,10 @@ def refuse_common(options: ModelOptions) -> None:
 
 
 def refuse_full_rank(options: ModelOptions) -> None:
-    """Raises ValueError for a blend that is no LoRA, where the driver has nothing but LoRAs."""
+    """Raise ValueError for a blend of full rank. For drivers that can only load LoRAs."""
     if blends := options.to_blends().full_rank:
         raise invalid(
             f"driver {options.driver} cannot honour the blend {blends[0].described}, which has full rank and is no LoRA: "
-            "use driver: huggingface, or serve what `model-compose export --format merged` writes",
+            "use driver: huggingface, or serve the model that `model-compose export --format merged` writes",
             "blends", blends[0].name or "",
         )  # fmt: skip

@@ -1,8 +1,9 @@
-"""From prompts to token ids, beside the event loop: what cannot fit is refused early, and short prompts overtake long ones.
+"""Tokenizes prompts outside the event loop. Prompts that cannot fit are refused early, and short prompts do not wait for
+long ones.
 
-A prompt's length in tokens is known only once it has been tokenized, which takes about two microseconds and a hundred
-bytes a character. So the work is bounded twice: by the characters that the context could hold at most, and by tokenizing
-only as much of the text as decides whether it fits.
+Only tokenizing tells how many tokens a prompt has, and it takes about two microseconds and a hundred bytes per character.
+Two bounds limit this work: a text with more characters than the context can ever hold is refused at once, and of a long
+text we tokenize only as much as is needed to decide whether it fits.
 """
 
 import json
@@ -11,26 +12,27 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from model_compose.daemon import Lane
+from model_compose.engines.on_disk import NO_CHAT_TEMPLATE
 from model_compose.errors import InputError
 from model_compose.generation import Message, Request
 
 SHORT_CHARACTERS = 16_384
-"""Prompts up to this length have a thread of their own, so they never wait for longer ones."""
+"""Prompts up to this length are tokenized in a thread of their own, so they never wait for longer ones."""
 
 MESSAGE_CHARACTERS = 64
-"""What a message counts besides its content: a chat template writes a frame around each."""
+"""The characters that a chat template is assumed to add around each message."""
 
 PIECE_CHARACTERS = 8
-"""The first piece of a long text has so many characters for each token that it may have. Texts have 2 to 5."""
+"""The first piece of a long text has so many characters per wanted token. Ordinary texts have 2 to 5 per token."""
 
 SPARE_TOKENS = 64
-"""Where a text is cut, the last tokens may differ from those of the whole text. So many are made besides and not used."""
+"""Next to a cut, tokens may differ from those of the whole text, so this many more are made and not used."""
 
 BORDER_CHARACTERS = 1024
-"""How far before the cut a word may start with which the end of a text begins."""
+"""How far before the cut we look for the start of a word, when the end of a text is kept."""
 
 COMPOSED = 4
-"""Unicode's NFC and NFKC make one character of at most so many."""
+"""Unicode's NFC and NFKC join at most this many characters into one."""
 
 _KEEPING_NORMALIZERS = ("Prepend", "ByteLevel", "Lowercase", "NFD", "NFKD")
 _COMPOSING_NORMALIZERS = ("NFC", "NFKC")
@@ -49,8 +51,8 @@ class Prompts:
         self._short, self._long = Lane("short prompts"), Lane("long prompts")
 
     async def read(self, request: Request) -> list[int]:
-        """The prompt's token ids. Raises InputError for one that does not fit or has no chat template to go through, and
-        NotReady once closed."""
+        """The prompt's token ids. Raises InputError for a prompt that does not fit, and for a chat if the base has no chat
+        template; NotReady after `close`."""
         prompt = request.prompt
         if isinstance(prompt, str):
             size = len(prompt)
@@ -61,7 +63,7 @@ class Prompts:
         return await lane.run(lambda: self._tokenize(request))
 
     def close(self) -> None:
-        """Ends all requests that wait here."""
+        """End all requests that are waiting here, with NotReady."""
         self._short.close()
         self._long.close()
 
@@ -73,7 +75,7 @@ class Prompts:
             text.encode()
         except UnicodeEncodeError:
             raise InputError(
-                "the prompt holds half of a surrogate pair, which is no character", field="prompt"
+                "the prompt holds half of a surrogate pair, which is not a character", field="prompt"
             ) from None
         most, cut = request.max_input_length, self.tokenizer.truncation_side if request.max_input_length else "right"
         enough = min(most or self.context, self.context) + SPARE_TOKENS
@@ -81,7 +83,9 @@ class Prompts:
         if most is not None and len(ids) > most:
             ids = ids[-most:] if cut == "left" else ids[:most]
         if not ids:
-            raise InputError("the prompt is empty, and this model has no token that starts a text", field="prompt")
+            raise InputError(
+                "the prompt is empty, and this model has no begin-of-text token to start from", field="prompt"
+            )
         if len(ids) >= self.context:
             count = f"{len(ids)}" if whole else f"more than {self.context}"
             holds = f"this model's context holds {self.context} with the answer"
@@ -89,7 +93,7 @@ class Prompts:
         return ids
 
     def _check_characters(self, text: str, request: Request) -> None:
-        """Raises InputError for a text that cannot fit, whatever its tokens are."""
+        """Raise InputError for a text with too many characters to fit, whatever its tokens are."""
         if self._longest is None or request.max_input_length is not None:
             return
         if len(text) > self.context * self._longest:
@@ -103,18 +107,16 @@ class Prompts:
 
 
 def render_chat(tokenizer: Any, request: Request) -> str:
-    """The messages as the base's chat template writes them. Raises InputError."""
+    """The text that the base's chat template makes from the messages. Raises InputError."""
     import jinja2
 
     if not tokenizer.chat_template:
-        raise InputError(
-            "the base model has no chat template; use /v1/completions or task: text-generation", field="messages"
-        )
+        raise InputError(NO_CHAT_TEMPLATE, field="messages")
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         raise InputError(
-            f"the base model has several chat templates and none of them is called default: "
-            f"{', '.join(tokenizer.chat_template)}; call one of them so in the base's tokenizer_config.json, or use "
-            "/v1/completions with the prompt written out",
+            f"the base model has several chat templates, but none of them is called default: "
+            f"{', '.join(tokenizer.chat_template)}; give one of them this name in the base's tokenizer_config.json, or use "
+            "/v1/completions with the full prompt text",
             field="messages",
         )
     messages = [_turn(message) for message in request.prompt if not isinstance(message, str)]
@@ -122,10 +124,10 @@ def render_chat(tokenizer: Any, request: Request) -> str:
         text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except jinja2.TemplateError as error:
         raise InputError(f"the base's chat template refuses these messages: {error}", field="messages") from error
-    except Exception as error:  # a template is a program, and may fail in any way
+    except Exception as error:  # a template is a program, which may raise anything
         raise InputError(
-            f"the base's chat template fails on these messages: {type(error).__name__}: {error}; send others, or use "
-            "/v1/completions with the prompt written out",
+            f"the base's chat template fails on these messages: {type(error).__name__}: {error}; send other messages, or "
+            "use /v1/completions with the full prompt text",
             field="messages",
         ) from error
     return text
@@ -136,22 +138,23 @@ def _turn(message: Message) -> dict[str, str]:
 
 
 def check_logit_bias(request: Request, vocabulary: int) -> None:
-    """Raises InputError for a token that the model has not got."""
+    """Raise InputError if the request's logit_bias names a token that the model does not have."""
     check_tokens([token for token, _ in request.sampling.logit_bias], vocabulary)
 
 
 def check_tokens(tokens: Iterable[int], vocabulary: int) -> None:
-    """Raises InputError for one of a logit_bias that the model has not got."""
+    """Raise InputError for a token id of a logit_bias that is not below `vocabulary`."""
     for token in tokens:
         if token >= vocabulary:
             raise InputError(
-                f"logit_bias names the token {token}, and this model has the tokens 0 to {vocabulary - 1}",
+                f"logit_bias names the token {token}, but this model has the tokens 0 to {vocabulary - 1}",
                 field="logit_bias",
+                at=(str(token),),
             )
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both start with."""
+    """The length of the longest common prefix of two token sequences."""
     for position, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             return position
@@ -159,7 +162,8 @@ def common(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 def _tokens(tokenizer: Any, text: str, enough: int, *, special: bool, end: bool) -> tuple[list[int], bool]:
-    """The text's token ids, and whether these are all. Of a longer text at least `enough` tokens of its start or end."""
+    """The text's token ids, and whether these are all of them. Of a long text, this may tokenize only the start (or the
+    end, with `end`), so that there are at least `enough` tokens."""
     size = PIECE_CHARACTERS * enough
     while True:
         piece = _cut(text, size, end=end)
@@ -173,7 +177,8 @@ def _tokens(tokenizer: Any, text: str, enough: int, *, special: bool, end: bool)
 
 
 def _cut(text: str, size: int, *, end: bool) -> str:
-    """The first or last `size` characters. An end starts at a word, as tokens are found from left to right."""
+    """About `size` characters from the text's start, or with `end` from its end. A piece of the end starts at a word, since
+    tokenizers read from left to right."""
     if len(text) <= size:
         return text
     if not end:
@@ -184,10 +189,10 @@ def _cut(text: str, size: int, *, end: bool) -> str:
 
 
 def characters_per_token(backend: Any) -> int | None:
-    """The most characters of a text that one token can stand for: no text of more than `tokens` times as many has `tokens`
-    tokens. None where the tokenizer may drop characters, or join any number of them: such a bound would refuse what fits.
+    """The most characters that one token can stand for, so that n tokens can hold at most n times as many characters.
 
-    backend: of the tokenizers library.
+    None if the tokenizer may drop characters, or join any number of them into one token: then no bound is safe. backend: a
+    tokenizer of the tokenizers library.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -203,17 +208,17 @@ def characters_per_token(backend: Any) -> int | None:
         units = ByteLevel.alphabet()
     else:
         return None
-    # Without a token for each byte, unknown characters are dropped, or any number of them becomes one token.
+    # Without a token for each byte, the tokenizer may drop unknown characters, or join any number of them.
     return composed * max(map(len, vocabulary)) if all(unit in vocabulary for unit in units) else None
 
 
 def _state(part: Any) -> Any:
-    """A tokenizer's part as its JSON says it; None where there is none."""
+    """The JSON description of a part of a tokenizer; None if the tokenizer has no such part."""
     return None if part is None else json.loads(part.__getstate__())
 
 
 def _normalized(state: Any) -> int | None:
-    """How many characters a normalizer may make one of; None where there is no bound."""
+    """The most characters that a normalizer may join into one; None if there is no bound."""
     if state is None:
         return 1
     kind = state["type"]

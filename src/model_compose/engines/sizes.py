@@ -1,7 +1,6 @@
-"""How many bytes a base, an adapter and a token's keys and values are, by their configs alone.
+"""Computes the bytes of a base, of an adapter, and of the keys and values of a token, from configs alone.
 
-The base is a model on the meta device, an adapter its PEFT config, so that nothing has to be fetched. Knows nothing of
-devices, nor of how much fits.
+The base is given as a model on the meta device and an adapter as its PEFT config, so no weights have to be fetched.
 """
 
 from collections.abc import Mapping
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
     from model_compose.lora.adapter import LoraAdapter, ModuleShape
 
 BITSANDBYTES_BLOCK = 64
-"""Weights that share a float32 scale in nf4 and fp4."""
+"""The number of weights that share one float32 scale in nf4 and fp4."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a base's weight files. format: safetensors, gguf, other. size: bytes, None before a listing."""
+    """A base's weight files. format: safetensors, gguf or other. size: their bytes; None if unknown."""
 
     format: str = "safetensors"
     size: int | None = None
@@ -31,15 +30,15 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class AdapterSize:
-    """ranks: by module path. stored: bytes of its factors as its file has them, which stay in main memory beside the copy
-    that computes; 0 where they are there already."""
+    """An adapter's size. ranks: by module path. stored: the bytes of its factors as stored in its file, which stay in main
+    memory beside the copy that computes; 0 if they are in main memory already."""
 
     ranks: Mapping[str, int]
     stored: int
 
 
 def checkpoint_of(sizes: Mapping[str, int], file: str | None = None) -> Checkpoint:
-    """What a listing tells of the base. sizes: bytes by file name. file: the one that was asked for, a GGUF."""
+    """The base's weight files, from a listing. sizes: bytes by file name. file: the GGUF file, if the base is one."""
     if file is not None:
         return Checkpoint("gguf", sizes.get(file))
     for format, endings in (("safetensors", (".safetensors",)), ("other", (".bin", ".pt", ".pth"))):
@@ -49,34 +48,37 @@ def checkpoint_of(sizes: Mapping[str, int], file: str | None = None) -> Checkpoi
 
 
 def kv_bytes_per_token(config: Any, dtype: "torch.dtype") -> int:
-    """Keys and values of one token in all layers. Sliding layers count alike. Raises LoadError for a model without them."""
+    """The bytes of one token's keys and values over all layers. Layers with a sliding window count like others.
+
+    Raises LoadError for a model without attention heads.
+    """
     return sum(_kv_numbers(layer) for layer in layer_configs(config)) * dtype.itemsize
 
 
 def layer_configs(config: Any) -> list[Any]:
-    """The text model's config for each layer: most models have one for all, Gemma 4's layers differ."""
+    """The text model's config of each layer. Most models have the same for all layers; Gemma 4's layers differ."""
     config = config.get_text_config()
     count = int(config.num_hidden_layers)
     return list(config.per_layer_config) if config.is_heterogeneous else [config] * count
 
 
 def _kv_numbers(config: Any) -> int:
-    """How many numbers a layer keeps of a token: KV heads · (key size + value size)."""
+    """How many numbers a layer caches for one token: KV heads · (key size + value size)."""
     heads = getattr(config, "num_attention_heads", None)
     if heads is None:
         raise LoadError(
-            f"a model of type '{config.model_type}' has no attention heads, and the embedded engine keeps keys and values "
-            "only; use another base"
+            f"a model of type '{config.model_type}' has no attention heads, and the embedded engine can only cache keys "
+            "and values; use another base"
         )
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rotated = getattr(config, "qk_rope_head_dim", None)  # latent attention (DeepSeek): a part of the key is rotated
+    rotated = getattr(config, "qk_rope_head_dim", None)  # latent attention (DeepSeek): only part of the key is rotated
     key_dim = head_dim if rotated is None else config.qk_nope_head_dim + rotated
     return int(kv_heads * (key_dim + (getattr(config, "v_head_dim", None) or head_dim)))
 
 
 def context_length(config: Any, *limits: int | None) -> int:
-    """The longest prompt plus answer, in tokens: the model's own, or less where a limit (max_seq_length) says so."""
+    """The most tokens of a prompt with its answer: the model's own context, or a smaller limit (max_seq_length)."""
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min([int(limit) for limit in (own, *limits) if limit is not None] or [2048])
 
@@ -84,10 +86,11 @@ def context_length(config: Any, *limits: int | None) -> int:
 def base_bytes(
     model: "nn.Module", dtype: "torch.dtype", quantization: str | None = None, device_type: str = "cpu"
 ) -> int:
-    """The parameters in `dtype`, tied ones once; where quantised, Linear weights packed with their scales.
+    """The bytes of the base's parameters in `dtype`, tied ones counted once. If quantised, Linear weights count as packed,
+    with their scales.
 
-    model: on the meta device. bitsandbytes (CUDA) leaves the output head as it is. A head that is tied to the embedding is
-    packed besides the embedding, which stays plain.
+    model: on the meta device. bitsandbytes (CUDA) does not quantise the output head. If a quantised head is tied to the
+    embedding, both exist: the packed head and the plain embedding.
     """
     from torch import nn
 
@@ -106,7 +109,8 @@ def base_bytes(
 
 
 def _packed(weight: "torch.Tensor", kind: str, device_type: str, *, is_head: bool) -> int:
-    """Bytes of a Linear's weight (rows, columns) and its float32 scales, as native code or bitsandbytes keep it."""
+    """The bytes of a quantised Linear weight (rows, columns) with its float32 scales, in our native code or
+    bitsandbytes."""
     from model_compose.native import GROUP
 
     rows, columns = weight.shape
@@ -120,8 +124,8 @@ def _packed(weight: "torch.Tensor", kind: str, device_type: str, *, is_head: boo
 
 
 def checkpoint_dtype(model: "nn.Module", checkpoint: Checkpoint) -> "torch.dtype":
-    """What `precision: auto` resolves to on an accelerator: the config's dtype, else what the size of the files tells (a
-    packed GGUF unpacks to float32). Where nothing is known the smallest, so that nobody is refused for a guess."""
+    """The dtype of `precision: auto` on an accelerator: the config's, else the one that fits the size of the files (a
+    quantised GGUF is dequantised to float32). If nothing is known, it is the smallest, so that a guess refuses nobody."""
     import torch
 
     config: Any = model.config
@@ -135,9 +139,10 @@ def checkpoint_dtype(model: "nn.Module", checkpoint: Checkpoint) -> "torch.dtype
 
 
 def adapter_size(config: Mapping[str, Any], model: "nn.Module", name: str, stored: int | None = None) -> AdapterSize:
-    """An adapter by its PEFT config alone. stored: bytes of its weights' file; unknown, float32 is the upper bound.
+    """An adapter's size from its PEFT config. stored: the bytes of its weights' file; if None, float32's size is assumed,
+    which is the upper bound.
 
-    Raises AdapterError where it has no module in common with the base.
+    Raises AdapterError if the base has none of its target modules.
     """
     from model_compose.lora.layers import module_shapes
     from model_compose.lora.peft_config import rank_of
@@ -154,12 +159,12 @@ def adapter_size(config: Mapping[str, Any], model: "nn.Module", name: str, store
 
 
 def loaded_size(adapter: "LoraAdapter") -> AdapterSize:
-    """An adapter that has been read: its factors are in main memory, so they are no longer among what is free."""
+    """The size of an adapter that has been read. Its factors are in main memory already, so `stored` is 0."""
     return AdapterSize({path: factors.rank for path, factors in adapter.modules.items()}, 0)
 
 
 def stored_bits(config: Any) -> int | None:
-    """Bits of a weight of a checkpoint that is quantised itself (GPTQ and its kind); None of one that is not."""
+    """The bits per weight of a checkpoint that is stored quantised (GPTQ and the like); None if it is not."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
@@ -169,9 +174,10 @@ def stored_bits(config: Any) -> int | None:
 
 
 def _targets(config: Mapping[str, Any], model: "nn.Module", shapes: Mapping[str, "ModuleShape"]) -> list[str]:
-    """The modules that the adapter acts on, chosen as peft chooses them, whose own matching of patterns may take for ever.
+    """The modules that the adapter targets, by PEFT's rules. Patterns are matched by our own code, since PEFT's
+    matching may take years.
 
-    Raises AdapterError for a pattern that is not evaluated.
+    Raises AdapterError for a pattern that we do not evaluate.
     """
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -210,12 +216,12 @@ def weight_of(model: "nn.Module", path: str) -> "torch.Tensor":
 
 
 def _head(model: "nn.Module") -> set[Any]:
-    """The weight of the output head, which nobody means by "all linear"."""
+    """The weight of the output head, which PEFT's "all-linear" leaves out; empty if the model has none."""
     getter: Any = model
     head = getter.get_output_embeddings()
     return set() if head is None else {head.weight}
 
 
 def parameters(ranks: Mapping[str, int], shapes: Mapping[str, "ModuleShape"]) -> int:
-    """The numbers in A (r, in) and B (out, r) of all modules."""
+    """How many numbers A (r, in) and B (out, r) have over all modules."""
     return sum(rank * (shapes[path].inputs + shapes[path].outputs) for path, rank in ranks.items())

@@ -1,4 +1,4 @@
-"""From tokens to text: whole characters only, and cut before a stop string."""
+"""Turns tokens into text as they come: only complete characters, and nothing from a stop string on."""
 
 import codecs
 import re
@@ -8,21 +8,21 @@ from typing import Any
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = (byte for byte in range(0x100) if byte not in _PRINTABLE)
 _ALPHABET = {chr(byte): byte for byte in _PRINTABLE} | {chr(0x100 + n): byte for n, byte in enumerate(_OTHERS)}
-"""GPT-2's characters for the 256 bytes, in which byte-level vocabularies spell their tokens."""
+"""Byte-level vocabularies spell each of the 256 bytes as one character, by GPT-2's table: {character: byte}."""
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 ANY = "a"
-"""A token that stands for whatever came before."""
+"""A stand-in for whatever token came before."""
 
 LONGEST_RUN = 64
-"""Tokens of single bytes that are held back. All of them are decoded again for each that comes."""
+"""The most single-byte tokens that are held back. Each new one means decoding all of them again."""
 
 
 class Spelling:
-    """How a vocabulary spells what its tokens say. A byte-level one spells bytes of UTF-8. Any other one spells pieces of
-    text, some of which may stand for single bytes (byte fallback)."""
+    """What the tokens of a vocabulary stand for. In a byte-level vocabulary, a token is a sequence of UTF-8 bytes. In any
+    other one, a token is a piece of text, and some tokens may be single bytes (byte fallback)."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
@@ -32,30 +32,30 @@ class Spelling:
         self._falls_back = b'"ByteFallback"' in state
 
     def name(self, token: int) -> str | None:
-        """How the vocabulary spells the token; None for one that no text shows: a special or an unknown one."""
+        """The token as the vocabulary spells it; None for a special or unknown token, which does not appear in texts."""
         name: str | None = self._tokenizer.id_to_token(token)
         is_special = not self._tokenizer.decode([token]) and self._tokenizer.decode([token], skip_special_tokens=False)
         return None if is_special else name
 
     def byte(self, name: str) -> bytes:
-        """The one byte that a byte-fallback token stands for, b"" for any other."""
+        """The byte that a byte-fallback token stands for; b"" for any other token."""
         found = _BYTE_TOKEN.fullmatch(name) if self._falls_back else None
         return bytes([int(found[1], 16)]) if found else b""
 
     def utf8(self, name: str) -> bytes:
-        """A byte-level token's bytes. Tokens that were added to the vocabulary may be spelt as they are."""
+        """A byte-level token's bytes. A token that was added to the vocabulary later may be spelt in plain text."""
         spelt = all(character in _ALPHABET for character in name)
         return bytes(_ALPHABET[character] for character in name) if spelt else name.encode()
 
     def text(self, names: Sequence[str], before: Sequence[str]) -> str:
-        """What pieces say behind those before them."""
+        """The text that the pieces `names` add after the pieces `before`."""
         join = " ".join if self._decoder is None else self._decoder.decode
         text: str = join([*before, *names])
         return text[len(join(list(before))) :]
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """A token's own bytes, in the middle of a text. A special token's are those of its name."""
+    """The bytes that a token stands for in the middle of a text; for a special token, those of its name."""
     spelling = Spelling(tokenizer)
     name = spelling.name(token)
     if name is None:
@@ -66,12 +66,12 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 
 
 class Detokenizer:
-    """The text of one sequence, token by token. With `rest` at the end it is what decoding all tokens at once gives, except
-    that a last character is left out where its bytes are incomplete.
+    """Decodes one sequence token by token. All texts of `push` and the final `rest` together equal the text of decoding all
+    tokens at once, except that an incomplete last character is left out.
 
-    Tokens of single bytes are held back until another token ends their run: tokenizers decode a run as a whole, and one
-    byte that is no part of a character turns all of its bytes into U+FFFD. Of a run of more than LONGEST_RUN tokens each
-    part is decoded by itself, which differs only where the run holds such a byte.
+    Single-byte tokens are held back until another token ends their run. Tokenizers decode a run as a whole, and if one of
+    its bytes is not part of a character, all bytes of the run become U+FFFD. A run longer than LONGEST_RUN tokens is
+    decoded in parts; the result differs only if the run contains such a byte.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
@@ -79,29 +79,29 @@ class Detokenizer:
         self._utf8 = Utf8Decoder("replace")
         self._held: list[str] = []
         self._length = 0
-        # The token before a text decides about a leading space.
+        # The token before the text decides whether the text starts with a space.
         before = next((name for token in reversed(prompt) if (name := self._spelling.name(token)) is not None), None)
-        # Bytes of the prompt are no part of a run in the text, so another token stands for them.
+        # A byte at the prompt's end must not join a run at the text's start, so ANY stands for it.
         self._before = [] if before is None else [ANY if self._spelling.byte(before) else before]
 
     @property
     def rest(self) -> str:
-        """What the tokens that are held back say where the text ends with them."""
+        """The text of the tokens that are held back, if no further token comes."""
         return self._spelling.text(self._held[: self._complete()], self._before) if self._held else ""
 
     def _complete(self) -> int:
-        """How many of the tokens that are held back belong to whole characters."""
+        """The number of tokens held back whose bytes form complete characters."""
         run = Utf8Decoder("replace")
         run.decode(b"".join(map(self._spelling.byte, self._held)))
         return len(self._held) - len(run.getstate()[0])
 
     @property
     def position(self) -> int:
-        """How many characters the text has so far: where the next token starts."""
+        """The length of the text so far, in characters: where the next token starts."""
         return self._length + len(self.rest)
 
     def push(self, token: int) -> str:
-        """The text that this token completes, "" while it may still change."""
+        """Add a token. Returns the text that can no longer change, or "" if this token's text may still change."""
         name = self._spelling.name(token)
         text = "" if name is None else self._take(name)
         self._length += len(text)
@@ -122,7 +122,7 @@ class Detokenizer:
 
 
 class Transcript:
-    """The text of one sequence as it may be sent: whole characters that will not change, and nothing of a stop string."""
+    """The text of one sequence that may be sent to the client: complete, final characters, without stop strings."""
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]) -> None:
         self._text, self._stops = Detokenizer(tokenizer, prompt), StopStrings(stops)
@@ -133,29 +133,32 @@ class Transcript:
         return self._text.position
 
     def push(self, token: int) -> tuple[str, bool]:
-        """The text that is safe to send, and whether a stop string was reached (the rest is dropped)."""
+        """Add a token. Returns the text that is safe to send, and whether a stop string was reached (text from it on is
+        dropped)."""
         text = self._text.push(token)
         return self._stops.push(text, lambda: self._text.rest)
 
     def end(self) -> str:
-        """What was held back, at the end of the text."""
+        """Return the text that was held back. Call this at the end of the text."""
         return self._stops.flush() + self._text.rest
 
 
 class _Stop:
-    """One stop string, and how many of its first characters the text ends with.
+    """One stop string. matched: how many of its first characters the text ends with.
 
-    Each character is looked at about once, however often the string repeats itself (Knuth, Morris and Pratt): every token
-    is compared with all stop strings of its request, in the thread that all requests share.
+    It uses the algorithm of Knuth, Morris and Pratt, which looks at each character about once, even if the stop string
+    repeats itself. Speed matters, since all requests share the thread that compares each token with all stop strings.
     """
 
     def __init__(self, text: str) -> None:
         self.text, self.matched = text, 0
         self._borders = [0, 0]
-        """Of the first n characters: how many of them stand at the end of these again. Found when they are needed."""
+        """borders[n]: the length of the longest proper prefix of the first n characters that is also their suffix. The list
+        grows as needed."""
 
     def follow(self, text: str, matched: int) -> tuple[int, int | None]:
-        """After this text: how much is matched then, and, where the whole is, after how many characters."""
+        """Read `text`, starting with `matched` characters matched. Returns the characters matched at its end, and None; or,
+        if the whole stop string was found, its length and the number of characters read until then."""
         stop = self.text
         if not matched and stop[0] not in text:
             return 0, None
@@ -178,16 +181,17 @@ class _Stop:
 
 
 class StopStrings:
-    """Holds back text that may be the start of a stop string, also where the string spans tokens."""
+    """Holds back text that may be the start of a stop string, even if the string spans several tokens."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [_Stop(stop) for stop in stops]
         self._held = ""
 
     def push(self, text: str, ahead: Callable[[], str] = str) -> tuple[str, bool]:
-        """Returns the text that is safe to send, and whether a stop string was reached (the rest is dropped).
+        """Add text. Returns the text that is safe to send, and whether a stop string was reached (text from it on is
+        dropped).
 
-        ahead: gives what would follow if the text ended here; a stop string in it counts.
+        ahead(): the text that would follow if the sequence ended here; a stop string in it counts too.
         """
         if not self._stops:
             return text, False
@@ -207,6 +211,6 @@ class StopStrings:
         return ready, False
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Return the text that was held back. Call this at the end of the text."""
         held, self._held = self._held, ""
         return held

@@ -1,4 +1,4 @@
-"""The base's own tokenizer with its chat template, from a folder or from inside a GGUF file."""
+"""Loads the base's tokenizer with its chat template, from a folder or from a GGUF file."""
 
 import tempfile
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from model_compose.sources import Fetched
 
 
 def load_tokenizer(base: Fetched, trust_remote_code: bool, *, chat: bool = False) -> Any:
-    """transformers' fast tokenizer, from a folder, or from inside a GGUF file and what lies beside it.
+    """transformers' fast tokenizer, from a folder, or from a GGUF file and the files beside it.
 
-    chat: whether it must have a chat template. Raises LoadError.
+    chat: whether it must have a chat template. Raises LoadError if it has none, or if the tokenizer is a slow one.
     """
     from transformers import AutoTokenizer
 
@@ -26,15 +26,15 @@ def load_tokenizer(base: Fetched, trust_remote_code: bool, *, chat: bool = False
     tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trust_remote_code, local_files_only=True)
     if not tokenizer.is_fast:
         raise LoadError(
-            f"{base.folder} has only a slow tokenizer, which cannot stream; add a tokenizer.json (transformers: "
-            "AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...))"
+            f"{base.folder} has only a slow tokenizer, which cannot be used for streaming; add a tokenizer.json "
+            "(transformers: AutoTokenizer.from_pretrained(..., use_fast=True).save_pretrained(...))"
         )
     return tokenizer
 
 
 def _gguf_tokenizer(base: Fetched, header: Gguf) -> Any:
-    """The tokenizer.json beside a GGUF file where it has the file's own tokens: it is read faster and was not converted.
-    Else the one inside. A chat template beside the file goes before the one inside."""
+    """The tokenizer of a GGUF file. A tokenizer.json beside the file is preferred if it has the same tokens, since it loads
+    faster and needs no conversion. A chat template beside the file is preferred to the one inside."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokens = header.strings("tokenizer.ggml.tokens")
@@ -42,14 +42,13 @@ def _gguf_tokenizer(base: Fetched, header: Gguf) -> Any:
     if (base.folder / "tokenizer.json").is_file():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(base.folder, local_files_only=True)
     if tokenizer is not None and _same_tokens(tokenizer, tokens):
-        for role in ("bos", "eos"):  # without a tokenizer_config.json nothing else says which they are
+        for role in ("bos", "eos"):  # a tokenizer.json does not say which tokens these are
             id = header.fields.get(f"tokenizer.ggml.{role}_token_id")
             if isinstance(id, int) and getattr(tokenizer, f"{role}_token_id") is None:
                 setattr(tokenizer, f"{role}_token", tokens[id])
     else:
-        with tempfile.TemporaryDirectory(
-            prefix="model-compose-"
-        ) as alone:  # transformers prefers a tokenizer.json beside
+        # Link the file into an empty folder: transformers would prefer a tokenizer.json beside the file.
+        with tempfile.TemporaryDirectory(prefix="model-compose-") as alone:
             name = header.path.name
             (Path(alone) / name).symlink_to(header.path.absolute())
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=name, local_files_only=True)
@@ -58,6 +57,6 @@ def _gguf_tokenizer(base: Fetched, header: Gguf) -> Any:
 
 
 def _same_tokens(tokenizer: Any, tokens: Sequence[str]) -> bool:
-    """Whether a tokenizer has a GGUF file's tokens. Converters rewrite those that were added to a vocabulary."""
+    """Whether the tokenizer has the GGUF file's tokens. Added tokens are not compared, since converters rewrite them."""
     own, added = tokenizer.convert_ids_to_tokens(range(len(tokenizer))), tokenizer.added_tokens_decoder
     return all(id in added or tokens[id : id + 1] == [token] for id, token in enumerate(own))

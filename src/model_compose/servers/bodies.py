@@ -1,4 +1,5 @@
-"""How requests' bodies arrive: not too slowly, not too large, and not at all once nobody reads them any more."""
+"""Bounds on requests' bodies: how slowly they may arrive, how large they may be, and how long they are read after the
+answer."""
 
 import asyncio
 from collections import Counter
@@ -31,16 +32,22 @@ DISCONNECT: Message = {"type": "http.disconnect"}
 
 
 class Bodies:
-    """ASGI middleware: ends slow bodies with a 408, and the connection where the answer came before the body's end."""
+    """ASGI middleware: ends slow bodies with a 408, and closes the connection if the answer came before the body's end.
+
+    The application answers the 408 itself, so that its answer has what all its answers have, such as headers for CORS.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and has_body(scope):
-            body = _Arriving(scope, receive, send)
+        if scope["type"] != "http" or not has_body(scope):
+            return await self._app(scope, receive, send)
+        body = _Arriving(scope, receive, send)
+        try:
             return await self._app(scope, body.receive, body.send)
-        return await self._app(scope, receive, send)
+        except SlowBody as error:  # the application does not know this error
+            return await refuse(scope, body.send, error)
 
 
 class _Arriving:
@@ -49,23 +56,23 @@ class _Arriving:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._scope, self._receive, self._send = scope, receive, send
         self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
-        self._whole = self._answered = self._late = self._refused = False
+        self._whole = self._answered = self._late = False
 
     async def receive(self) -> Message:
+        """The next piece of the body. Raises SlowBody, once, if it does not come in time and there is no answer yet."""
         if self._late:
             return DISCONNECT
-        if self._whole:  # what comes now is that the client leaves
+        if self._whole:  # the next message says that the client has left
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._deadline):
                 return await self._next()
         except TimeoutError:
             self._late = True
-            if not self._answered:
-                self._refused = True
-                rate = f"less than {BYTES_PER_SECOND} bytes/s over {BODY_SECONDS:.0f} s"
-                await refuse(self._scope, self._answer, SlowBody(f"the request body came too slowly: {rate}"))
-            return DISCONNECT
+            if self._answered:
+                return DISCONNECT
+            rate = f"less than {BYTES_PER_SECOND} bytes/s over {BODY_SECONDS:.0f} s"
+            raise SlowBody(f"the request body came too slowly: {rate}") from None
 
     async def _next(self) -> Message:
         message = await self._receive()
@@ -75,10 +82,6 @@ class _Arriving:
         return message
 
     async def send(self, message: Message) -> None:
-        if not self._refused:  # else the 408 was the answer
-            await self._answer(message)
-
-    async def _answer(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._answered = True
             if not self._late:

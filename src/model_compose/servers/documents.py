@@ -1,9 +1,9 @@
-"""The OpenAPI document: the shapes of answers and errors, the forms of bodies, a page that lists the routes, and the root,
-which links to all of it."""
+"""The OpenAPI document: what each route takes and answers, a page that lists the routes, and the root, which links to all
+of it."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -11,200 +11,12 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from model_compose.generation import Finish
+from model_compose.servers.answers import ANSWERS, Index, OpenAIError, Problem, RunState, shown
 from model_compose.servers.wire import PROBLEM_TYPE, STREAM_TYPE
 
 Responses = dict[int | str, dict[str, Any]]
 REFERENCE = "#/components/schemas/{model}"
 
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    tokens_per_second: float
-
-
-class UsedBlend(BaseModel):
-    """The blend that answered. identity: a digest over base, adapters' contents, weights and method. method, options and
-    approximate: of a blend that is not the exact sum."""
-
-    name: str | None = None
-    weights: dict[str, float]
-    method: str | None = None
-    options: dict[str, Any] | None = None
-    approximate: bool | None = None
-    identity: str
-
-
-class Failure(BaseModel):
-    code: str
-    message: str
-
-
-class RunState(BaseModel):
-    """A run's state; `output` once it has completed, `error` once it has failed.
-
-    finish_reason: stop (by itself, or at a stop sequence) or length (cut at max_output_length, or at the context's end); a
-    list where the model made a list of texts. finish_reason, usage and blend are there where one model answered. notes:
-    sentences for a person, such as why a text is empty.
-    """
-
-    task_id: str
-    status: Literal["pending", "processing", "cancelling", "cancelled", "completed", "failed"]
-    workflow_id: str
-    output: Any = None
-    finish_reason: Finish | list[Finish] | None = None
-    usage: Usage | None = None
-    blend: UsedBlend | None = None
-    notes: list[str] | None = None
-    error: Failure | None = None
-    session_id: str | None = None
-    metadata: dict[str, Any] | None = None
-
-
-class Index(BaseModel):
-    """What is served, and where: links by what they lead to."""
-
-    name: str
-    version: str
-    links: dict[str, str]
-
-
-class LoadProgress(BaseModel):
-    what: str
-    done: float
-    total: float | None = None
-    unit: str
-
-
-class Health(BaseModel):
-    status: Literal["ok", "loading", "shutting_down"]
-    progress: LoadProgress | None = None
-
-
-class VariableInfo(BaseModel):
-    """An input or output of a workflow. One without a name is the input as a whole. role blend: it takes a blend."""
-
-    name: str | None = None
-    type: str
-    is_list: bool
-    subtype: str | None = None
-    format: str | None = None
-    default: Any = None
-    required: bool | None = None
-    description: str | None = None
-    options: list[str] | None = None
-    minimum: float | None = None
-    maximum: float | None = None
-    step: float | None = None
-    role: str | None = None
-    component: str | None = None
-
-
-class WorkflowInfo(BaseModel):
-    workflow_id: str
-    name: str | None = None
-    title: str | None = None
-    description: str | None = None
-    default: bool | None = None
-    input: list[VariableInfo] | None = None
-    output: list[VariableInfo] | None = None
-
-
-class WrongField(BaseModel):
-    field: str
-    message: str
-
-
-class Problem(BaseModel):
-    """RFC 9457."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    errors: list[WrongField] | None = None
-    task_id: str | None = None
-
-
-class ModelCard(BaseModel):
-    """A component, or a component:blend. parent: the component's id."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    parent: str | None = None
-
-
-class ModelList(BaseModel):
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-class CachedTokens(BaseModel):
-    cached_tokens: int
-
-
-class TokenUsage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: CachedTokens
-
-
-class Reply(BaseModel):
-    """What both kinds of completions have in common, as OpenAI defines it."""
-
-    id: str
-    object: str
-    created: int
-    model: str
-    usage: TokenUsage
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    finish_reason: Finish
-    logprobs: dict[str, Any] | None = None
-
-
-class CompletionReply(Reply):
-    choices: list[CompletionChoice]
-
-
-class AssistantMessage(BaseModel):
-    role: Literal["assistant"]
-    content: str
-    refusal: str | None = None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: AssistantMessage
-    finish_reason: Finish
-    logprobs: dict[str, Any] | None = None
-
-
-class ChatReply(Reply):
-    choices: list[ChatChoice]
-
-
-class OpenAIFault(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class OpenAIError(BaseModel):
-    error: OpenAIFault
-
-
-_ANSWERS = (
-    RunState, Index, Health, WorkflowInfo, Problem, ModelCard, ModelList, CompletionReply, ChatReply, OpenAIError
-)  # fmt: skip
 
 _MEANINGS = {
     400: "The request is wrong; the fields are named",
@@ -288,13 +100,13 @@ def add_index(app: FastAPI, links: Mapping[str, str]) -> None:
     @app.get("/", tags=["index"], responses={200: {"model": Index}})
     async def index() -> JSONResponse:
         """What is served here, and where."""
-        return JSONResponse({"name": app.title, "version": app.version, "links": links})
+        return JSONResponse(shown(Index(name=app.title, version=app.version, links=dict(links))))
 
 
 def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]], open_path: str, *, with_keys: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    models: Any = [(model, "validation") for model in (*_ANSWERS, *bodies)]
+    models: Any = [(model, "validation") for model in (*ANSWERS, *bodies)]
     schemas.update(models_json_schema(models, ref_template=REFERENCE)[1]["$defs"])
     for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own errors, which are never sent
         schemas.pop(unused, None)

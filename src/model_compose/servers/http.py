@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping
+from dataclasses import asdict
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
@@ -14,6 +15,7 @@ from starlette.datastructures import UploadFile
 
 from model_compose import __version__
 from model_compose.components import Delta
+from model_compose.components.model_actions import SamplingOverrides
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError
 from model_compose.expressions import strict_json
@@ -21,13 +23,11 @@ from model_compose.metrics import MEDIA_TYPE
 from model_compose.schema import LONGEST_NAME, Options
 from model_compose.server_options import HttpServerOptions
 from model_compose.servers.access import REQUEST_ID
+from model_compose.servers.answers import Health, LoadProgress, RunState, VariableInfo, WorkflowInfo, shown
 from model_compose.servers.callbacks import Callback
 from model_compose.servers.documents import (
     RUN_STREAM,
-    Health,
     Responses,
-    RunState,
-    WorkflowInfo,
     add_documents,
     add_index,
     answers,
@@ -78,6 +78,11 @@ class RunBody(Options):
     )
     blend: str | dict[str, Any] | None = Field(
         default=None, description="A blend's name, {adapter: weight}, or {component: blend}", examples=[{"alpaca": 0.7}]
+    )
+    sampling: SamplingOverrides | None = Field(
+        default=None,
+        description="In place of what the file says, for every model of the workflow: temperature, max_output_length, seed",
+        examples=[{"temperature": 0}],
     )
     stream: bool = Field(default=False, description="Answer as server-sent events: delta, then done or error")
     output_only: bool = Field(default=False, description="Answer with the bare output")
@@ -163,18 +168,17 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
     async def health() -> JSONResponse:
         """Whether models are loaded. Needs no key."""
         if compose.ready:
-            return JSONResponse({"status": "ok"})
-        progress = compose.progress
-        if progress is None:
-            return JSONResponse({"status": "shutting_down"}, 503)
-        shown = {"what": progress.what, "done": progress.done, "total": progress.total, "unit": progress.unit}
-        return JSONResponse({"status": "loading", "progress": shown}, 503, {"Retry-After": "1"})
+            return JSONResponse(shown(Health(status="ok")))
+        if compose.progress is None:
+            return JSONResponse(shown(Health(status="shutting_down")), 503)
+        loading = Health(status="loading", progress=LoadProgress(**asdict(compose.progress)))
+        return JSONResponse(shown(loading), 503, {"Retry-After": "1"})
 
     @router.get("/workflows", responses={200: {"model": list[WorkflowInfo]}, **problems(400)})
     async def workflows(include_schema: Annotated[bool, Query()] = False) -> JSONResponse:
         """The workflows that are not private."""
-        shown = [workflow for workflow in compose.config.all_workflows if not workflow.private]
-        return JSONResponse([_describe(compose, workflow, with_schema=include_schema) for workflow in shown])
+        public = [workflow for workflow in compose.config.all_workflows if not workflow.private]
+        return JSONResponse([_describe(compose, workflow, with_schema=include_schema) for workflow in public])
 
     @router.get("/workflows/{workflow_id}/schema", responses={200: {"model": WorkflowInfo}, **problems(404)})
     async def schema(workflow_id: str) -> JSONResponse:
@@ -196,11 +200,11 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
             compose.check_ready()  # before the name is looked up, and again after that took its time
             await callback.check()
         compose.check_ready()
-        workflow = compose.config.find_workflow(body.workflow_id)
-        raw = body.output_only and (body.stream or any(compose.streams(job) for job in workflow.terminal_jobs))
+        prepared = compose.prepare(body.input, workflow=body.workflow_id, blend=body.blend, sampling=body.sampling)
+        raw = body.output_only and (body.stream or prepared.graph.streams)
         extras = {"session_id": body.session_id, "metadata": body.metadata}
         streaming = raw or body.stream
-        task = tasks.start(workflow.id, body.input, body.blend, extras, streaming=streaming, size=size)
+        task = tasks.start(prepared, extras, streaming=streaming, size=size)
         if not body.wait_for_completion:
             if callback:
                 task.follow(callback.send_when_done(task))
@@ -209,10 +213,14 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
             if streaming:
                 events = _raw_events(task, tasks) if raw else _events(task, tasks)
                 return await start_stream(request, events)
-            await attended(request, _end_of(task, tasks))
+            async with attended(request):
+                try:
+                    await task.wait()
+                finally:
+                    await tasks.abandon(task)
         except ComposeError as error:
             return error_response(request, error, task.id)
-        return JSONResponse(task.state()["output"]) if body.output_only else _shown(task)
+        return JSONResponse(task.state()["output"]) if body.output_only else _state_of(task)
 
     @router.get(
         "/tasks/{task_id}",
@@ -226,7 +234,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
         """A task's state; with output_only the bare output, 202 while it runs, and its error once it has failed."""
         found = tasks.find(task_id)
         if not output_only:
-            return _shown(found)
+            return _state_of(found)
         if not found.finished:
             return JSONResponse(found.state(), 202)
         if found.error:
@@ -244,29 +252,22 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
 
 
 def _describe(compose: Compose, workflow: WorkflowOptions, *, with_schema: bool) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "workflow_id": workflow.id,
+    fields: dict[str, Any] = {
         "name": workflow.name,
         "title": workflow.title,
         "description": workflow.description if with_schema else None,
         "default": (workflow.default or len(compose.config.all_workflows) == 1) or None,
     }
     if with_schema:
-        entry["input"] = [variables.describe(variable) for variable in compose.inputs(workflow.id)]
-        entry["output"] = [variables.describe(variable) for variable in variables.outputs(workflow)]
-    return {key: value for key, value in entry.items() if value is not None}
+        fields["input"] = [VariableInfo.of(variable) for variable in compose.inputs(workflow.id)]
+        fields["output"] = [VariableInfo.of(variable) for variable in variables.outputs(workflow)]
+    given = {key: value for key, value in fields.items() if value is not None}
+    return shown(WorkflowInfo(workflow_id=workflow.id, **given))
 
 
-def _shown(task: Task) -> Response:
+def _state_of(task: Task) -> Response:
     """The task's state."""
     return Response(task.document, media_type="application/json") if task.finished else JSONResponse(task.state())
-
-
-async def _end_of(task: Task, tasks: Tasks) -> None:
-    try:
-        await task.wait()
-    finally:
-        await tasks.abandon(task)
 
 
 async def _events(task: Task, tasks: Tasks) -> AsyncGenerator[str]:

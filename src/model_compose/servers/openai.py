@@ -6,34 +6,39 @@ It goes past workflows straight to a model component. A model id is the componen
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
 from model_compose.components.model import ModelComponent
 from model_compose.components.model_actions import MOST_MESSAGES, LogitBias, Stops
+from model_compose.components.notes import empty
 from model_compose.components.response_format import AnyFormat
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, InputError, NotFound
 from model_compose.generation import Chunk, Completion, Message, Sampling, Text, Usage, collect
 from model_compose.generation import Request as Generation
-from model_compose.lora.blend import Blend
 from model_compose.schema import LONGEST_NAME, Options, Weight, at_most
-from model_compose.servers.documents import (
-    OPENAI_STREAM,
+from model_compose.servers.answers import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatPiece,
     ChatReply,
+    CompletionChoice,
     CompletionReply,
+    MessagePiece,
     ModelCard,
     ModelList,
-    answers,
-    body_schema,
-    openai_errors,
+    TokenUsage,
+    shown,
 )
+from model_compose.servers.documents import OPENAI_STREAM, answers, body_schema, openai_errors
 from model_compose.servers.logprobs import chat_logprobs, completion_logprobs
 from model_compose.servers.openai_fields import UNSUPPORTED, ClientOptions, Neutral, wrong
 from model_compose.servers.wire import attended, event, openai_error, read_body, start_stream
@@ -251,47 +256,64 @@ class ChatBody(Body):
 
 @dataclass(frozen=True)
 class Shape:
-    """The differences between the two routes. piece: a chunk, and whether it is the sequence's first."""
+    """The differences between the two routes.
+
+    prefix: of ids. whole and part: a whole answer, and one event of a stream, each with OpenAI's name for it (`object`).
+    choice: one text of a whole answer. piece: what an event holds of a chunk; told whether the chunk is its text's first.
+    """
 
     prefix: str
-    whole: str
-    part: str
-    choice: Callable[[int, Text], dict[str, Any]]
-    piece: Callable[[Chunk, bool], dict[str, Any]]
+    whole: tuple[type[BaseModel], str]
+    part: tuple[type[BaseModel], str]
+    choice: Callable[[int, Text], BaseModel]
+    piece: Callable[[Chunk, bool], BaseModel]
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer on its way out."""
+    """One answer on its way out. head: fields that all its events share. explain: why texts came out empty."""
 
     head: Mapping[str, Any]
     shape: Shape
-
-    def document(self, choices: list[dict[str, Any]], usage: Usage | None = None) -> dict[str, Any]:
-        return {**self.head, "choices": choices, **({} if usage is None else {"usage": _usage(usage)})}
+    explain: Callable[[Sequence[Text], Usage], tuple[str, ...]]
 
     def whole(self, done: Completion) -> dict[str, Any]:
         choices = [self.shape.choice(index, text) for index, text in enumerate(done.texts)]
-        return self.document(choices, done.usage)
+        notes = self.explain(done.texts, done.usage)
+        return self._document(self.shape.whole, choices, notes, usage=TokenUsage.of(done.usage))
 
     async def events(self, chunks: AsyncGenerator[Chunk], *, with_usage: bool) -> AsyncGenerator[str]:
         """An event for each chunk. What fails after the first becomes an event too."""
-        usage = Usage()
-        begun: set[int] = set()
+        usage, texts = Usage(), dict[int, Text]()
         async with aclosing(chunks):
             try:
                 async for chunk in chunks:
                     usage = chunk.usage or usage
-                    yield event(self.document([self.shape.piece(chunk, chunk.index not in begun)]))
-                    begun.add(chunk.index)
+                    piece = self.shape.piece(chunk, chunk.index not in texts)
+                    texts[chunk.index] = _joined(texts.get(chunk.index), chunk)
+                    notes = self.explain([*texts.values()], usage) if chunk.usage else ()
+                    yield event(self._document(self.shape.part, [piece], notes))
             except ComposeError as error:
-                if not begun:
+                if not texts:
                     raise
                 yield event(openai_error(error))
                 return
         if with_usage:
-            yield event(self.document([], usage))
+            yield event(self._document(self.shape.part, [], usage=TokenUsage.of(usage)))
         yield "data: [DONE]\n\n"
+
+    def _document(
+        self, kind: tuple[type[BaseModel], str], choices: Sequence[BaseModel], notes: Sequence[str] = (), **more: Any
+    ) -> dict[str, Any]:
+        model, name = kind
+        if notes:
+            more["notes"] = notes
+        return shown(model(**self.head, object=name, choices=choices, **more))
+
+
+def _joined(before: Text | None, chunk: Chunk) -> Text:
+    """What `explain` asks of a text so far: its first character that is no space, and how it ended."""
+    return Text(((before.text if before else "") + chunk.text).strip()[:1], chunk.finish or "stop")
 
 
 def create_router(compose: Compose) -> APIRouter:
@@ -301,7 +323,8 @@ def create_router(compose: Compose) -> APIRouter:
     async def models() -> JSONResponse:
         """Components, their named blends and their single adapters."""
         compose.check_ready()
-        return JSONResponse({"object": "list", "data": [_card(id, parent) for id, parent in _model_ids(compose)]})
+        cards = [_card(id, parent) for id, parent in _model_ids(compose)]
+        return JSONResponse(shown(ModelList(object="list", data=cards)))
 
     @router.get("/models/{model:path}", responses={200: {"model": ModelCard}, **openai_errors(404, 503)})
     async def model(model: str) -> JSONResponse:
@@ -309,7 +332,7 @@ def create_router(compose: Compose) -> APIRouter:
         compose.check_ready()
         _find(compose, model)
         id, colon, _ = model.partition(":")
-        return JSONResponse(_card(model, id if colon else None))
+        return JSONResponse(shown(_card(model, id if colon else None)))
 
     errors = openai_errors(400, 403, 404, 409, 413, 429, 500, 503)
 
@@ -342,61 +365,62 @@ def create_router(compose: Compose) -> APIRouter:
 async def _answer(
     compose: Compose, request: Request, body: CompletionBody | ChatBody, prompt: str | tuple[Message, ...], shape: Shape
 ) -> Response:
-    component, blend = _find(compose, body.model)
-    if body.lora is not None:
-        if ":" in body.model:
-            raise InputError(
-                f"the model id '{body.model}' names a blend already; send 'lora' with the plain model id", field="lora"
-            )
-        listed = {entry.name: entry.scale for entry in body.lora} if isinstance(body.lora, list) else body.lora
-        blend = component.blends.resolve(listed, place="lora")
+    component, name = _find(compose, body.model)
+    if body.lora is not None and name is not None:
+        raise InputError(
+            f"the model id '{body.model}' names a blend already; send 'lora' with the plain model id", field="lora"
+        )
+    mixed = {entry.name: entry.scale for entry in body.lora} if isinstance(body.lora, list) else body.lora
+    blend = component.blends.resolve(name if mixed is None else mixed, place="lora")
     compose.check_ready()
-    chunks = compose.generate(component.options.id, Generation(prompt, blend, body.sampling(component.sampling())))
-    kind = shape.part if body.stream else shape.whole
-    id = f"{shape.prefix}-{uuid.uuid4().hex}"
-    reply = Reply({"id": id, "object": kind, "created": int(time.time()), "model": body.model}, shape)
+    sampling = body.sampling(component.sampling())
+    chunks = compose.generate(component.options.id, Generation(prompt, blend, sampling))
+    head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    past_template = isinstance(prompt, str) and component.engine.has_chat_template
+
+    def explain(texts: Sequence[Text], usage: Usage) -> tuple[str, ...]:
+        chat = "use /v1/chat/completions" if past_template else None
+        return empty([text.text for text in texts], [text.finish for text in texts], sampling, usage, chat=chat)
+
+    reply = Reply(head, shape, explain)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return await start_stream(request, reply.events(chunks, with_usage=bool(with_usage)))
-    return JSONResponse(reply.whole(await attended(request, collect(chunks))))
+    async with attended(request):
+        done = await collect(chunks)
+    return JSONResponse(reply.whole(done))
 
 
-def _completion_choice(index: int, part: Text | Chunk) -> dict[str, Any]:
+def _completion_choice(index: int, part: Text | Chunk) -> BaseModel:
     logprobs = completion_logprobs(part.logprobs)
-    return {"index": index, "text": part.text, "finish_reason": part.finish, "logprobs": logprobs}
+    return CompletionChoice(index=index, text=part.text, finish_reason=part.finish, logprobs=logprobs)
 
 
-def _completion_piece(chunk: Chunk, first: bool) -> dict[str, Any]:
+def _completion_piece(chunk: Chunk, first: bool) -> BaseModel:
     return _completion_choice(chunk.index, chunk)
 
 
-def _chat_choice(index: int, text: Text) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text.text, "refusal": None}
-    return {"index": index, "message": message, "finish_reason": text.finish, "logprobs": chat_logprobs(text.logprobs)}
+def _chat_choice(index: int, text: Text) -> BaseModel:
+    message = AssistantMessage(role="assistant", content=text.text, refusal=None)
+    return ChatChoice(index=index, message=message, finish_reason=text.finish, logprobs=chat_logprobs(text.logprobs))
 
 
-def _chat_piece(chunk: Chunk, first: bool) -> dict[str, Any]:
-    delta = {"role": "assistant"} if first else {}
+def _chat_piece(chunk: Chunk, first: bool) -> BaseModel:
+    delta: dict[str, Any] = {"role": "assistant"} if first else {}
     delta |= {"content": chunk.text} if chunk.text or first else {}
-    return {
-        "index": chunk.index,
-        "delta": delta,
-        "finish_reason": chunk.finish,
-        "logprobs": chat_logprobs(chunk.logprobs),
-    }
+    return ChatPiece(
+        index=chunk.index, delta=MessagePiece(**delta), finish_reason=chunk.finish,
+        logprobs=chat_logprobs(chunk.logprobs),
+    )  # fmt: skip
 
 
-COMPLETION = Shape("cmpl", "text_completion", "text_completion", _completion_choice, _completion_piece)
-CHAT = Shape("chatcmpl", "chat.completion", "chat.completion.chunk", _chat_choice, _chat_piece)
-
-
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
+COMPLETION = Shape(
+    "cmpl", (CompletionReply, "text_completion"), (CompletionReply, "text_completion"), _completion_choice,
+    _completion_piece,
+)  # fmt: skip
+CHAT = Shape(
+    "chatcmpl", (ChatReply, "chat.completion"), (ChatChunk, "chat.completion.chunk"), _chat_choice, _chat_piece
+)
 
 
 def public_id(component: str) -> str:
@@ -414,15 +438,15 @@ def _model_ids(compose: Compose) -> list[tuple[str, str | None]]:
     return ids
 
 
-def _card(id: str, parent: str | None) -> dict[str, Any]:
-    return {"id": id, "object": "model", "created": 0, "owned_by": "model-compose", "parent": parent}
+def _card(id: str, parent: str | None) -> ModelCard:
+    return ModelCard(id=id, object="model", created=0, owned_by="model-compose", parent=parent)
 
 
-def _find(compose: Compose, model: str) -> tuple[ModelComponent, Blend]:
-    """The component and blend that a model id names. Raises NotFound that lists the known ids."""
+def _find(compose: Compose, model: str) -> tuple[ModelComponent, str | None]:
+    """The component that a model id names, and the blend behind its colon. Raises NotFound that lists the known ids."""
     id, colon, name = model.partition(":")
     component = next((part for own, part in compose.models.items() if public_id(own) == id), None)
     if component is None or (colon and name not in (*component.blends.named, *component.blends.adapters)):
         known = ", ".join(id for id, _ in _model_ids(compose))
         raise NotFound(f"there is no model '{model}'; known: {known}")
-    return component, component.blends.resolve(name or None)
+    return component, name if colon else None

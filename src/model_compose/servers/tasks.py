@@ -12,17 +12,17 @@ import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from model_compose.components import Answer, Delta
 from model_compose.compose import Compose
 from model_compose.errors import Cancelled, ComposeError, Conflict, NotFound, Overloaded, RunError
-from model_compose.lora.blend import Blend
 from model_compose.room import Admission
 from model_compose.server_options import DEFAULT_MAX_TASKS_SIZE
-from model_compose.workflow.runner import Done
+from model_compose.servers.answers import Failure, RunState, Status, Usage, UsedBlend, shown
+from model_compose.workflow.runner import Done, PreparedRun
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ KEPT_SECONDS = 3600.0
 KEPT_TASKS = 10_000
 """Finished tasks, by age; running ones are always kept."""
 
-Status = Literal["pending", "processing", "cancelling", "cancelled", "completed", "failed"]
 ENDED = ("cancelled", "completed", "failed")
 
 
@@ -69,18 +68,16 @@ class Task:
         return state
 
     def _state(self, status: Status, done: Done | None = None, error: ComposeError | None = None) -> dict[str, Any]:
-        state: dict[str, Any] = {"task_id": self.id, "status": status, "workflow_id": self.workflow_id}
+        more: dict[str, Any] = json.loads(self.extras)
         if done is not None:
-            state["output"] = done.output
+            more["output"] = done.output
             if len(done.answers) == 1:
-                state |= {"finish_reason": done.answers[0].finish_reason}
-                state |= usage_and_blend(done.answers[0])
+                more |= {"finish_reason": done.answers[0].finish_reason, **usage_and_blend(done.answers[0])}
             if done.notes:
-                state["notes"] = done.notes
+                more["notes"] = done.notes
         if error is not None and status == "failed":
-            state["error"] = {"code": error.code, "message": str(error)}
-        state |= json.loads(self.extras)
-        return state
+            more["error"] = Failure(code=error.code, message=str(error))
+        return shown(RunState(task_id=self.id, status=status, workflow_id=self.workflow_id, **more))
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The text as it comes, until the task has finished; for one reader. Raises the error that ended it."""
@@ -124,24 +121,10 @@ def _json(value: Any) -> bytes:
 
 def usage_and_blend(answer: Answer) -> dict[str, Any]:
     """`usage` and `blend` of a response."""
-    usage, blend = answer.usage, answer.blend
     return {
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "tokens_per_second": usage.tokens_per_second,
-        },
-        "blend": {"name": blend.name, "weights": dict(blend.weights), **_method(blend), "identity": answer.identity},
+        "usage": shown(Usage.of(answer.usage)),
+        "blend": shown(UsedBlend.of(answer.blend, answer.identity)),
     }
-
-
-def _method(blend: Blend) -> dict[str, Any]:
-    """How the adapters were combined, where it was not by the exact sum."""
-    method = blend.method
-    if method is None:
-        return {}
-    options = method.model_dump(exclude={"method"})
-    return {"method": method.method, "options": options, "approximate": method.approximate}
 
 
 class Tasks:
@@ -160,24 +143,23 @@ class Tasks:
         """Of running ones, in bytes."""
 
     def start(
-        self, workflow: str | None, input: Any, blend: Any, extras: Mapping[str, Any], *, streaming: bool = False,
-        size: int = 0,
-    ) -> Task:  # fmt: skip
-        """Starts a run that has a place with every model it uses. size: of its input, in bytes.
+        self, prepared: PreparedRun, extras: Mapping[str, Any], *, streaming: bool = False, size: int = 0
+    ) -> Task:
+        """Starts the run, after it has taken a place with every model that it uses.
 
-        Raises NotFound for an unknown workflow, InputError, Overloaded.
+        extras: what the caller wants to see in the task's state; expressions read them as `context`. size: of the run's
+        input, in bytes. Raises InputError for extras that are not JSON, and Overloaded.
         """
         self._drop_old()
         if self._inputs and self._inputs + size > self._kept_bytes:
             raise Overloaded(
                 f"the inputs of running tasks have reached {self._kept_bytes} bytes (max_tasks_size); try again in a moment"
             )
-        chosen, blends = self._compose.check_input(input, workflow, blend)
         shown = {key: value for key, value in extras.items() if value is not None}
-        task = Task(uuid.uuid4().hex, chosen.id, _json(shown), streaming)
-        admission = self._compose.admit(chosen, blends)  # the last that may fail: `_settle` gives it back
+        task = Task(uuid.uuid4().hex, prepared.workflow.id, _json(shown), streaming)
         context = {"task_id": task.id, "session_id": extras.get("session_id"), "metadata": extras.get("metadata")}
-        events = self._compose.run(input, workflow=chosen.id, blend=blend, context=context, admission=admission)
+        admission = self._compose.admit(prepared)  # the last that may fail: `_settle` gives it back
+        events = self._compose.execute(replace(prepared, context=context), admission)
         task.work = asyncio.create_task(self._work(task, events))
         task.work.add_done_callback(partial(self._settle, task, admission, size))
         self._inputs += size

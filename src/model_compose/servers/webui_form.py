@@ -221,7 +221,7 @@ def _models(compose: Compose, workflow: WorkflowOptions) -> Iterator[tuple[str, 
         seen.add(id)
         nothing: Mapping[str, Any] = {"input": {}, "context": {}, "jobs": {}}
         try:
-            action = model.options.find_action(job.action).fields().get("blend")
+            action = model.options.find_action(job.action).templates.get("blend")
             inputs = {**nothing, "input": job.input_template.evaluate(nothing)}
             yield id, model, model.blends.resolve(action.evaluate(inputs) if action else None)
         except ComposeError:

@@ -3,8 +3,8 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from model_compose.errors import (
 )
 from model_compose.expressions import strict_json
 from model_compose.schema import field_of
+from model_compose.servers.answers import OpenAIError, OpenAIFault, Problem, WrongField, shown
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +50,12 @@ STREAM_TYPE = "text/event-stream"
 
 def problem(error: ComposeError, task_id: str | None = None) -> dict[str, Any]:
     """An RFC 9457 problem document."""
-    document: dict[str, Any] = {
-        "type": "about:blank",
-        "title": error.title,
-        "status": error.status,
-        "detail": str(error),
-    }
+    more: dict[str, Any] = {}
     if isinstance(error, InputError) and error.fields:
-        document["errors"] = [{"field": field.field, "message": field.message} for field in error.fields]
+        more["errors"] = [WrongField(field=field.field, message=field.message) for field in error.fields]
     if task_id is not None:
-        document["task_id"] = task_id
-    return document
+        more["task_id"] = task_id
+    return shown(Problem(type="about:blank", title=error.title, status=error.status, detail=str(error), **more))
 
 
 def openai_error(error: ComposeError) -> dict[str, Any]:
@@ -72,7 +68,7 @@ def openai_error(error: ComposeError) -> dict[str, Any]:
     }
     kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     param = error.fields[0].field if isinstance(error, InputError) and error.fields else None
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": error.code}}
+    return shown(OpenAIError(error=OpenAIFault(message=str(error), type=kind, param=param, code=error.code)))
 
 
 def error_response(request: Request, error: ComposeError, task_id: str | None = None) -> JSONResponse:
@@ -173,24 +169,30 @@ def _wrong(fields: Sequence[FieldError]) -> InputError:
 # Streams and leaving clients.
 
 
-async def attended(request: Request, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client leaves. Raises Cancelled then, when it has ended."""
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(_leaving(request))
+@asynccontextmanager
+async def attended(request: Request) -> AsyncGenerator[None]:
+    """Within the block, the task that runs it is cancelled as soon as the client leaves. Raises Cancelled then, when the
+    block has ended. The block may not start before the request's body has been read."""
+    working, left = asyncio.current_task(), False
+    assert working is not None
+
+    async def watch() -> None:
+        nonlocal left
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        left = True
+        working.cancel()
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise Cancelled("the client left")
+        yield
+    except asyncio.CancelledError:
+        # Somebody else may have cancelled the task too, as a server does that cannot wait any more.
+        if left and not working.uncancel():
+            raise Cancelled("the client left") from None
+        raise
     finally:
-        leaving.cancel()
-        task.cancel()
-        await asyncio.wait([task])
-
-
-async def _leaving(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
 
 
 def event(data: Any, name: str | None = None) -> str:
@@ -204,7 +206,9 @@ def event(data: Any, name: str | None = None) -> str:
 
 async def start_stream(request: Request, events: AsyncGenerator[str]) -> "EventStream":
     """The answer that sends these events, after the first has been made: what fails before still gets its own status."""
-    return EventStream(await attended(request, anext(events, "")), events)
+    async with attended(request):
+        first = await anext(events, "")
+    return EventStream(first, events)
 
 
 class EventStream(StreamingResponse):
@@ -221,7 +225,8 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
             with suppress(Cancelled):
-                await attended(Request(scope, receive), self.stream_response(send))
+                async with attended(Request(scope, receive)):
+                    await self.stream_response(send)
 
 
 async def _prefixed(first: str, rest: AsyncGenerator[str]) -> AsyncGenerator[str]:

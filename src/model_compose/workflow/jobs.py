@@ -1,6 +1,7 @@
 """Job types: what a node of the graph does. A new type is a class here plus its line in JobOptions."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -29,12 +30,14 @@ class ComponentJob(Options):
         default=None, description="What the job gives, as `${output}` or parts of it; all of it if unset"
     )
 
-    @property
+    @cached_property
     def input_template(self) -> Template:
+        """How the component's input is made, parsed once."""
         return parse(self.input or "${input}")
 
-    @property
+    @cached_property
     def output_template(self) -> Template:
+        """How the component's result becomes the job's output, parsed once."""
         return parse(self.output or "${output}")
 
 
@@ -89,11 +92,17 @@ class WorkflowOptions(Options):
             raise invalid(f"these jobs depend on each other in a circle: {names}", *at, "depends_on")
         return self
 
-    @property
+    @cached_property
+    def output_template(self) -> Template | None:
+        """How the jobs' outputs become the workflow's, parsed once; None where the YAML does not say."""
+        return None if self.output is None else parse(self.output)
+
+    @cached_property
     def all_jobs(self) -> tuple[JobOptions, ...]:
+        """The jobs, wherever the YAML has them (job or jobs)."""
         return tuple(one_or_many(self.job, self.jobs)) or (ComponentJob(),)
 
-    @property
+    @cached_property
     def terminal_jobs(self) -> tuple[JobOptions, ...]:
         """The jobs that no other depends on; their outputs are the workflow's where it maps none itself."""
         needed = {id for job in self.all_jobs for id in job.depends_on}

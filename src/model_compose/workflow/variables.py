@@ -8,7 +8,7 @@ from typing import Any, Literal
 from model_compose.components import ActionOptions, ComponentOptions, pick
 from model_compose.components.model_actions import EXPECTED_MESSAGES
 from model_compose.errors import FieldError, InputError, RunError
-from model_compose.expressions import SHORT, Path, Reference, Splice, Template, Type, convert, parse, strict_json
+from model_compose.expressions import SHORT, Path, Reference, Splice, Template, Type, convert, strict_json
 from model_compose.schema import nearest, shown
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
@@ -54,7 +54,7 @@ def inputs(workflow: WorkflowOptions, components: Sequence[ComponentOptions]) ->
     """The workflow's inputs, in the order in which they appear; the first mention of a path describes it."""
     found: dict[Path, Variable] = {}
     of_jobs = (variable for job in workflow.all_jobs for variable in _job_inputs(job, components))
-    for variable in (*of_jobs, *_handed_out(parse(workflow.output))):
+    for variable in (*of_jobs, *_handed_out(workflow.output_template)):
         seen = found.get(variable.path)
         found[variable.path] = variable if seen is None else replace(seen, required=seen.required or variable.required)
     return tuple(found.values())
@@ -62,9 +62,8 @@ def inputs(workflow: WorkflowOptions, components: Sequence[ComponentOptions]) ->
 
 def outputs(workflow: WorkflowOptions) -> tuple[Variable, ...]:
     """The leaves of the workflow's output; one without a name where the output is a single value."""
-    templates = [parse(workflow.output)] if workflow.output is not None else [
-        job.output_template for job in workflow.terminal_jobs
-    ]  # fmt: skip
+    whole = workflow.output_template
+    templates = [job.output_template for job in workflow.terminal_jobs] if whole is None else [whole]
     found = {}
     for template in templates:
         for path, leaf in template.leaves():
@@ -87,8 +86,8 @@ def check(variables: Sequence[Variable], value: Any, *, hands_out_all: bool = Fa
 
 def hands_out_all(workflow: WorkflowOptions) -> bool:
     """Whether the input as a whole is part of the workflow's output."""
-    outputs = [parse(workflow.output), *(job.output_template for job in workflow.all_jobs)]
-    return any(r.key == "input" and not r.path for output in outputs for r in output.references())
+    outputs = [workflow.output_template, *(job.output_template for job in workflow.all_jobs)]
+    return any(r.key == "input" and not r.path for output in outputs if output for r in output.references())
 
 
 def as_messages(text: str) -> Any:
@@ -172,9 +171,10 @@ def _job_inputs(job: JobOptions, components: Sequence[ComponentOptions]) -> Iter
     yield from _handed_out(job.output_template)
 
 
-def _handed_out(output: Template) -> Iterator[Variable]:
-    """Inputs that are part of an output. The input as a whole is none of its fields."""
-    yield from (_variable(r, required=False) for r in output.references() if r.key == "input" and r.path)
+def _handed_out(output: Template | None) -> Iterator[Variable]:
+    """Inputs that are part of an output. The input as a whole is not one of its fields, so it is left out."""
+    if output is not None:
+        yield from (_variable(r, required=False) for r in output.references() if r.key == "input" and r.path)
 
 
 def _mentions(leaf: Any, *, required: bool) -> Iterator[Variable]:
@@ -188,7 +188,7 @@ def _mentions(leaf: Any, *, required: bool) -> Iterator[Variable]:
 
 
 def _action_inputs(component: ComponentOptions, action: ActionOptions) -> Iterator[Variable]:
-    for field, template in action.fields().items():
+    for field, template in action.templates.items():
         for path, leaf in template.leaves():
             for variable in _mentions(leaf, required=field in action.needs):
                 at = ".".join(map(str, (field, *path)))
@@ -199,8 +199,8 @@ def _action_inputs(component: ComponentOptions, action: ActionOptions) -> Iterat
                 elif at == "messages" and isinstance(leaf, Reference):
                     variable = replace(variable, role="messages")
                 yield variable
-    if action.output is not None:
-        for _, leaf in parse(action.output).leaves():
+    if action.output_template is not None:
+        for _, leaf in action.output_template.leaves():
             yield from _mentions(leaf, required=False)
 
 
@@ -217,26 +217,6 @@ def _variable(reference: Reference, *, required: bool) -> Variable:
         default,
         reference.description,
     )
-
-
-def describe(variable: Variable) -> Mapping[str, Any]:
-    """The variable as the API's schema route gives it; keys without a value are left out."""
-    low_high_step = variable.range or (None, None, None)
-    entry = {
-        "name": variable.name or None,
-        "type": variable.type.name,
-        "is_list": variable.type.is_list,
-        "subtype": variable.type.subtype,
-        "format": variable.type.format,
-        "default": variable.default,
-        "required": variable.required or None,
-        "description": variable.description,
-        "options": list(variable.options) or None,
-        **dict(zip(("minimum", "maximum", "step"), low_high_step, strict=True)),
-        "role": variable.role if variable.role != "value" else None,
-        "component": variable.component,
-    }
-    return {key: value for key, value in entry.items() if value is not None}
 
 
 def _wanted(variable: Variable) -> str:

@@ -1,5 +1,6 @@
 """The embedded engine: transformers in this process, any blend for any request. `driver: huggingface`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -29,6 +30,10 @@ class HuggingfaceEngine(SteppingEngine):
     Options: ClassVar[type[Options]] = HuggingfaceOptions
     needs = staticmethod(needs)
     refuse = staticmethod(refuse)
+
+    @classmethod
+    def preflight(cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
+        """The base's and the adapters' own files say everything."""
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         own = options.options

@@ -1,14 +1,17 @@
 """`options` of `driver: llamacpp`, and what this driver refuses of a model's other options."""
 
 import os
+import shutil
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import ByteSize, Field, model_validator
 
 from model_compose.engines.options import ModelOptions, refuse_common, refuse_full_rank, refuse_given
-from model_compose.errors import Keys
+from model_compose.errors import Keys, LoadError
 from model_compose.schema import Options, RelativeToFile, Seconds, Secret, invalid
 from model_compose.sources import LocalSource, PypiSource, describe
+from model_compose.sources.local import absolute
 
 START_SECONDS = 600.0
 
@@ -101,3 +104,16 @@ def refuse(options: ModelOptions) -> None:
         refused["peft_adapters", index, "device"] = adapter.device is not None, remedy
         refused["peft_adapters", index, "precision"] = adapter.precision not in ("auto", "float32"), remedy
     refuse_given(options, refused)
+
+
+def find(server: str, base_dir: Path) -> Path:
+    """The binary: a path, or a name that is looked for in PATH. Raises LoadError."""
+    path = shutil.which(server) if os.sep not in server else absolute(server, base_dir)
+    if path is None or not os.access(path, os.X_OK) or not Path(path).is_file():
+        where = "in PATH" if os.sep not in server else "that can be run"
+        raise LoadError(
+            f"options.server: there is no {server} {where}; build llama.cpp's llama-server or install it "
+            "(https://github.com/ggml-org/llama.cpp), or leave options.server out",
+            at=("server",),
+        )
+    return Path(path)

@@ -22,20 +22,19 @@ from model_compose.daemon import in_daemon_thread
 from model_compose.engines import Stats
 from model_compose.engines.adapters import check_loaded
 from model_compose.engines.llamacpp.completion import ends, refuse
-from model_compose.engines.llamacpp.options import LlamacppOptions
+from model_compose.engines.llamacpp.options import LlamacppOptions, find
 from model_compose.engines.llamacpp.slots import Slots
 from model_compose.engines.llamacpp.writing import Job, Writing
 from model_compose.engines.options import AdapterOptions, ModelOptions
 from model_compose.engines.prompts import Prompts, check_logit_bias
 from model_compose.engines.served.child import Child, inherited
 from model_compose.engines.served.connection import Connection
-from model_compose.errors import ComposeError, Conflict, InputError, LoadError, NotReady, RunError
+from model_compose.errors import ComposeError, Conflict, InputError, NotReady, RunError
 from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends, stack
 from model_compose.progress import Progress, Report
 from model_compose.room import Room
-from model_compose.sources.local import absolute
 
 if TYPE_CHECKING:
     from model_compose.engines.llamacpp.llama import Settings
@@ -256,18 +255,6 @@ def _weights(loaded: Loaded, blend: Blend, identity: str) -> tuple[float, ...]:
     for name, weight in {identity: 1.0}.items() if blend.low_rank else blend.active.items():
         weights[loaded.numbers[name]] = weight
     return tuple(weights)
-
-
-def find(server: str, base_dir: Path) -> Path:
-    """The binary: a path, or a name that is looked for in PATH. Raises LoadError."""
-    path = shutil.which(server) if os.sep not in server else absolute(server, base_dir)
-    if path is None or not os.access(path, os.X_OK) or not Path(path).is_file():
-        where = "in PATH" if os.sep not in server else "that can be run"
-        raise LoadError(
-            f"options.server: there is no {server} {where}; build llama.cpp's llama-server or install it "
-            "(https://github.com/ggml-org/llama.cpp), or leave options.server out"
-        )
-    return Path(path)
 
 
 def command(binary: Path, loaded: Loaded, socket: Path) -> list[str]:

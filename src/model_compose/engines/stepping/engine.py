@@ -7,7 +7,6 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +16,8 @@ from model_compose.engines.adapters import check_loaded, fetch_adapter
 from model_compose.engines.options import AdapterOptions
 from model_compose.engines.prompts import Prompts, check_logit_bias
 from model_compose.engines.stepping.low_rank import LowRank
-from model_compose.errors import NotReady
-from model_compose.generation import Chunk, Request, Sampling
+from model_compose.errors import ComposeError, NotReady
+from model_compose.generation import Chunk, Request, Sampling, Usage
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Report
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from model_compose.engines.stepping.grammar import Constraint, Grammars
     from model_compose.engines.stepping.loop import Loop
     from model_compose.engines.stepping.scheduler import Scheduler
+    from model_compose.engines.stepping.sequence import Sequence
 
 # Before torch loads GNU's OpenMP: its threads wait for each other by spinning for milliseconds. Where another process wants
 # the core, each of a step's hundreds of waits then costs such a time slice. After 0.1 ms they sleep instead.
@@ -78,34 +78,52 @@ class SteppingEngine:
         """Raises InputError for what this driver cannot do."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
-        from model_compose.engines.stepping.loop import Mailbox, stream
-        from model_compose.engines.stepping.sequence import Prompt, Sequence
+        from model_compose.engines.stepping.loop import Mailbox
 
         running, loop = self._running, self._loop  # both are None once closed, which may happen while this runs
         if running is None or loop is None:
             raise NotReady("the model is not loaded")
         check_logit_bias(request, running.vocabulary)
         self._check(request)
-        start = time.perf_counter()
-        texts = range(request.sampling.num_return_sequences)
-        with self.room.hold(len(texts), request.place):  # before any work
-            tokens = await running.prompts.read(request)
-            constraints = await self._constraints(running.grammars, request.sampling)
-            # Nothing is awaited from here until the thread has the sequences, but for the adapter that an svd is made into:
-            # one that is unloaded in between would be gone from under them.
+        start, unfinished = time.perf_counter(), request.sampling.num_return_sequences
+        with self.room.hold(unfinished, request.place):  # before any work
             mailbox = Mailbox()
-            identity = self.identity(request.blend)
-            blend = replace(request.blend, weights={self._keys[name]: w for name, w in request.blend.active.items()})
-            if blend.low_rank:
-                blend = await self._low_rank.blend(identity, blend)
-            prompt = Prompt(tokens, blend, identity, request.sampling, running.prompts.context)
-            sequences = [
-                Sequence(prompt, index, running.eos, running.prompts.tokenizer, constraint, mailbox.put)
-                for index, constraint in enumerate(constraints)
-            ]
-            async with aclosing(stream(loop, mailbox, sequences, len(tokens), start)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
+            sequences = await self._sequences(running, request, mailbox.put)
+            loop.add(sequences)
+            try:
+                while unfinished:
+                    chunk = await mailbox.get()
+                    unfinished -= chunk.finish is not None
+                    if unfinished:
+                        yield chunk
+                made = sum(sequence.generated for sequence in sequences)
+                first = sequences[0]
+                prompt_tokens = len(first.tokens) - first.generated
+                usage = Usage(prompt_tokens, made, time.perf_counter() - start, first.reused)
+                yield replace(chunk, usage=usage)
+            finally:
+                for sequence in sequences:
+                    sequence.done = True  # the engine's thread drops it before its next step
+
+    async def _sequences(
+        self, running: Running, request: Request, emit: Callable[[Chunk | ComposeError], None]
+    ) -> "list[Sequence]":
+        """One sequence for each text of the request, with its prompt read. Raises InputError."""
+        from model_compose.engines.stepping.sequence import Prompt, Sequence
+
+        tokens = await running.prompts.read(request)
+        constraints = await self._constraints(running.grammars, request.sampling)
+        # From here until the engine's thread has the sequences, only the adapter that an svd is made into is awaited: an
+        # adapter that the blend names could be unloaded meanwhile.
+        identity = self.identity(request.blend)
+        blend = replace(request.blend, weights={self._keys[name]: w for name, w in request.blend.active.items()})
+        if blend.low_rank:
+            blend = await self._low_rank.blend(identity, blend)
+        prompt = Prompt(tokens, blend, identity, request.sampling, running.prompts.context)
+        return [
+            Sequence(prompt, index, running.eos, running.prompts.tokenizer, constraint, emit)
+            for index, constraint in enumerate(constraints)
+        ]
 
     async def _constraints(self, grammars: "Grammars", sampling: Sampling) -> "list[Constraint | None]":
         """The response_format's, one for each text. Raises InputError."""

@@ -2,15 +2,13 @@
 
 import asyncio
 import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Iterable
-from collections.abc import Sequence as List
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 
 from model_compose.engines.stepping.scheduler import Scheduler
 from model_compose.engines.stepping.sequence import Sequence
 from model_compose.errors import ComposeError, NotReady
-from model_compose.generation import Chunk, Usage
+from model_compose.generation import Chunk
 
 
 class Mailbox:
@@ -102,29 +100,6 @@ class Loop:
             except Exception as error:
                 future.set_exception(error)
         return not self._closed
-
-
-async def stream(
-    loop: Loop, mailbox: Mailbox, sequences: List[Sequence], prompt_tokens: int, start: float
-) -> AsyncGenerator[Chunk]:
-    """Runs the sequences of one request, which emit into the mailbox; the last chunk has the usage. start: by perf_counter.
-
-    Closing it drops them before the next step. Raises NotReady once the loop is closed, and what ends a sequence.
-    """
-    loop.add(sequences)
-    try:
-        unfinished = len(sequences)
-        while unfinished:
-            chunk = await mailbox.get()
-            unfinished -= chunk.finish is not None
-            if unfinished:
-                yield chunk
-        made = sum(sequence.generated for sequence in sequences)
-        usage = Usage(prompt_tokens, made, time.perf_counter() - start, sequences[0].reused)
-        yield Chunk(chunk.index, chunk.text, chunk.finish, chunk.logprobs, usage)
-    finally:
-        for sequence in sequences:
-            sequence.done = True  # the thread drops it before its next step
 
 
 def _shutting_down() -> NotReady:

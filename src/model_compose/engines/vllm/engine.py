@@ -37,7 +37,7 @@ from model_compose.engines.vllm.loading import (
     zero_adapter,
 )
 from model_compose.engines.vllm.options import VllmOptions, refuse
-from model_compose.engines.vllm.server import RANKS, Installed, Settings, command, cores, environment, find
+from model_compose.engines.vllm.server import RANKS, Installed, Settings, command, cores, environment, find, interpreter
 from model_compose.engines.vllm.stream import Prompt, Text, complete
 from model_compose.errors import (
     AdapterError,
@@ -68,6 +68,15 @@ class VllmEngine:
     Options: ClassVar[type[Options]] = VllmOptions
     needs = None  # vLLM divides its own memory
     refuse = staticmethod(refuse)
+
+    @classmethod
+    def preflight(cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
+        own = options.options
+        assert isinstance(own, VllmOptions)
+        if own.python:
+            interpreter(own.python, base_dir)
+        if len(adapters) == len(options.peft_adapters):
+            choose_rank(options.to_blends(), adapters, own.max_lora_rank)
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         assert isinstance(options.options, VllmOptions)

@@ -80,7 +80,8 @@ def interpreter(python: str | None, base_dir: Path) -> Path:
     path = absolute(python, base_dir) if python else python_of(environment_folder("vllm"))
     if not path.is_file():
         named = f"options.python: there is no {path}" if python else "vLLM is not installed for model-compose"
-        raise LoadError(f"{named}; `model-compose setup vllm` installs it, options.python names an interpreter with it")
+        remedy = "`model-compose setup vllm` installs it, options.python names an interpreter with it"
+        raise LoadError(f"{named}; {remedy}", at=("python",))
     return path
 
 
