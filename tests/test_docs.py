@@ -234,6 +234,22 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path, monkeypatch: pytest.
     assert [problem.split(": ")[1] for problem in problems([page])] == ["#two", "none.md", "none.png"]
 
 
+def test_the_pages_are_built_without_a_warning(tmp_path: Path) -> None:
+    """As `make docs` does. Links and anchors that lead nowhere are warnings."""
+    pytest.importorskip("sphinx", reason="Sphinx is not installed; `make test` and `make docs` install it")
+    options = ["--quiet", "--fresh-env", "--fail-on-warning", "--keep-going", "-d", str(tmp_path / "trees")]
+    command = [sys.executable, "-m", "sphinx", *options, "docs", str(tmp_path / "pages")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    pages = [path.read_text(encoding="utf-8") for path in (tmp_path / "pages").rglob("*.html")]
+    loaded = {
+        found
+        for page in pages
+        for found in re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"(https?:[^\"]+)", page)
+    }
+    assert loaded == set(), "a page asks another host"
+
+
 def test_the_reference_is_what_the_code_says() -> None:
     there = {path.name: path.read_text(encoding="utf-8") for path in generate.FOLDER.glob("*.md")}
     made = generate.pages()
