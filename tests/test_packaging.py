@@ -159,8 +159,7 @@ def test_the_installed_wheel_works_in_an_empty_folder(installed: Path, tmp_path:
     command = installed / "model-compose"
     assert run(command, "--version", cwd=tmp_path) == f"model-compose {PROJECT['version']}\n"
     assert "validate" in run(command, "--help", cwd=tmp_path)
-    (tmp_path / "model-compose.yml").write_bytes((ROOT / "examples/quickstart/model-compose.yml").read_bytes())
-    (tmp_path / "adapters").symlink_to(ROOT / "examples/quickstart/adapters")
+    assert "adapters/pirate copied" in run(command, "init", cwd=tmp_path)
     assert "Configuration is valid" in run(command, "validate", cwd=tmp_path)
 
 
