@@ -58,8 +58,7 @@ async def run_here(
 def _answered(answers: Collection[Answer]) -> list[Answered]:
     return [
         Answered(
-            Mix(each.blend.name, each.blend.weights, None if each.blend.method is None else each.blend.method.method),
-            each.usage.completion_tokens, each.usage.tokens_per_second,
+            Mix.of(each.blend), each.usage.completion_tokens, each.usage.tokens_per_second,
             [each.finish_reason] if isinstance(each.finish_reason, str) else each.finish_reason,
             each.component if len(answers) > 1 else None,
         )

@@ -22,6 +22,7 @@ from model_compose.errors import ConfigError, Conflict
 
 if TYPE_CHECKING:
     from model_compose.config import Config
+    from model_compose.lora.blend import Blend
 
 PATIENCE_SECONDS = 1.0
 """How long a service that starts waits for its lock: `find` takes each lock for an instant."""
@@ -37,6 +38,10 @@ class Mix:
     name: str | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     method: str | None = None
+
+    @classmethod
+    def of(cls, blend: "Blend") -> "Mix":
+        return cls(blend.name, dict(blend.weights), None if blend.method is None else blend.method.method)
 
 
 @dataclass(frozen=True)
@@ -175,10 +180,7 @@ def _models(config: "Config") -> tuple[Model, ...]:
     found = []
     for id, options in config.models:
         blends = options.to_blends()
-        mixes = tuple(
-            Mix(blend.name, dict(blend.weights), None if blend.method is None else blend.method.method)
-            for blend in (blends.default, *blends.named.values())
-        )
+        mixes = tuple(map(Mix.of, (blends.default, *blends.named.values())))
         found.append(Model(id, str(options.model), options.driver, blends.adapters, mixes))
     return tuple(found)
 
