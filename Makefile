@@ -57,7 +57,7 @@ recording: .venv/installed  ## Record docs/images/terminal.svg: real commands, o
 	PATH=$(abspath $(BIN)):$$PATH .venv-recording/bin/asciinema rec --quiet --overwrite --cols 92 --rows 22 \
 		--idle-time-limit 1 --command 'bash docs/recording.sh' .venv-recording/terminal.cast </dev/null
 	$(BIN)/model-compose down -f $(QUICKSTART)
-	.venv-recording/bin/termtosvg render .venv-recording/terminal.cast docs/images/terminal.svg -m 40 -M 3000 -t window_frame
+	.venv-recording/bin/termtosvg render .venv-recording/terminal.cast docs/images/terminal.svg -m 40 -M 1500 -t window_frame
 
 package: .venv/dev  ## Build the release into dist/, install its wheel into a fresh environment, and run the quickstart there
 	PYTHON=$(PYTHON) .ci/package
