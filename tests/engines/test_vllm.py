@@ -254,7 +254,7 @@ def test_options_that_it_cannot_honour_are_refused_by_name(changes: dict[str, An
 
 
 async def test_an_interpreter_without_vllm_says_what_to_do(project: Path) -> None:
-    with pytest.raises(LoadError, match="has no vLLM; `model-compose setup vllm` makes an environment that has"):
+    with pytest.raises(LoadError, match="has no vLLM; `model-compose setup vllm` makes an environment that has it"):
         async with opened(project.parent, python=sys.executable):
             pass
     with pytest.raises(LoadError, match=r"options.python: there is no /nowhere; `model-compose setup vllm`"):
@@ -290,7 +290,7 @@ def test_a_rank_beyond_the_limit_names_adapters_sum_limit_and_remedy() -> None:
     with pytest.raises(InputError) as free:
         check_rank(Blend(both), loaded, 64)
     assert str(free.value) == (
-        "this blend has the rank 96 (a 64 + b 32), and vllm was started for 64; use fewer adapters, or "
+        "this blend has the rank 96 (a 64 + b 32), but vllm was started for 64; use fewer adapters, or "
         "options.max_lora_rank: 128"
     )
     blends = Blends(("a", "b"), {"mix": Blend(both, "mix")}, Blend({}))
