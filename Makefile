@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 QUICKSTART := examples/quickstart/model-compose.yml
 
-.PHONY: quickstart up test test-fast test-shuffled test-vllm test-llamacpp test-llama-server lint graph package train measure clean
+.PHONY: quickstart up test test-fast test-shuffled test-vllm test-llamacpp test-llama-server lint graph docs reference recording package train measure clean
 
 quickstart: .venv/installed  ## Install, fetch the weights, print a blended answer
 	$(BIN)/model-compose run -f $(QUICKSTART) --input '{"prompt": "Why do people read books?"}'
@@ -43,6 +43,22 @@ graph: .venv/dev  ## Print which package imports which, and check the rules for 
 	$(BIN)/import-linter drawgraph model_compose --show-import-totals
 	$(BIN)/lint-imports --no-logo
 
+docs: .venv/docs  ## Build docs/_build, where a warning is an error, and check the links of every Markdown file
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning --keep-going docs docs/_build
+	$(BIN)/python -m docs.links
+
+reference: .venv/dev  ## Write docs/reference/ from the code
+	$(BIN)/python -m docs.generate
+
+recording: .venv/installed  ## Record docs/images/terminal.svg: real commands, on a service of the quickstart
+	test -d .venv-recording || $(PYTHON) -m venv .venv-recording
+	.venv-recording/bin/pip install --quiet --disable-pip-version-check asciinema==2.4.0 termtosvg==1.1.0
+	$(BIN)/model-compose up --detach -f $(QUICKSTART)
+	PATH=$(abspath $(BIN)):$$PATH .venv-recording/bin/asciinema rec --quiet --overwrite --cols 92 --rows 21 \
+		--idle-time-limit 1 --command 'bash docs/recording.sh' .venv-recording/terminal.cast </dev/null
+	$(BIN)/model-compose down -f $(QUICKSTART)
+	.venv-recording/bin/termtosvg render .venv-recording/terminal.cast docs/images/terminal.svg -m 40 -M 3000 -t window_frame
+
 package: .venv/dev  ## Build the release into dist/, install its wheel into a fresh environment, and run the quickstart there
 	PYTHON=$(PYTHON) .ci/package
 
@@ -63,5 +79,9 @@ measure: .venv/installed  ## What each weight of the quickstart does
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+.venv/docs: .venv/dev
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-vllm .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .venv-vllm .venv-recording docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist

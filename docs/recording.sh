@@ -2,7 +2,7 @@
 # The service runs already, so nothing is loaded while the recording goes on.
 
 say() {
-  printf '\033[1;32m$\033[0m '
+  printf '\033[32m$\033[0m '
   for ((i = 0; i < ${#1}; i++)); do
     printf '%s' "${1:i:1}"
     sleep 0.02
@@ -13,6 +13,7 @@ say() {
   sleep 1.5
 }
 
-say "model-compose plan -f examples/quickstart/model-compose.yml"
-say "model-compose run -f examples/quickstart/model-compose.yml --input 'Why is the sky blue?' --blend alpaca=1 --stream"
-say "model-compose run -f examples/quickstart/model-compose.yml --input 'Why is the sky blue?' --blend alpaca=0.5,pirate=1.25 --stream"
+cd examples/quickstart
+say "model-compose plan"
+say "model-compose run --input 'Why is the sky blue?' --blend alpaca=1 --stream"
+say "model-compose run --input 'Why is the sky blue?' --blend alpaca=0.5,pirate=1.25 --stream"

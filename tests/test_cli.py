@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import jsonschema_rs
 import pytest
 import yaml
 
-from model_compose.cli import _service
+from model_compose.cli import execute
 from model_compose.commands.inputs import read_input
+from model_compose.commands.run import service
 from model_compose.compose import Compose
 from model_compose.errors import InputError
 from model_compose.loading import load
@@ -63,6 +65,19 @@ def cli(*arguments: str, cwd: Path, stdin: str = "", **how: Any) -> tuple[int, s
     return process.returncode, out, err
 
 
+def called(*arguments: str, cwd: Path, stdin: str = "") -> tuple[int, str, str]:
+    """The same as `cli`, in this process, so without its seconds of imports. The log stays with pytest."""
+    out, err = io.BytesIO(), io.BytesIO()
+    streams = [io.TextIOWrapper(stream, encoding="utf-8", write_through=True) for stream in (out, err)]
+    log = logging.getLogger("model_compose")
+    level = log.level
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(streams[0]), redirect_stderr(streams[1]), chdir(cwd):
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
+        code = execute(arguments)
+    log.setLevel(level)
+    return code, out.getvalue().decode(), err.getvalue().decode()
+
+
 @pytest.fixture
 def folder(tmp_path: Path, project: Path) -> Path:
     """A folder with a tiny project of its own."""
@@ -91,8 +106,8 @@ def test_validate_and_where_the_file_may_be_named(folder: Path) -> None:
 def test_files_before_and_after_the_command_merge_in_that_order(folder: Path) -> None:
     for name, precision in (("one", "float16"), ("two", "float8")):
         (folder / f"{name}.yml").write_text(f"component: {{precision: {precision}}}\n")
-    assert cli("-f", "model-compose.yml", "-f", "two.yml", "validate", "-f", "one.yml", cwd=folder)[0] == 0
-    code, out, err = cli("-f", "model-compose.yml", "-f", "one.yml", "validate", "-f", "two.yml", cwd=folder)
+    assert called("-f", "model-compose.yml", "-f", "two.yml", "validate", "-f", "one.yml", cwd=folder)[0] == 0
+    code, out, err = called("-f", "model-compose.yml", "-f", "one.yml", "validate", "-f", "two.yml", cwd=folder)
     assert (code, out) == (1, "")
     assert err.startswith(
         "❌ two.yml:1: component.precision: expected 'auto', 'float32', 'float16' or 'bfloat16', not 'flo"
@@ -102,24 +117,24 @@ def test_files_before_and_after_the_command_merge_in_that_order(folder: Path) ->
 def test_variables_of_the_command_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = folder / "model-compose.yml"
     path.write_text(tiny.YAML.replace("precision: float32", "precision: ${env.PRECISION}"))
-    code, _, err = cli("validate", cwd=folder)
+    code, _, err = called("validate", cwd=folder)
     assert code == 1
     assert "model-compose.yml:12: component.precision: the environment variable PRECISION is not set" in err
     (folder / "some.env").write_text("PRECISION=float16\n")
-    assert cli("validate", "--env-file", "some.env", cwd=folder)[0] == 0
+    assert called("validate", "--env-file", "some.env", cwd=folder)[0] == 0
     monkeypatch.setenv("PRECISION", "wrong")
-    assert "not 'wrong'" in cli("validate", "--env-file", "some.env", cwd=folder)[2]
-    assert cli("validate", "--env-file", "some.env", "-e", "PRECISION=bfloat16", cwd=folder)[0] == 0
+    assert "not 'wrong'" in called("validate", "--env-file", "some.env", cwd=folder)[2]
+    assert called("validate", "--env-file", "some.env", "-e", "PRECISION=bfloat16", cwd=folder)[0] == 0
 
 
 @pytest.mark.parametrize("variables", [(), ("-e", "HUGGINGFACE_TOKEN=hf_x")])
 def test_first_example_is_valid_with_and_without_a_token(tmp_path: Path, variables: tuple[str, ...]) -> None:
     (tmp_path / "model-compose.yml").write_text(FIRST_EXAMPLE, encoding="utf-8")
-    assert cli("validate", *variables, cwd=tmp_path)[0] == 0
+    assert called("validate", *variables, cwd=tmp_path)[0] == 0
 
 
 def test_schema_is_valid_json_schema_and_accepts_the_first_example(tmp_path: Path) -> None:
-    code, out, err = cli("schema", cwd=tmp_path)
+    code, out, err = called("schema", cwd=tmp_path)
     assert (code, err) == (0, "")
     schema = json.loads(out)
     jsonschema_rs.meta.validate(schema)
@@ -153,7 +168,7 @@ FAILURES = [
 def test_failure_is_one_sentence_on_stderr_and_exit_code_1(
     folder: Path, arguments: tuple[str, ...], expected: str
 ) -> None:
-    code, out, err = cli(*arguments, cwd=folder)
+    code, out, err = called(*arguments, cwd=folder)
     assert (code, out) == (1, "")
     assert err.startswith(expected)
     assert "Traceback" not in err
@@ -161,7 +176,7 @@ def test_failure_is_one_sentence_on_stderr_and_exit_code_1(
 
 def test_no_file_in_the_folder(tmp_path: Path) -> None:
     for command in (("validate",), ("up",), ("up", "-d"), ("run", "--input", INPUT)):
-        code, out, err = cli(*command, cwd=tmp_path)
+        code, out, err = called(*command, cwd=tmp_path)
         assert (code, out) == (1, "")
         assert err == (
             f"❌ no model-compose.yml or model-compose.yaml in {tmp_path}; go to its folder, or name it with -f FILE\n"
@@ -170,18 +185,18 @@ def test_no_file_in_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("run", "--bogus"), ("nope",), ("run", "a", "b"), ("validate", "-f"), ()])
 def test_wrong_usage_is_exit_code_2(folder: Path, arguments: tuple[str, ...]) -> None:
-    code, out, err = cli(*arguments, cwd=folder)
+    code, out, err = called(*arguments, cwd=folder)
     assert code == 2
     assert "Usage: " in out + err or "Error: " in err
     assert "Traceback" not in err
 
 
 def test_version_and_help(folder: Path) -> None:
-    code, out, err = cli("--version", cwd=folder)
+    code, out, err = called("--version", cwd=folder)
     assert (code, err) == (0, "")
     assert out.startswith("model-compose ")
     for help_option in ("--help", "-h"):
-        code, out, _ = cli(help_option, cwd=folder)
+        code, out, _ = called(help_option, cwd=folder)
         assert code == 0
         assert all(f"\n  {command} " in out for command in ("up", "down", "run", "validate", "schema"))
 
@@ -189,7 +204,7 @@ def test_version_and_help(folder: Path) -> None:
 def test_narrow_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     for command in ((), ("run",), ("up",), ("validate",)):
-        code, out, _ = cli(*command, "--help", cwd=folder)
+        code, out, _ = called(*command, "--help", cwd=folder)
         assert code == 0
         assert max(map(len, out.splitlines())) <= 52  # click wraps at 50 at the least
 
@@ -223,15 +238,15 @@ def test_quick_commands_import_nothing_heavy(folder: Path, arguments: list[str])
 
 
 def test_down_where_nothing_is_up(folder: Path) -> None:
-    assert cli("down", cwd=folder) == (0, "", "model-compose.yml is not up\n")
-    assert cli("stop", cwd=folder) == (0, "", "model-compose.yml is not up\n")
+    assert called("down", cwd=folder) == (0, "", "model-compose.yml is not up\n")
+    assert called("stop", cwd=folder) == (0, "", "model-compose.yml is not up\n")
 
 
 def test_down_names_what_is_up_where_it_ends_nothing(folder: Path, tmp_path: Path) -> None:
     nowhere = (
         f"❌ no model-compose.yml or model-compose.yaml in {tmp_path}; go to its folder, or name it with -f FILE\n"
     )
-    assert cli("down", cwd=tmp_path) == (1, "", f"{nowhere}nothing is up\n")
+    assert called("down", cwd=tmp_path) == (1, "", f"{nowhere}nothing is up\n")
     spaced = tmp_path / "my app"
     spaced.mkdir()
     for name in ("one.yml", "two.yml", "three.yml"):
@@ -243,17 +258,17 @@ def test_down_names_what_is_up_where_it_ends_nothing(folder: Path, tmp_path: Pat
             f"  kill {os.getpid()}  # http://127.0.0.1:10/api",
             f"  model-compose down -f '{spaced}/one.yml'  # http://127.0.0.1:9/api",
         ]
-        code, out, err = cli("down", cwd=tmp_path)
+        code, out, err = called("down", cwd=tmp_path)
         assert (code, out, err[: len(nowhere)]) == (1, "", nowhere)
         assert sorted(err[len(nowhere) :].splitlines()) == sorted(expected)
-        code, out, err = cli("down", "-f", str(spaced / "three.yml"), cwd=folder)
+        code, out, err = called("down", "-f", str(spaced / "three.yml"), cwd=folder)
         assert (code, out) == (0, "")
         assert sorted(err.splitlines()) == sorted(["three.yml is not up", *expected])
 
 
 def test_nothing_to_serve(folder: Path) -> None:
     (folder / "model-compose.yml").write_text(f"controller: {{}}\n{tiny.YAML[tiny.YAML.index('workflow:') :]}")
-    code, _, err = cli("up", cwd=folder)
+    code, _, err = called("up", cwd=folder)
     assert code == 1
     assert err == (
         "❌ model-compose.yml: the controller has neither adapter nor webui, so nothing would be served; add adapter: "
@@ -279,7 +294,7 @@ def test_port_in_use(folder: Path) -> None:
 
 def test_api_key_that_is_not_set_keeps_up_from_starting(folder: Path) -> None:
     (folder / "model-compose.yml").write_text(tiny.YAML.replace("port: 0", 'port: 0, api_keys: ["${env.NO_SUCH_KEY}"]'))
-    code, _, err = cli("up", cwd=folder)
+    code, _, err = called("up", cwd=folder)
     assert code == 1
     assert err == (
         "❌ model-compose.yml:2: controller.adapter.api_keys.0: the environment variable NO_SUCH_KEY is not set; the API "
@@ -348,43 +363,43 @@ def test_an_input_that_means_nothing(tmp_path: Path, text: str, workflow: str | 
 def test_run_on_a_running_service(project: Path, server: str, tmp_path: Path) -> None:
     cwd = project.parent
     with as_running(project, server):
-        code, out, err = cli("run", "--input", INPUT, cwd=cwd)
+        code, out, err = called("run", "--input", INPUT, cwd=cwd)
         assert (code, err) == (0, CUT)
         text = json.loads(out)["generated"]
         assert out == json.dumps({"generated": text}, indent=2, ensure_ascii=False) + "\n"
 
         # --stream is the same text
-        assert cli("run", "--input", INPUT, "--stream", cwd=cwd) == (0, f"{text}\n", CUT)
+        assert called("run", "--input", INPUT, "--stream", cwd=cwd) == (0, f"{text}\n", CUT)
 
         # @file and standard input are the same input
         (tmp_path / "input.json").write_text("\ufeff" + INPUT, encoding="utf-8")
-        assert cli("run", "--input", f"@{tmp_path / 'input.json'}", cwd=cwd)[1] == out
-        assert cli("run", "--input", "-", cwd=cwd, stdin=INPUT)[1] == out
+        assert called("run", "--input", f"@{tmp_path / 'input.json'}", cwd=cwd)[1] == out
+        assert called("run", "--input", "-", cwd=cwd, stdin=INPUT)[1] == out
 
         # --output writes the file whole, and stdout stays empty
         target = tmp_path / "result.json"
-        assert cli("run", "--input", INPUT, "--output", str(target), cwd=cwd) == (0, "", CUT)
+        assert called("run", "--input", INPUT, "--output", str(target), cwd=cwd) == (0, "", CUT)
         assert target.read_text(encoding="utf-8") == out
         assert [path.name for path in tmp_path.glob(".*")] == []
-        assert cli("run", "--input", INPUT, "--output", "/dev/null", cwd=cwd) == (0, "", CUT)
+        assert called("run", "--input", INPUT, "--output", "/dev/null", cwd=cwd) == (0, "", CUT)
         assert Path("/dev/null").is_char_device()
 
         # --blend by name and by weights
-        strong = cli("run", "--input", INPUT, "--blend", "strong", cwd=cwd)[1]
+        strong = called("run", "--input", INPUT, "--blend", "strong", cwd=cwd)[1]
         assert strong != out
-        assert cli("run", "--input", INPUT, "--blend", '{"alpaca": 2}', cwd=cwd)[1] == strong
-        assert cli("run", "--input", INPUT, "--blend", "alpaca=2", cwd=cwd)[1] == strong
-        assert cli("run", "--input", INPUT, "--blend", "", cwd=cwd)[1] == out
+        assert called("run", "--input", INPUT, "--blend", '{"alpaca": 2}', cwd=cwd)[1] == strong
+        assert called("run", "--input", INPUT, "--blend", "alpaca=2", cwd=cwd)[1] == strong
+        assert called("run", "--input", INPUT, "--blend", "", cwd=cwd)[1] == out
 
         # plain text is the one text that the workflow needs; a file's last newline is no part of it
         for given, stdin in (("Once upon a time", ""), ('"Once upon a time"', ""), ("-", "Once upon a time\n")):
-            assert cli("run", "--input", given, cwd=cwd, stdin=stdin)[1] == out
+            assert called("run", "--input", given, cwd=cwd, stdin=stdin)[1] == out
 
         # errors of the service are told in its words
-        code, out, err = cli("run", "--input", INPUT, "--blend", "strng", cwd=cwd)
+        code, out, err = called("run", "--input", INPUT, "--blend", "strng", cwd=cwd)
         assert (code, out) == (1, "")
         assert err.startswith("❌ blend: unknown blend 'strng'; did you mean 'strong'? known: strong, plain")
-        code, out, err = cli("run", "--stream", cwd=cwd)
+        code, out, err = called("run", "--stream", cwd=cwd)
         assert (code, out, err) == (
             1,
             "",
@@ -395,7 +410,7 @@ def test_run_on_a_running_service(project: Path, server: str, tmp_path: Path) ->
 def test_second_up_is_refused(folder: Path) -> None:
     with as_running(folder / "model-compose.yml", "http://127.0.0.1:9"):
         for command in (("up",), ("up", "-d"), ("start",)):
-            assert cli(*command, cwd=folder) == (
+            assert called(*command, cwd=folder) == (
                 1, "", "❌ model-compose.yml is up already at http://127.0.0.1:9; `model-compose down` ends it\n",
             )  # fmt: skip
 
@@ -405,7 +420,7 @@ def test_run_that_fails_prints_nothing_to_stdout(project: Path) -> None:
     path = cwd / "failing.yml"
     path.write_text(tiny.YAML.replace('"${output}"', '"${output as integer}"'), encoding="utf-8")
     with serving(path) as url, as_running(path, url):
-        code, out, err = cli("run", "-f", "failing.yml", "--input", INPUT, cwd=cwd)
+        code, out, err = called("run", "-f", "failing.yml", "--input", INPUT, cwd=cwd)
     assert (code, out) == (1, "")
     assert err.startswith("❌ ${output as integer}: ")
     assert "is not an integer" in err
@@ -415,9 +430,9 @@ def test_run_that_fails_prints_nothing_to_stdout(project: Path) -> None:
 def test_service_of_another_version_of_the_file_is_not_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = folder / "model-compose.yml"
     with as_running(path, "http://127.0.0.1:9"):
-        assert _service(load([path], {})) is not None
+        assert service(load([path], {})) is not None
         path.write_text(tiny.YAML.replace("weight: 0.7", "weight: 1.7"), encoding="utf-8")
-        assert _service(load([path], {})) is None
+        assert service(load([path], {})) is None
     assert capsys.readouterr().err.startswith(
         "the running service was started from another version of this file (or of"
     )
@@ -468,7 +483,7 @@ def test_nothing_is_shown_of_progress_where_stderr_is_no_terminal(capsys: pytest
 
 def test_service_that_does_not_answer(folder: Path) -> None:
     with as_running(folder / "model-compose.yml", "http://127.0.0.1:9"):
-        code, out, err = cli("run", "--input", INPUT, cwd=folder)
+        code, out, err = called("run", "--input", INPUT, cwd=folder)
         assert (code, out) == (1, "")
         assert err.startswith("❌ the service at http://127.0.0.1:9 stopped answering (")
 
@@ -517,11 +532,11 @@ def test_what_cannot_be_loaded_is_told_by_every_command(project: Path) -> None:
         "❌ missing.yml:15: component.peft_adapters.1.model: adapter 'pirate': There is no file or folder "
         f"{cwd / 'priate'} ('./priate' counted from {cwd}): correct the path.\n"
     )
-    assert cli("validate", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
-    assert cli("plan", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
-    assert cli("run", "-f", "missing.yml", "--input", INPUT, cwd=cwd) == (1, "", expected)
-    assert cli("up", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
-    assert cli("up", "-d", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
+    assert called("validate", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
+    assert called("plan", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
+    assert called("run", "-f", "missing.yml", "--input", INPUT, cwd=cwd) == (1, "", expected)
+    assert called("up", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
+    assert called("up", "-d", "-f", "missing.yml", cwd=cwd) == (1, "", expected)
 
 
 def test_what_is_seen_only_while_loading_is_told_by_run_and_by_up(project: Path) -> None:

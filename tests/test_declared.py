@@ -123,7 +123,7 @@ LOCATIONS: list[tuple[dict[str, Any], Keys]] = [
         ("blends", "m", "weights", "weights"),
     ),
     ({"text-generation": 1}, ()),
-    ({"type": "text-generation"}, ("type",)),
+    ({"type": "text-generation"}, ()),
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What the documents say is true: their code runs, their links lead somewhere, and the generated pages are the code's.
 
 Each page is one test, since its blocks build on each other. They run in a copy of the repository's root, against one
-service of the quickstart. docs/contributing.md says what a block of each language must do, and how one that cannot run
+service of the quickstart. docs/contributing/documents.md says what a block of each language must do, and how one that cannot run
 is marked.
 """
 
@@ -33,10 +33,13 @@ TRANSLATED = {
     "docs/index.md": "docs/zh/index.md",
     "docs/tutorial.md": "docs/zh/tutorial.md",
 }
+ELSEWHERE = {ROOT / "docs/how-to/extend.md": "tests/test_extensions.py"}
+"""Pages with a test of their own, which reads and runs all of their code."""
+
 PAGES = [
     path
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
-    if not {"zh", "reference", "_build"} & set(path.parts)
+    if not {"zh", "reference", "_build"} & set(path.parts) and path not in ELSEWHERE
 ]
 NOT_RUN = 12
 """Blocks that say why they are not run. Whoever adds one changes this number, and so thinks of another way first."""
@@ -76,7 +79,7 @@ def blocks(page: Path) -> list[Block]:
             mark = MARK.fullmatch(above.strip())
             assert mark or "<!--" not in above, f"{page}: unknown mark: {above}"
             line = (token.map or [0])[0] + 1
-            found.append(Block(page, line, token.info.strip(), token.content, mark.group(1, 2) if mark else ("", "")))
+            found.append(Block(page, line, token.info.strip(), token.content, (mark[1], mark[2]) if mark else ("", "")))
         above = token.content if token.type == "html_block" and token.level == 0 else ""
     return found
 
@@ -183,11 +186,18 @@ RUN = {"yaml": run_yaml, "bash": run_bash, "console": run_console, "python": run
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_is_run_or_says_why_not(page: Path) -> None:
     for block in blocks(page):
-        assert block.language in (*RUN, *NO_CODE), f"{block.place}: a block of '{block.language}' is not run; mark it"
+        assert block.mark[0] or block.language in (*RUN, *NO_CODE), (
+            f"{block.place}: a block of '{block.language}' is not run; mark it"
+        )
         if block.mark[0] == "run by":
             assert (ROOT / block.mark[1]).is_file(), f"{block.place}: there is no {block.mark[1]}"
         if block.mark[0] == "output not compared":
             assert block.language == "console", f"{block.place}: has no output to compare"
+
+
+@pytest.mark.parametrize(("page", "test"), ELSEWHERE.items())
+def test_a_page_that_is_run_elsewhere_is(page: Path, test: str) -> None:
+    assert str(page.relative_to(ROOT)) in (ROOT / test).read_text(encoding="utf-8")
 
 
 def test_few_blocks_are_not_run() -> None:

@@ -1,9 +1,12 @@
 """Errors point at the line of what is wrong, whatever the names and values in the file are."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model_compose.errors import ConfigError
 from model_compose.loading import load
@@ -168,3 +171,37 @@ def test_the_line_is_that_of_the_culprit(told: Told, edits: tuple[str, ...]) -> 
     line = next(number for number, text in enumerate(yaml.splitlines(), 1) if "# <-" in text or len(text) > 300)
     problems = told(yaml)
     assert [text.split(" ")[0] for text in problems] == [f"{FILE}:{line}:"], problems
+
+
+NAMES = st.text(alphabet="ab'\" ;.", min_size=1) | st.sampled_from(
+    ["ties", "weights", "by weights", "name", "blends", "str"]
+)
+
+
+@given(names=st.lists(NAMES, unique=True, min_size=2, max_size=6), data=st.data())
+def test_an_unknown_adapter_is_found_whatever_the_names(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str], data: st.DataObject
+) -> None:
+    """Of several blends one names an adapter that there is not. Each weight stands in its own line."""
+    unknown, *known = names
+    blends = data.draw(st.lists(st.lists(st.sampled_from(known), unique=True), min_size=1, max_size=4))
+    wrong = data.draw(st.integers(0, len(blends) - 1))
+    lines = ["component:", "  type: model", "  task: text-generation", "  model: ./base", "  action: {text: x}"]
+    lines += ["  peft_adapters:", *(f"  - {{type: lora, model: ./a, name: {json.dumps(name)}}}" for name in known)]
+    lines.append("  blends:")
+    expected = 0
+    for number, adapters in enumerate(blends):
+        weights = [f"      {json.dumps(name)}: 0.5" for name in adapters]
+        if number == wrong:
+            place = data.draw(st.integers(0, len(weights)))
+            weights.insert(place, f"      {json.dumps(unknown)}: 0.5")
+            expected = len(lines) + 2 + place
+        lines += [f"    blend {number}:{'' if weights else ' {}'}", *weights]
+    path = tmp_path_factory.mktemp("names") / FILE
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load([path], {})
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        f"{path}:{expected}: component: blend 'blend {wrong}' names the unknown adapter '{unknown}'"
+    )

@@ -20,7 +20,7 @@ from model_compose.commands.options import parse_blend
 from model_compose.errors import InputError
 from model_compose.export.destination import atomic, check_free
 from tests import tiny
-from tests.test_cli import SOURCE, cli, start, state  # noqa: F401 - state is a fixture for every test here
+from tests.test_cli import SOURCE, called, cli, start, state  # noqa: F401 - every test here uses the fixture `state`
 from tests.waiting import SECONDS
 
 
@@ -45,7 +45,7 @@ def test_stdout_has_only_the_path_of_the_result(project: Path, folder: Path) -> 
 def test_empty_folder_may_be_the_destination(project: Path, folder: Path) -> None:
     (folder / "adapter").mkdir()
     order = ("--format", "peft", "--blend", "alpaca=0.5,pirate=1", "--output", "adapter")
-    assert cli("export", *order, "-f", str(project), cwd=folder)[0] == 0
+    assert called("export", *order, "-f", str(project), cwd=folder)[0] == 0
     assert load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
@@ -150,7 +150,7 @@ def test_kill_leaves_a_hidden_folder_that_the_next_export_removes(slow: Path, pr
         process.kill()
     assert not (folder / "out").exists()
     assert len(hidden(folder)) == 1
-    assert cli("export", "--format", "peft", "-o", "out", "-f", str(project), cwd=folder)[0] == 0
+    assert called("export", "--format", "peft", "-o", "out", "-f", str(project), cwd=folder)[0] == 0
     assert [path.name for path in folder.iterdir()] == ["out"]
 
 
@@ -170,7 +170,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(project: Path, folder: Path) -
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a folder that even root cannot write")
 def test_folder_that_cannot_be_written(project: Path, folder: Path) -> None:
-    code, _, err = cli("export", "--format", "peft", "-o", "/proc/out", "-f", str(project), cwd=folder)
+    code, _, err = called("export", "--format", "peft", "-o", "/proc/out", "-f", str(project), cwd=folder)
     assert code == 1
     assert "--output: /proc/out cannot be written" in err
 

@@ -37,7 +37,7 @@ class Reader:
 
     def read(self, part: str) -> None:
         for language, text in BLOCK.findall(part):
-            if language == "shell":
+            if language == "bash":
                 for command in text.replace("\\\n", " ").splitlines():
                     self._run(shlex.split(command))
             elif language == "text":

@@ -21,7 +21,7 @@ from model_compose.engines.huggingface.decoder import Between, LlamaForward, Nat
 from model_compose.engines.huggingface.quantized import NativeLinear, quantize, quantize_groups
 from model_compose.lora.blend import Blend
 from model_compose.lora.layers import LoraModel, module_shapes
-from model_compose.native import FEW, Affine, CShape, Kernels, kernels
+from model_compose.native import FEW, Affine, CHeads, Kernels, kernels
 from tests.lora.oracle import random_adapter
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no C compiler")
@@ -145,7 +145,7 @@ def test_attention_is_that_of_torch(
     angle = drawn(rows, dim // 2, seed=7)
     turn = (torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1))
     qkv = drawn(rows, (heads + 2 * groups) * dim, seed=8)
-    shape = CShape(heads, groups, dim, 1e-5, dim**-0.5)
+    shape = CHeads(heads, groups, dim, 1e-5, dim**-0.5)
     owner: Any = None  # of adapters, which attention does not look at
     outs = []
     for ours in (NativeLayers(native(), owner, [], shape, torch.empty(0)), None):

@@ -18,6 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TEXTS = ("*.md", "Makefile", ".ci/*", ".github/**/*", "docs/**/*", "examples/**/*", "benchmarks/**/*", "src/**/*")
+BUILT = {"__pycache__", "_build"}
 KINDS = {".md", ".rst", ".txt", ".py", ".toml", ".yml", ".yaml", ".html", ".js", ".sh", ""}
 
 # The name.
@@ -36,7 +37,7 @@ INSTALLS = [
 
 def texts() -> Iterator[Path]:
     for pattern in TEXTS:
-        yield from (p for p in ROOT.glob(pattern) if p.is_file() and p.suffix in KINDS and "__pycache__" not in p.parts)
+        yield from (p for p in ROOT.glob(pattern) if p.is_file() and p.suffix in KINDS and not BUILT & set(p.parts))
 
 
 def wrong_installs(text: str) -> list[str]:

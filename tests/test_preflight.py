@@ -419,7 +419,7 @@ def test_a_chat_template_may_lie_beside_a_gguf(app: Path) -> None:
         ("response_format: {type: regex, regex: '(a'}",
          "component.action.response_format: the response_format cannot be kept to: "),
         ("params: {logit_bias: {999: 1}}",
-         "component.action.params.logit_bias: logit_bias names the token 999, but this model has the tokens 0 to 257"),
+         "component.action.params.logit_bias.999: logit_bias names the token 999, but this model has the tokens 0 to 257"),
     ],
 )  # fmt: skip
 def test_what_an_action_asks_for_in_vain(app: Path, given: str, expected: str) -> None:

@@ -1,7 +1,9 @@
-"""The record of what is up: held by a lock, found by the file, never believed after its process has died."""
+"""The records of what is up: each is held by a lock, found by its files, and not believed once its process has died."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,18 @@ from model_compose import running as running_module
 from model_compose.errors import ConfigError, Conflict
 from model_compose.loading import ComposeFile, load
 from model_compose.oneshot import _lines
-from model_compose.running import Record, find, find_all, fingerprint, hold, log_file, state_dir
+from model_compose.running import (
+    Mix,
+    Model,
+    Record,
+    find,
+    find_all,
+    fingerprint,
+    held,
+    hold,
+    log_file,
+    state_dir,
+)
 from tests.tiny import YAML
 from tests.waiting import SECONDS
 
@@ -33,17 +46,32 @@ def load_in(folder: Path, yaml: str = YAML) -> ComposeFile:
     return load([path], {})
 
 
-def test_a_held_record_is_found_and_a_released_one_is_gone(loaded: ComposeFile) -> None:
+def test_a_held_record_is_found_and_a_released_one_is_gone(loaded: ComposeFile, tmp_path: Path) -> None:
+    before = time.time()
     assert find(loaded.files) is None
-    with hold(loaded.files, loaded.config) as running:
+    with hold(loaded.files, loaded.config, tmp_path / "log") as running:
         first = find(loaded.files)
         assert first is not None
         assert (first.ready, first.config) == (False, fingerprint(loaded.config))
+        assert before <= first.started <= time.time()
         running.update(api="http://127.0.0.1:1", ready=True)
+        mixes = Mix("default", {"alpaca": 0.7, "pirate": 0.8}), Mix("strong", {"alpaca": 2.0}), Mix("plain")
         assert find(loaded.files) == Record(
-            first.pid, first.config, "http://127.0.0.1:1", None, "", True, tuple(map(str, loaded.files))
+            os.getpid(), fingerprint(loaded.config), "http://127.0.0.1:1", ready=True,
+            files=tuple(map(str, loaded.files)), started=first.started, log=str(tmp_path / "log"),
+            models=(Model("default", "./base", "huggingface", ("alpaca", "pirate"), mixes),),
         )  # fmt: skip
     assert find(loaded.files) is None
+
+
+def test_a_record_holds_no_secret(tmp_path: Path) -> None:
+    yaml = YAML.replace("base_path: /api", "base_path: /api, api_keys: [s3cret]")
+    yaml = yaml.replace("model: ./base", "model: {repository: org/name, token: s3cret}")
+    loaded = load_in(tmp_path / "keys", yaml)
+    with hold(loaded.files, loaded.config):
+        (path,) = state_dir().glob("*.json")
+        assert "org/name" in path.read_text()
+        assert "s3cret" not in path.read_text()
 
 
 def test_a_second_service_of_the_same_files_is_refused(loaded: ComposeFile) -> None:
@@ -94,9 +122,22 @@ def test_a_killed_service_is_not_up(loaded: ComposeFile, state: Path) -> None:
 def test_a_record_that_cannot_be_understood_is_no_service(loaded: ComposeFile, state: Path) -> None:
     with hold(loaded.files, loaded.config):
         (path,) = state.glob("*.json")
-        for text in ('{"pid": 1, "from": "another version"}', "{", "", "[]"):
-            path.write_text(text)
+        for text in ("{", "", "[]", "{}", '{"pid": "x"}', '{"pid": 0}', '{"pid": 1, "models": 5}', "\xff"):
+            path.write_text(text, encoding="latin-1")
             assert find(loaded.files) is None
+            assert list(held()) == [(path, None)]
+        path.write_text('{"pid": 1, "from": "a later version"}')
+        assert find(loaded.files) == Record(1)
+
+
+def test_listing_passes_over_what_is_no_service_of_ours(loaded: ComposeFile, state: Path) -> None:
+    with hold(loaded.files, loaded.config):
+        (state / "a.json").mkdir()
+        (state / "b.json").symlink_to(state / "nowhere")
+        (state / "foreign.json").touch()
+        (state / "foreign.lock").mkdir()  # cannot be locked, as another user's file cannot
+        assert [record.files for record in find_all()] == [tuple(map(str, loaded.files))]
+        assert (state / "foreign.json").exists()
 
 
 def test_looking_for_a_service_never_keeps_one_from_starting(

@@ -1,5 +1,7 @@
-"""The YAML's frame, frozen. Each driver, component, job and server declares its own options beside its code; the frame
-takes them in from the registries."""
+"""The top level of a YAML file, as frozen models.
+
+Each driver, component, job and server declares its options beside its own code. This module takes them from the registries.
+"""
 
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -20,7 +22,7 @@ else:
 
 
 class _Serving(Options):
-    """What a controller says besides its adapter."""
+    """A controller's keys, apart from its adapter."""
 
     later: ClassVar[Mapping[str, Any]] = {"queue": None, "threaded": False, "shutdown_pending_period": "0s"}
     name: str | None = Field(default=None, description="A name for people; nothing depends on it")
@@ -39,7 +41,7 @@ class _Serving(Options):
 
 
 class Controller(_Serving):
-    """Who serves the workflows, and how many runs at once."""
+    """How the workflows are served, and how many runs may go on at once."""
 
     adapter: HttpServerOptions | None = Field(default=None, description="The HTTP server; none if unset")
     adapters: tuple[HttpServerOptions, ...] = Field(default=(), max_length=1, description="The same as a list of one")
@@ -58,7 +60,7 @@ class Controller(_Serving):
 
 
 class FlatController(_Serving, HttpServerOptions):
-    """A controller whose one adapter stands directly in it: {type: http-server, port: 8080, webui: …}."""
+    """A controller with the keys of its one adapter directly in it: {type: http-server, port: 8080, webui: …}."""
 
     model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": [key]} for key in ("type", "host", "port")]})
     later: ClassVar[Mapping[str, Any]] = {**_Serving.later, **HttpServerOptions.later}
@@ -71,7 +73,7 @@ class FlatController(_Serving, HttpServerOptions):
 
 
 def _controller_shape(value: Any) -> str:
-    """type, host or port directly under controller: its adapter is not a mapping of its own."""
+    """ "flat" if type, host or port is directly under `controller`, and not in a mapping under `adapter`."""
     flat = (
         isinstance(value, dict) and not {"adapter", "adapters"} & set(value) and {"type", "port", "host"} & set(value)
     )
@@ -79,7 +81,7 @@ def _controller_shape(value: Any) -> str:
 
 
 class Config(Options):
-    """One file."""
+    """What one YAML file holds, or several that are merged."""
 
     later: ClassVar[Mapping[str, Any]] = {
         key: None
@@ -119,7 +121,7 @@ class Config(Options):
         return self
 
     def _check_job(self, job: JobOptions, at: Keys, where: str) -> None:
-        """Raises for a component or an action that cannot be found, with the remedy. at: where the job stands."""
+        """Checks that the job's component and action exist. at: the job's keys. where: what the message starts with."""
         try:
             component = pick(self.all_components, job.component, "component")
         except NotFound as error:
@@ -139,7 +141,7 @@ class Config(Options):
 
     @property
     def serving(self) -> Controller | FlatController:
-        """The controller, whichever way it was written."""
+        """The controller, in either of its two forms."""
         return self.controller
 
     @property
@@ -148,7 +150,7 @@ class Config(Options):
 
     @property
     def all_workflows(self) -> tuple[WorkflowOptions, ...]:
-        """Without any, one that runs the default component."""
+        """The workflows of the file. If it has none, one workflow that runs the default component."""
         return tuple(one_or_many(self.workflow, self.workflows)) or (WorkflowOptions(),)
 
     def find_workflow(self, id: str | None) -> WorkflowOptions:
@@ -157,7 +159,7 @@ class Config(Options):
 
 
 def _check_ids(items: Collection[tuple[Keys, Any]], what: str, where: str = "") -> None:
-    """No two of the items, each given with its place, have one id, and at most one is the default."""
+    """Checks that ids are unique and at most one item is the default. items: each with its keys."""
     seen = set[str]()
     for at, item in items:
         if item.id in seen:
@@ -170,5 +172,5 @@ def _check_ids(items: Collection[tuple[Keys, Any]], what: str, where: str = "") 
 
 
 def _remedy(items: Collection[Any], what: str) -> str:
-    """How to choose one of several, where the job does not say which."""
+    """The end of a message that says how to choose one of several items."""
     return f"; name one with {what}: in the job, or mark one with default: true" if items else ""

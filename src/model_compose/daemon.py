@@ -1,4 +1,4 @@
-"""Blocking work in threads that never keep the process from ending."""
+"""Blocking work in daemon threads, which do not keep the process from ending."""
 
 import asyncio
 import threading
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 async def in_daemon_thread(work: Callable[[], T]) -> T:
-    """Runs `work` in a daemon thread. asyncio.to_thread would make an interrupted download delay the exit until its end."""
+    """Runs `work` in a daemon thread. With asyncio.to_thread the process could not exit before a download has ended."""
     future: Future[T] = Future()
-    future.set_running_or_notify_cancel()  # from here on nobody can cancel it under the thread's hands
+    future.set_running_or_notify_cancel()  # from now on it cannot be cancelled while the thread works
 
     def run() -> None:
         try:
@@ -29,7 +29,7 @@ async def in_daemon_thread(work: Callable[[], T]) -> T:
 
 
 class Lane:
-    """One daemon thread that does what it is given, in order. Started with the first work."""
+    """One daemon thread that does the work it is given, in order. The first work starts it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -40,7 +40,10 @@ class Lane:
         self._closed = False
 
     async def run(self, work: Callable[[], T]) -> T:
-        """The result of `work`. Who is cancelled before its turn leaves the line. Raises NotReady once closed."""
+        """Runs `work` in the thread, and returns its result. Work that is cancelled before its turn is dropped.
+
+        Raises NotReady once closed.
+        """
         future: Future[T] = Future()
         with self._changed:
             if self._closed:
@@ -57,7 +60,7 @@ class Lane:
                 self._waiting.pop(future, None)
 
     def close(self) -> None:
-        """Whoever waits gets NotReady at once. Work that has begun goes on for nobody."""
+        """Ends all work with NotReady, at once. What runs goes on in the thread, but its result is lost."""
         with self._changed:
             self._closed = True
             left = [*self._waiting, *([self._running] if self._running else [])]
@@ -72,7 +75,7 @@ class Lane:
             pass
 
     def _step(self) -> bool:
-        """Does the next work, once there is some. False once closed."""
+        """Waits for the next work and does it. Returns False once closed."""
         with self._changed:
             self._running = None
             while not (self._waiting or self._closed):
@@ -94,7 +97,7 @@ def _settle(future: Future[Any], work: Callable[[], Any]) -> None:
         settle = partial(future.set_result, work())
     except BaseException as error:
         settle = partial(future.set_exception, error)
-    with suppress(InvalidStateError):  # closed meanwhile
+    with suppress(InvalidStateError):  # `close` has ended it meanwhile
         settle()
 
 

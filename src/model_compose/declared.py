@@ -1,6 +1,6 @@
-"""What the classes of options declare about a key of the file, and which parts of pydantic's locations are keys.
+"""Follows keys of the file through the classes of options, to find what the classes declare about a place.
 
-Walks the types alone: it never sees a value.
+Also tells which parts of pydantic's locations are keys. Looks at the types alone and never at a value.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,9 +16,9 @@ M = TypeVar("M")
 
 
 def declarations(model: Any, keys: Keys, mark: type[M]) -> Iterator[M]:
-    """The annotations of one class, such as Secret, on the way from the type `model` down `keys`.
+    """Every annotation of class `mark`, such as Secret, that is met when `keys` are followed from the type `model`.
 
-    Where a field's type is a union, the annotations of all members count.
+    Where a type is a union, all its members are followed.
     """
     plain, annotations = _taken_apart(model)
     yield from (each for each in annotations if isinstance(each, mark))
@@ -31,7 +31,7 @@ def declarations(model: Any, keys: Keys, mark: type[M]) -> Iterator[M]:
 
 
 def is_later(model: Any, keys: Keys) -> bool:
-    """Whether `keys` lead into a key of the dialect that this version does not support (see Options.later)."""
+    """Whether `keys` pass a key that this version does not support (see Options.later)."""
     plain, annotations = _taken_apart(model)
     if not keys:
         return False
@@ -43,10 +43,10 @@ def is_later(model: Any, keys: Keys) -> bool:
 
 
 def keys_in(model: Any, location: Keys) -> Keys:
-    """The keys and indices in the location of one of pydantic's errors about the type `model`.
+    """The keys and indices in the location of a pydantic error about the type `model`.
 
-    A location has one more part for each union on its way, which says what member pydantic had tried: a union's tag, or
-    the name of a type. Such a part may have the same text as a key of the file.
+    For each union on the way, a location has one more part. It names the member that pydantic tried, by its tag or its
+    type. Such a part may have the same text as a key of the file, so we follow the types to tell them apart.
     """
     plain, annotations = _taken_apart(model)
     if not location:
@@ -65,7 +65,7 @@ def _longest(found: Iterator[Keys]) -> Keys:
 
 
 def _taken_apart(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The type without its annotations, and these."""
+    """A type without its annotations, and the annotations."""
     if get_origin(annotation) is Annotated:
         plain, *annotations = get_args(annotation)
         return plain, tuple(annotations)
@@ -73,7 +73,7 @@ def _taken_apart(annotation: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def _members(plain: Any, annotations: tuple[Any, ...]) -> list[Any]:
-    """The types that a value may have, where there is a choice or the type is another's optional form. null is left out."""
+    """The members of a union, without None; the classes of an AnyOf; otherwise nothing."""
     if chosen := _chosen(annotations):
         return [kind for each in chosen for kind in each.classes()]
     if get_origin(plain) not in (Union, UnionType):
@@ -86,7 +86,7 @@ def _chosen(annotations: tuple[Any, ...]) -> list[AnyOf]:
 
 
 def _labels(member: Any) -> set[Any]:
-    """The parts by which pydantic's location may name a member of a union."""
+    """The parts of a location by which pydantic may name this member of a union."""
     plain, annotations = _taken_apart(member)
     tags = {each.tag for each in annotations if isinstance(each, Tag)}
     if not _is_options(plain):
@@ -96,7 +96,7 @@ def _labels(member: Any) -> set[Any]:
 
 
 def _inside(kind: Any, key: str | int) -> Iterator[Any]:
-    """The type of what stands under a key or an index of a value of this type."""
+    """The type of the values that a value of type `kind` has under a key or an index; nothing if it has none there."""
     if _is_options(kind):
         for name, field in kind.model_fields.items():
             if key in (name, field.alias):

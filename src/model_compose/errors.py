@@ -1,7 +1,7 @@
-"""Every error that model-compose raises on purpose, written out once.
+"""Every class of error that model-compose raises on purpose.
 
-Each class knows the HTTP status it becomes, so servers hold no tables of their own. The message is a sentence for a
-person: it names the place, the value and the remedy. It never holds a secret or a traceback.
+Each class says which HTTP status it becomes, so that servers need no tables. The message is a sentence for a person. It
+names the place, the value and the remedy, and never contains a secret or a traceback.
 """
 
 import re
@@ -13,10 +13,14 @@ Keys = tuple[str | int, ...]
 
 
 class ComposeError(Exception):
-    """Base of all errors raised on purpose. `status` is the HTTP status, `title` the problem's short name."""
+    """The base of all errors raised on purpose. status: the HTTP status. title: the problem's short name.
+
+    at: the keys from the refused value, or from the options that were read, down to the wrong part; () means all of it.
+    """
 
     status = 500
     title = "Internal error"
+    at: Keys = ()
 
     @property
     def code(self) -> str:
@@ -25,15 +29,15 @@ class ComposeError(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """What a library says of a file that it cannot read, in one line.
+    """One line of a library's error about a file that it cannot read.
 
-    torch advises to execute a pickle that it refuses (weights_only=False). That is passed on to nobody.
+    When torch refuses a pickle, it suggests weights_only=False, which would execute the pickle. We leave that out.
     """
     text = str(error)
     if found := re.search(r"(?i:unsupported) (?:global: )?GLOBAL ([\w.]+)", text):
-        return f"it would call {found[1]} when it is read, which no tensors need; it may be an attack"
+        return f"reading it would call {found[1]}, which no tensors need; it may be an attack"
     if "weights_only" in text:
-        return "it is damaged, or no file of torch.save"
+        return "it is damaged, or torch.save did not write it"
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
@@ -60,7 +64,7 @@ class PluginError(ConfigError, ValueError):
 
 
 class SourceError(ComposeError):
-    """Weights cannot be had: missing, gated, no network, damaged."""
+    """Weights are not available: missing, gated, damaged, or no network."""
 
     title = "Model not available"
 
@@ -72,9 +76,13 @@ class AdapterError(ComposeError):
 
 
 class LoadError(ComposeError):
-    """The base model cannot be loaded, for want of memory for instance."""
+    """The base model cannot be loaded, for instance because memory is too small."""
 
     title = "Model not loadable"
+
+    def __init__(self, message: str, *, at: Keys = ()) -> None:
+        super().__init__(message)
+        self.at = at
 
 
 class AddressInUse(ComposeError):
@@ -83,7 +91,7 @@ class AddressInUse(ComposeError):
     title = "Address in use"
 
 
-# A request that cannot be served: the caller's doing (4xx).
+# A request that cannot be served. The 4xx are mistakes of the caller.
 
 
 @dataclass(frozen=True)
@@ -95,10 +103,7 @@ class FieldError:
 
 
 class InputError(ComposeError):
-    """A request is wrong: `fields` names each field and the allowed values.
-
-    at: the keys from the refused value down to its wrong part; () means the whole value.
-    """
+    """A request is wrong: `fields` names each field and the allowed values."""
 
     status = 400
     title = "Invalid request"
@@ -138,7 +143,7 @@ class Conflict(ComposeError):
 
 
 class SlowBody(ComposeError):
-    """The request's body does not arrive, or only by and by."""
+    """The request's body arrives too slowly, or not at all."""
 
     status = 408
     title = "Request timeout"
@@ -150,28 +155,28 @@ class PayloadTooLarge(ComposeError):
 
 
 class Misdirected(ComposeError):
-    """The request asks for a host that this server is not."""
+    """The request's Host header names another host than this server."""
 
     status = 421
     title = "Misdirected request"
 
 
 class Overloaded(ComposeError):
-    """Too many requests wait already: try again later."""
+    """Too many requests are waiting already; try again later."""
 
     status = 429
     title = "Too many requests"
 
 
 class Crowded(ComposeError):
-    """There are too many connections: try again later."""
+    """There are too many connections; try again later."""
 
     status = 503
     title = "Too many connections"
 
 
 class NotReady(ComposeError):
-    """The models are still loading, or the service is shutting down: try again later."""
+    """The models are still loading, or the service is shutting down; try again later."""
 
     status = 503
     title = "Not ready"
@@ -181,13 +186,13 @@ class NotReady(ComposeError):
 
 
 class RunError(ComposeError):
-    """A job failed while running. The cause is chained and goes to the log, never to the client."""
+    """A job failed while it ran. The cause is chained. It goes to the log and never to the client."""
 
     title = "Run failed"
 
 
 class Cancelled(ComposeError):
-    """Somebody stopped the run on purpose."""
+    """A person or program stopped the run."""
 
     status = 409
     title = "Cancelled"

@@ -1,6 +1,6 @@
-"""pydantic's errors in the words of somebody who writes YAML: file:line, the path as they wrote it, what is wrong.
+"""Turns pydantic's errors into messages for somebody who writes YAML: file:line, the keys, and what is wrong there.
 
-A value is repeated in a message only where it cannot be a secret.
+A message shows the wrong value, unless the value may be a secret.
 """
 
 import difflib
@@ -17,7 +17,7 @@ from model_compose.errors import Keys
 from model_compose.nodes import at, culprit, follow
 from model_compose.schema import Secret, decimal_advice, nearest, shown
 
-# What was expected, by the type of pydantic's error.
+# For each type of pydantic's errors, what was expected.
 _EXPECTED = {
     "tuple_type": "a list",
     "list_type": "a list",
@@ -37,12 +37,12 @@ _EXPECTED = {
 
 
 def explain(error: ValidationError, root: Node) -> list[str]:
-    """One line for each problem, in the order in which pydantic found them. root: the nodes of the validated file."""
+    """One line for each problem, in the order in which pydantic found them. root: the file's nodes."""
     found: dict[tuple[str, Keys], list[Any]] = {}
     for item in error.errors(include_url=False):
         node, keys = follow(root, keys_in(Config, item["loc"]))
         line = at(culprit(node, item.get("ctx", {}).get("at", ())))
-        # The members of a union fail one by one at the same place: they are one problem.
+        # pydantic reports an error for each member of a union. They have the same place and are one problem.
         found.setdefault((line, keys), []).append(item)
     lines = []
     for (line, keys), items in found.items():
@@ -71,7 +71,7 @@ def _message(item: Any, secret: bool) -> str:
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _tag(kind, context)
     if kind == "too_long":
-        return f"holds at most {context['max_length']}, not {context['actual_length']}"
+        return f"a list of at most {context['max_length']}, not of {context['actual_length']}"
     if kind == "weight" and isinstance(item["input"], str) and "${" in item["input"]:
         return (
             f"a weight in the file is a number or ${{env.NAME}}, not {shown(item['input'])}; for weights that come with "
@@ -85,7 +85,7 @@ def _message(item: Any, secret: bool) -> str:
 
 
 def _got(item: Any, secret: bool) -> str:
-    """What stood there instead. Numbers where text is wanted are the commonest slip, and quotes its remedy."""
+    """The end of a message that says what the file has instead. A number in place of text is told to need quotes."""
     if secret:
         return ""
     value = item["input"]
@@ -109,6 +109,6 @@ def _tag(kind: str, context: Mapping[str, Any]) -> str:
 
 
 def place(root: Node, keys: Keys) -> str:
-    """ "file:line: keys" of what stands at a path of keys."""
+    """ "file:line: keys" of the value at `keys`. Keys that the file does not have are left out."""
     node, found = follow(root, keys)
     return f"{at(node)}: {'.'.join(map(str, found))}"

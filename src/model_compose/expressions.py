@@ -1,9 +1,10 @@
-"""${...}: parsed once, evaluated many times. A leaf: knows neither workflows nor configs.
+"""Parses and evaluates expressions, ${...}. Knows neither workflows nor configs.
 
     ${key.path[0] as type[]/subtype;format | default @(description text)}
 
-The order is fixed: as, then |, then @(). A string that is one expression keeps the value's own type; an expression inside
-a longer string is spliced in as text. Substituted values are never scanned again. Missing values are null.
+The order of the parts is fixed: as, then |, then @(). A string that consists of one expression gives the value with its own
+type. An expression inside a longer string is inserted as text. An inserted value is never searched for expressions.
+Missing values are null.
 """
 
 import base64
@@ -57,7 +58,7 @@ class Type:
 
 @dataclass(frozen=True)
 class Reference:
-    """One ${...}. source: its text, for messages. default: a literal, a nested expression, or None."""
+    """One ${...}. source: its text, for messages. default: a literal, another expression, or None."""
 
     key: str
     path: Path
@@ -82,7 +83,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Splice:
-    """Text with expressions in it."""
+    """A text that contains expressions. parts: pieces of text and expressions, in order."""
 
     parts: tuple["str | Reference", ...]
 
@@ -92,12 +93,12 @@ class Splice:
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed YAML value: constants, expressions, and mappings and lists of them."""
+    """A parsed YAML value: a constant, an expression, or a mapping or list of Templates."""
 
     node: Any  # a constant, Reference, Splice, dict[str, Template] or list[Template]
 
     def evaluate(self, context: Mapping[str, Any]) -> Any:
-        """The value, given the sources by name. Raises RunError where a conversion fails."""
+        """The value of the template. context: the sources by name. Raises RunError if a conversion fails."""
         if isinstance(self.node, Reference | Splice):
             return self.node.evaluate(context)
         if isinstance(self.node, dict):
@@ -107,7 +108,7 @@ class Template:
         return self.node
 
     def references(self) -> Iterator[Reference]:
-        """Every expression, those in defaults included."""
+        """Every expression, including those in defaults."""
         for _, item in self.leaves():
             for part in item.parts if isinstance(item, Splice) else (item,):
                 while isinstance(part, Reference):
@@ -124,7 +125,7 @@ class Template:
             yield at, self.node
 
     def places(self, key: str, path: Path) -> list[Path]:
-        """Where the value that stands at `key.path` appears unchanged in this template's result."""
+        """The paths in this template's result at which the value of `key.path` appears unchanged."""
         found = []
         for at, item in self.leaves():
             if isinstance(item, Reference) and item.key == key and path[: len(item.path)] == item.path:
@@ -139,14 +140,16 @@ def parse(value: Any, at: Keys = ()) -> Template:
     if isinstance(value, dict):
         for key in value:
             if key in OPERATOR_KEYS:
-                raise SyntaxProblem(f"the structural operator '{key}' is not supported in this version", (*at, key))
+                raise SyntaxProblem(
+                    f"the structural operator '{key}' is not supported in this version; leave it out", (*at, key)
+                )
         return Template({key: parse(item, (*at, key)) for key, item in value.items()})
     if isinstance(value, list | tuple):
         return Template([parse(item, (*at, index)) for index, item in enumerate(value)])
     if not isinstance(value, str) or "${" not in value:
         return Template(value)
     if value.startswith("...${"):
-        raise SyntaxProblem("the structural operator '...' is not supported in this version", at)
+        raise SyntaxProblem("the structural operator '...' is not supported in this version; leave it out", at)
     try:
         parts = tuple(_parts(value))
     except SyntaxProblem as problem:
@@ -155,7 +158,10 @@ def parse(value: Any, at: Keys = ()) -> Template:
 
 
 def split(text: str) -> Iterator[tuple[str, bool]]:
-    """The pieces of a string in order; true for those that are expressions, braces included. Raises SyntaxProblem."""
+    """The pieces of a string, in order: text, or an expression with its braces. The bool is True for an expression.
+
+    Raises SyntaxProblem.
+    """
     at = 0
     while (start := text.find("${", at)) >= 0:
         if start > at:
@@ -167,7 +173,7 @@ def split(text: str) -> Iterator[tuple[str, bool]]:
             else:
                 depth, end = depth - (text[end] == "}"), end + 1
         if depth:
-            raise SyntaxProblem(f"'{text[start:]}' has no closing brace")
+            raise SyntaxProblem(f"'{text[start:]}' has no closing brace; add one at its end")
         yield text[start:end], True
         at = end
     if at < len(text):
@@ -218,7 +224,7 @@ def _steps(path: str) -> Iterator[Step]:
             yield ALL
         elif ":" in bracket:
             start, stop = bracket.split(":")
-            # [0:] keeps its 0, so that only [*] maps over the rest of the path
+            # [0:] keeps its 0 and so differs from ALL: only [*] applies the rest of the path to each item.
             yield slice(int(start or 0), int(stop) if stop else None)
         else:
             yield int(bracket)
@@ -229,7 +235,7 @@ def _unquote(text: str) -> str:
 
 
 def _walk(value: Any, path: Path) -> Any:
-    """Follows the path; None where it leads nowhere. [*] maps the rest of the path over a list."""
+    """The value at a path; None if there is none. After [*], the rest of the path applies to each item of the list."""
     for at, step in enumerate(path):
         if step == ALL and isinstance(step, slice):
             return [_walk(item, path[at + 1 :]) for item in value] if isinstance(value, list | tuple) else None
@@ -243,7 +249,10 @@ def _walk(value: Any, path: Path) -> Any:
 
 
 def convert(value: Any, to: Type, source: str = "the value") -> Any:
-    """The value as the type. null stays null; unknown types pass. Raises RunError naming source and value."""
+    """Converts the value to a type. null stays null. A type without a conversion returns the value unchanged.
+
+    Raises RunError that names `source` and the value.
+    """
     if value is None:
         return None
     if to.is_list:
@@ -257,24 +266,27 @@ def convert(value: Any, to: Type, source: str = "the value") -> Any:
         conversion = _CONVERSIONS.get(to.name)
         return conversion(value, to) if conversion else value
     except (ValueError, TypeError, OverflowError) as error:
-        what, why = _ARTICLES.get(to.name, to.name), str(error)[: SHORT.maxstring]  # some of Python's quote the value
+        what, why = (
+            _ARTICLES.get(to.name, to.name),
+            str(error)[: SHORT.maxstring],
+        )  # some of Python's messages quote the whole value
         raise RunError(f"{source}: {SHORT.repr(value)} is not {what} ({why})") from error
 
 
 SHORT = reprlib.Repr()
-"""How messages show a caller's value, which may have any size."""
+"""Shortens a caller's value, which may have any size, for messages."""
 SHORT.maxstring = SHORT.maxother = 200
 
 MOST_VALUES = 1 << 18
-"""Of one JSON text. An empty list is two bytes there and a hundred as an object."""
+"""The most values of one JSON text. An empty list takes two bytes as text, and about a hundred as a Python object."""
 
 _OUTSIDE = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([,\[{])', re.DOTALL)
-"""A string, or what stands before a value."""
+"""Matches a whole string, or a character (in group 1) that comes before a value."""
 
 
 def _check_values(text: bytes) -> None:
-    """Raises ValueError for a JSON text of more than MOST_VALUES values."""
-    if sum(map(text.count, (b",", b"[", b"{"))) < MOST_VALUES:  # those in strings too: no more values than these
+    """Raises ValueError if a JSON text has more than MOST_VALUES values."""
+    if sum(map(text.count, (b",", b"[", b"{"))) < MOST_VALUES:  # counts those in strings too, so it is an upper limit
         return
     values = 1
     for match in _OUTSIDE.finditer(text):
@@ -284,9 +296,10 @@ def _check_values(text: bytes) -> None:
 
 
 def strict_json(text: str | bytes) -> Any:
-    """JSON that can be written again: neither NaN and infinity nor half a surrogate pair. A byte order mark is skipped.
+    """Reads JSON that can also be written again. Skips a byte order mark.
 
-    At most 200 levels and MOST_VALUES values, and no key twice in an object. Raises ValueError.
+    Refuses NaN, infinity, half a surrogate pair, a key that an object has twice, more than 200 levels and more than
+    MOST_VALUES values. Raises ValueError.
     """
     _check_values(text.encode() if isinstance(text, str) else text)
     text = text.removeprefix("\ufeff") if isinstance(text, str) else text.removeprefix(codecs.BOM_UTF8)
@@ -298,7 +311,7 @@ def strict_json(text: str | bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
-    """Other parsers take the last of two values for one key, or the first: neither is what was meant."""
+    """Refuses a key that an object has twice: some parsers take the first of its values, and others the last."""
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:

@@ -1,6 +1,7 @@
-"""The headers of weight files, safetensors and GGUF: what tensors there are and in which shapes. No weights, no torch.
+"""Reads the headers of weight files, safetensors and GGUF: the names and shapes of the tensors. Reads no weights.
 
-transformers and the gguf package read the same and take seconds for it, since they make an object of every token.
+Needs no torch. transformers and the gguf package can read these headers too, but take seconds, since they make a Python
+object of every token.
 """
 
 import json
@@ -15,28 +16,28 @@ _FLOATS = frozenset(("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"))
 
 
 class HeaderError(ValueError):
-    """A file that is not whole, or not what its name says. The message is the end of a sentence about it."""
+    """A file is incomplete, or not of the format that its name says. The message continues a sentence that names it."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a file has it. plain: whether it holds the numbers themselves, rather than packed ones."""
+    """A tensor in a file. plain: whether the file has its numbers as floats, and not packed or quantised."""
 
     shape: tuple[int, ...]
     plain: bool = True
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of one file. Raises HeaderError for a file that is damaged, cut off, or no safetensors; OSError.
+    """The tensors of one file, by name. Raises HeaderError if it is damaged, cut off or no safetensors file; OSError.
 
-    Eight bytes say how long the JSON is that follows; its offsets count from its end
-    (https://huggingface.co/docs/safetensors). safetensors itself would import numpy or torch for it.
+    The first eight bytes give the length of the JSON that follows. The JSON's offsets count from its end
+    (https://huggingface.co/docs/safetensors). The library safetensors would import numpy or torch for this.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise HeaderError("is cut off, or no safetensors file; download it again")
+            raise HeaderError("is cut off, or is not a safetensors file; download it again")
         text = file.read(length)
     try:
         header = json.loads(text)
@@ -47,7 +48,7 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
         }
         end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
-        raise HeaderError("is damaged, or no safetensors file; download it again") from None
+        raise HeaderError("is damaged, or is not a safetensors file; download it again") from None
     if 8 + length + end > size:
         raise HeaderError(f"is cut off: {size:,} of {8 + length + end:,} bytes are here; download it again")
     return tensors
@@ -55,9 +56,10 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
 
 @dataclass(frozen=True)
 class Gguf:
-    """fields: the metadata's scalars and lists of numbers. tensors: by GGUF name, dimensions from the innermost.
+    """The header of a GGUF file.
 
-    texts: lists of texts, such as the vocabulary, as (count, position); `strings` reads them.
+    fields: the scalars and the lists of numbers in the metadata. tensors: by their GGUF names; a shape starts with the
+    innermost dimension. texts: the lists of texts, such as the vocabulary, as (count, position in bytes), for `strings`.
     """
 
     path: Path
@@ -66,7 +68,7 @@ class Gguf:
     texts: Mapping[str, tuple[int, int]] = field(repr=False)
 
     def strings(self, key: str) -> list[str]:
-        """A list of texts; empty where the file has none under this key."""
+        """The list of texts under a key; empty if the file has none."""
         count, position = self.texts.get(key, (0, 0))
         with _mapped(self.path) as data:
             cursor = _Cursor(data, position)
@@ -79,7 +81,7 @@ class Gguf:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """Raises HeaderError for a file that is damaged, cut off, or no GGUF; OSError."""
+    """Raises HeaderError if the file is damaged, cut off or no GGUF file; OSError."""
     try:
         with _mapped(path) as data:
             return _read_gguf(path, _Cursor(data))
@@ -87,14 +89,14 @@ def read_gguf(path: Path) -> Gguf:
         raise HeaderError("is cut off or damaged; download it again") from None
 
 
-# How GGUF stores scalars (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md); 8 is a text, 9 a list.
+# The struct format of each scalar type (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _TEXT, _LIST = 8, 9
 _PLAIN_TYPES = frozenset((0, 1, 30))  # float32, float16, bfloat16
 
 
 class _Cursor:
-    """Reads on from a position."""
+    """Reads values one after another, starting at a position in bytes."""
 
     def __init__(self, data: mmap.mmap, at: int = 0) -> None:
         self.data, self.at = data, at
@@ -119,9 +121,11 @@ class _Cursor:
 def _read_gguf(path: Path, cursor: _Cursor) -> Gguf:
     magic, version = cursor.number("I"), cursor.number("I")
     if magic != int.from_bytes(b"GGUF", "little"):
-        raise HeaderError("is no GGUF file; download it again")
+        raise HeaderError("is not a GGUF file; download it again")
     if version not in (2, 3):
-        raise HeaderError(f"is a GGUF file of version {version}, and only 2 and 3 are read; convert it again")
+        raise HeaderError(
+            f"is a GGUF file of version {version}, and model-compose reads versions 2 and 3; convert it again"
+        )
     tensor_count, field_count = cursor.number("Q"), cursor.number("Q")
     fields: dict[str, Any] = {}
     texts: dict[str, tuple[int, int]] = {}

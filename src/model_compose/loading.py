@@ -1,6 +1,7 @@
-"""From YAML files and an environment to a Config. Every error carries file:line and what to do about it.
+"""Loads YAML files and an environment into a Config. Every error names file:line and says what to do.
 
-${env.…} is filled in scalar by scalar: never in comments, never changing the structure.
+${env.…} is filled in within each scalar. So a variable in a comment is never looked up, and no value of a variable can
+change the structure of the file.
 """
 
 import os
@@ -18,10 +19,8 @@ from model_compose.declared import declarations, is_later
 from model_compose.errors import ConfigError, Keys, RunError
 from model_compose.explain import explain, place
 from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, convert, parse_reference, split
-from model_compose.nodes import at, child, compose, file_of, merge, typed
+from model_compose.nodes import FILE_NAMES, at, child, compose, file_of, merge, typed
 from model_compose.schema import Options, RelativeToFile, Secret, nearest
-
-FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
 
 # What other languages call our types.
 _OTHER_NAMES = {
@@ -32,7 +31,11 @@ _OTHER_NAMES = {
 
 @dataclass(frozen=True)
 class ComposeFile:
-    """A config with the files it came from, and their merged YAML. Relative paths in it are relative to base_dir."""
+    """What one or several YAML files say together.
+
+    files: the absolute paths, in order. base_dir: the first file's folder; relative paths in `config` count from it.
+    root: the merged YAML.
+    """
 
     config: Config
     files: tuple[Path, ...]
@@ -40,25 +43,28 @@ class ComposeFile:
     root: Node = field(repr=False)
 
     def place(self, keys: Keys) -> str:
-        """ "file:line: keys" of what stands there."""
+        """ "file:line: keys" of the value at `keys`."""
         return place(self.root, keys)
 
 
 def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
-    """The files to load: those given, else model-compose.yml in the current folder. Raises ConfigError."""
+    """The files to load: those given, or else model-compose.yml in the current folder. Raises ConfigError."""
     paths = list(given) or [Path(name) for name in FILE_NAMES if Path(name).is_file()][:1]
     if not paths:
         raise ConfigError(f"no {' or '.join(FILE_NAMES)} in {Path.cwd()}; go to its folder, or name it with -f FILE")
     for path in paths:
         if path.is_dir():
-            raise ConfigError(f"{path}: is a folder; name the file in it")
+            raise ConfigError(f"{path}: this is a folder; name the file in it")
         if not path.is_file():
             raise ConfigError(f"{path}: there is no such file")
     return tuple(path.resolve() for path in paths)
 
 
 def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> ComposeFile:
-    """Reads, merges and checks the files; later ones win. `env` fills ${env.…}. Raises ConfigError."""
+    """Reads, merges and checks the files. Later files override earlier ones. Raises ConfigError.
+
+    env: the variables for ${env.…}; the process's environment if None.
+    """
     base_dir = files[0].parent
     root: Node = compose(files[0], _short(files[0]))
     for path in files[1:]:
@@ -80,9 +86,8 @@ def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> Compose
 
 
 def environment(env_files: Sequence[Path] = (), pairs: Sequence[str] = ()) -> dict[str, str]:
-    """--env-file files in order (./.env without any), over them the process's environment, over that -e K=V.
-
-    Raises ConfigError.
+    """The variables for ${env.…}. Where several sources have a variable, the last of these wins: the --env-file files in
+    order (./.env if there are none), the process's environment, the -e NAME=VALUE pairs. Raises ConfigError.
     """
     from dotenv import dotenv_values
 
@@ -93,33 +98,36 @@ def environment(env_files: Sequence[Path] = (), pairs: Sequence[str] = ()) -> di
         try:
             values = dotenv_values(path, encoding="utf-8-sig")
         except UnicodeDecodeError:
-            raise ConfigError(f"{path}: is not UTF-8 text (--env-file)") from None
+            raise ConfigError(f"{path}: the file is not UTF-8 text (--env-file); save it as UTF-8") from None
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+            raise ConfigError(f"{path}: the file cannot be read ({error.strerror})") from None
         merged |= {key: value for key, value in values.items() if value is not None}
     merged |= os.environ
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if not equals or not key:  # the pair itself may hold a secret
+        if not equals or not key:  # we show no more, since the pair may hold a secret
             raise ConfigError(f"-e {key}{equals}{'…' if value else ''}: expected NAME=VALUE")
         merged[key] = value
     return merged
 
 
 def _with_paths_moved(value: Any, node: Node, folders: Mapping[str, str]) -> Any:
-    """The options with the folder of their file in front of each relative path. node: where `value` stands in the YAML.
+    """A copy of options in which relative paths of other folders' files count from the first file's folder.
 
-    folders: for the name of each file that is not in the first file's folder, its own folder as seen from there. A text
-    that starts with ${...} has nothing put in front: a variable's value counts from the first file's folder.
+    node: the YAML of `value`. folders: for each file outside the first file's folder, by the name that messages give it,
+    its folder relative to the first file's. A path that starts with ${...} is not changed: the value of a variable counts
+    from the first file's folder.
     """
     if isinstance(value, tuple):
         return tuple(_with_paths_moved(item, child(node, index) or node, folders) for index, item in enumerate(value))
+    if isinstance(value, dict):
+        return {key: _with_paths_moved(item, child(node, key) or node, folders) for key, item in value.items()}
     if not isinstance(value, Options):
         return value
     changed = {}
     for name in value.model_fields_set:
         given = getattr(value, name)
-        stands = child(node, name) or node  # the short form of a model, a text, has no node for its key
+        stands = child(node, name) or node  # a model may be written as one text, which has no node for the key
         path = next(declarations(type(value), (name,), RelativeToFile), None)
         changed[name] = (
             _moved(given, stands, path, folders) if path is not None else _with_paths_moved(given, stands, folders)
@@ -128,6 +136,7 @@ def _with_paths_moved(value: Any, node: Node, folders: Mapping[str, str]) -> Any
 
 
 def _moved(value: Any, node: Node, path: RelativeToFile, folders: Mapping[str, str]) -> Any:
+    """A path, or a tuple of paths, with the folder of its file in front; see _with_paths_moved."""
     if isinstance(value, tuple):
         return tuple(_moved(item, child(node, index) or node, path, folders) for index, item in enumerate(value))
     if not isinstance(value, str) or not path.is_path(value) or value.startswith(("/", "~")):
@@ -139,7 +148,7 @@ def _moved(value: Any, node: Node, path: RelativeToFile, folders: Mapping[str, s
 
 
 def _construct(node: Node, env: Mapping[str, str], path: Keys, problems: list[str]) -> Any:
-    """Node -> plain data with ${env.…} filled in. Problems are collected with their places."""
+    """The plain data of a node, with ${env.…} filled in. path: the keys to the node. Adds each problem to `problems`."""
     if isinstance(node, MappingNode):
         return {key.value: _construct(value, env, (*path, key.value), problems) for key, value in node.value}
     if isinstance(node, SequenceNode):
@@ -170,11 +179,13 @@ def _scalar(node: ScalarNode, env: Mapping[str, str], path: Keys) -> Any:
     try:
         return typed(node, filled)
     except ValueError:
-        raise ConfigError(f"{filled!r} does not fit the tag {node.tag}") from None
+        raise ConfigError(
+            f"{filled!r} does not fit the tag {node.tag}; correct the value, or leave the tag out"
+        ) from None
 
 
 def _fill(piece: str, env: Mapping[str, str], secret: Secret | None) -> Any:
-    """${env.…} -> its value. Any other expression stays as it is, but for a ${env.…} in its default."""
+    """The value of ${env.…}. Any other expression stays as it is, except that a ${env.…} in its default is filled in."""
     reference = parse_reference(piece)
     _check_type(reference)
     if reference.key == "env":
@@ -185,7 +196,9 @@ def _fill(piece: str, env: Mapping[str, str], secret: Secret | None) -> Any:
         if value != inner:
             literal = str(value)
             if "}" in literal or "@(" in literal:
-                raise ConfigError(f"{inner}: a value with '}}' or '@(' cannot be the default of an expression")
+                raise ConfigError(
+                    f"{inner}: the default of an expression cannot hold '}}' or '@('; give the variable another value"
+                )
             return piece.replace(inner, f'"{literal}"')
     return piece
 
@@ -193,7 +206,7 @@ def _fill(piece: str, env: Mapping[str, str], secret: Secret | None) -> Any:
 def _env_value(reference: Reference, env: Mapping[str, str], secret: Secret | None) -> Any:
     (name,) = reference.path if len(reference.path) == 1 else (None,)
     if not isinstance(name, str):
-        raise ConfigError(f"{reference.source}: expected ${{env.NAME}}")
+        raise ConfigError(f"{reference.source}: expected ${{env.NAME}}, with the name of one variable")
     value: Any = env.get(name)
     if value is None and isinstance(reference.default, Reference):
         value = _fill(reference.default.source, env, secret)
@@ -213,13 +226,15 @@ def _env_value(reference: Reference, env: Mapping[str, str], secret: Secret | No
         )
     try:
         return convert(value, reference.type) if reference.type else value
-    except RunError:  # its message holds the value, which may be a secret
+    except RunError:  # the message of that error shows the value, which may be a secret
         assert reference.type is not None
-        raise ConfigError(f"{reference.source}: the value of {name} is not of type {reference.type.name}") from None
+        raise ConfigError(
+            f"{reference.source}: the value of the variable {name} is not of type {reference.type.name}; change one of them"
+        ) from None
 
 
 def _check_type(reference: Reference) -> None:
-    """The type exists, its options make sense, and a literal default fits it. Raises ConfigError."""
+    """Checks that the type exists, that its options make sense, and that a literal default fits it. Raises ConfigError."""
     to = reference.type
     if to is None:
         return
@@ -248,7 +263,7 @@ def _is_range(to: Type) -> bool:
 
 
 def _short(path: Path) -> str:
-    """Relative to the current folder where that is shorter."""
+    """What messages call the file: its path relative to the current folder, if it is inside that folder."""
     try:
         return str(path.relative_to(Path.cwd()))
     except ValueError:

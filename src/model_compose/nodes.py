@@ -1,7 +1,7 @@
-"""YAML text -> nodes, which know their file and line. Knows YAML and nothing of what the keys mean.
+"""Reads YAML files into nodes, which know their file and line. Knows YAML, and not what the keys mean.
 
-Plain data has forgotten where it came from; nodes have not, so files are read and merged as nodes and every later error can
-say where its cause stands.
+Plain data does not say where in a file it came from. So we read and merge files as nodes, and every later error can name
+the line of its cause.
 """
 
 import re
@@ -15,25 +15,29 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from model_compose.errors import ConfigError, Keys
 
+FILE_NAMES = ("model-compose.yml", "model-compose.yaml")
+"""The names of a folder's file, where the user names none. The first one that exists counts."""
+
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
 _PLAIN_TAGS = {f"{_TAG}{name}" for name in ("map", "seq", "str", "null", "bool", "int", "float", "merge")}
 
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
-"""Of a file, once its aliases are spelt out: ten lines of them can stand for more than any memory holds."""
+"""The most values of a file, each alias counted as a copy of its anchor. Ten lines of aliases can stand for more values
+than any memory holds."""
 MAX_DEPTH = 100
-"""Of mappings and lists in each other. Python's own stack ends at about 1,000 calls."""
+"""How deep mappings and lists may be nested. Python allows about 1,000 nested calls."""
 
 
 class _Types(yaml.resolver.Resolver):
-    """Plain text is typed as JSON has it: null, true and false, decimal numbers with or without an exponent.
+    """Gives plain text the types of JSON: null, true and false, and decimal numbers with or without an exponent.
 
-    YAML 1.1 types more, and changes what was written: `no` is false there, 012 is 10, 1:30 is 90. As in YAML 1.2 these stay
-    text here, which fields of another type may still take: `streaming: yes` is true.
+    YAML 1.1 has more types and changes what was written: there `no` is false, 012 is 10 and 1:30 is 90. Here these stay
+    text, as in YAML 1.2. A field of another type may still accept the text: `streaming: yes` is true.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]  # none of YAML 1.1's
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {}  # type: ignore[misc]  # without those of YAML 1.1
 
 
 for _name, _pattern, _first in (
@@ -50,19 +54,21 @@ for _name, _pattern, _first in (
     _Types.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
-# By libyaml where it is there.
+# libyaml's loader if PyYAML was built with it, as it is much faster.
 Loader: Any = type("Loader", (_Types, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), {})
 
 
 def compose(path: Path, name: str) -> MappingNode:
-    """One file's nodes, with `<<` spread out and every node marked with its file. Raises ConfigError.
+    """Reads one file into nodes. Replaces `<<` by the entries that it brings in and marks every node with its file.
 
-    name: what messages call the file.
+    name: what messages call the file. Raises ConfigError.
     """
     text = _read(path, name)
     loader = Loader(text)
     try:
-        if next(islice(yaml.parse(text, Loader), MAX_VALUES, None), None):  # nodes would take twenty times as long
+        if next(
+            islice(yaml.parse(text, Loader), MAX_VALUES, None), None
+        ):  # composing that many nodes would take 20 times as long
             raise ConfigError(f"{name}: holds more than {MAX_VALUES:,} values")
         node: Node | None = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -96,7 +102,9 @@ def _read(path: Path, name: str) -> str:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise ConfigError(f"{name}: is longer than {MAX_BYTES >> 20} MiB; a file of this program is a few lines")
+            raise ConfigError(
+                f"{name}: the file is longer than {MAX_BYTES >> 20} MiB; give a model-compose file, which has a few lines"
+            )
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
@@ -105,7 +113,7 @@ def _read(path: Path, name: str) -> str:
 
 
 def _yaml_problem(error: yaml.MarkedYAMLError, text: str, line: int) -> str:
-    """What YAML's parser says, with the remedy for the mistakes that this dialect invites."""
+    """What the YAML parser reports. For mistakes that are common in our files, with the remedy."""
     problem = (error.problem or error.context or "it cannot be parsed").removeprefix("but ")
     lines = text.splitlines()
     near = "\n".join(lines[max(0, line - 1) : line + 1])
@@ -119,27 +127,27 @@ def _yaml_problem(error: yaml.MarkedYAMLError, text: str, line: int) -> str:
 
 
 class _Preparing:
-    """Marks nodes with their file, spreads `<<`, and collects what is wrong with keys and tags.
+    """Marks nodes with their file, replaces `<<` by its entries, and collects problems of keys and tags.
 
-    Counts what the aliases stand for before anything follows them. Raises ConfigError where that is too much.
+    Counts how many values the aliases stand for, before any other code follows them. Raises ConfigError for too many.
     """
 
     def __init__(self, name: str) -> None:
         self.problems: list[str] = []
         self._name = name
         self._extent: dict[int, tuple[int, int]] = {}
-        """Of each node that has been visited: its values, and how deep they are nested, aliases spelt out."""
+        """By the id of a visited node: how many values it holds and how deep they are nested, with aliases as copies."""
         self._brought = 0
 
     def visit(self, node: Node, above: tuple[int, ...]) -> None:
-        """above: the nodes that hold this one."""
+        """above: the ids of the nodes that contain this one."""
         node.file = self._name  # type: ignore[attr-defined]  # the marks of libyaml's loader do not carry it
         if id(node) in above:
-            raise ConfigError(f"{at(node)}: an anchor cannot hold itself")
+            raise ConfigError(f"{at(node)}: an anchor cannot contain its own alias; remove the alias")
         if id(node) in self._extent:
             return
         if len(above) > MAX_DEPTH:
-            raise ConfigError(f"{at(node)}: mappings and lists are nested deeper than {MAX_DEPTH}")
+            raise ConfigError(f"{at(node)}: mappings and lists are nested deeper than {MAX_DEPTH}; nest fewer")
         if node.tag not in _PLAIN_TAGS:
             tag = node.tag.replace(_TAG, "!!")
             self.problems.append(f"{at(node)}: the tag {tag} is not supported; write the value without it")
@@ -154,14 +162,14 @@ class _Preparing:
         values, depth = 1 + sum(count for count, _ in extents), 1 + max((depth for _, depth in extents), default=0)
         if values > MAX_VALUES:
             raise ConfigError(
-                f"{at(node)}: holds {values:,} values once its aliases are spelt out; a file may hold {MAX_VALUES:,}"
+                f"{at(node)}: holds {values:,} values with its aliases written out; a file may hold {MAX_VALUES:,}"
             )
         if depth > MAX_DEPTH:
             raise ConfigError(f"{at(node)}: its aliases nest mappings and lists deeper than {MAX_DEPTH}")
         self._extent[id(node)] = values, depth
 
     def _spread(self, node: MappingNode) -> list[tuple[Node, Node]]:
-        """The mapping's entries: its own, and those that `<<` brings in and it has not itself."""
+        """The mapping's own entries, and those that `<<` brings in for keys that the mapping does not have."""
         own: list[tuple[Node, Node]] = []
         brought: list[tuple[Node, Node]] = []
         names: set[str] = set()
@@ -172,9 +180,9 @@ class _Preparing:
             elif key.tag == _MERGE:
                 brought += self._brings(key, value)
             elif decimal := _split_at_comma(before, key, value):
-                self.problems.append(f"{at(key)}: a comma ends a value here; write {decimal}")
+                self.problems.append(f"{at(key)}: in {{…}} a comma ends the value; write {decimal}")
             elif key.value in names:
-                self.problems.append(f"{at(key)}: the key '{key.value}' stands here a second time")
+                self.problems.append(f"{at(key)}: this mapping has the key '{key.value}' twice; remove one of them")
             else:
                 names.add(key.value)
                 own.append((key, value))
@@ -206,7 +214,7 @@ def _children(node: Node) -> Sequence[Node]:
 
 
 def _split_at_comma(before: Node | None, key: ScalarNode, value: Node) -> str | None:
-    """The decimal that {weight: 0,7} means: to YAML this is 0, and a key 7 without a value."""
+    """The decimal number that was meant by {weight: 0,7}. YAML reads this as weight: 0 and a key 7 without a value."""
     if not isinstance(before, ScalarNode) or value.value or before.end_mark.index + 1 != key.start_mark.index:
         return None
     decimal = f"{before.value}.{key.value}"
@@ -214,22 +222,22 @@ def _split_at_comma(before: Node | None, key: ScalarNode, value: Node) -> str | 
 
 
 def merge(base: Node, over: Node) -> Node:
-    """Mappings merge deeply; scalars and lists are replaced by the later file's."""
+    """Merges mappings key by key, at every depth. A scalar or list of `over`, the later file, replaces that of `base`."""
     if not (isinstance(base, MappingNode) and isinstance(over, MappingNode)):
         return over
     entries = {key.value: (key, value) for key, value in base.value}
     for key, value in over.value:
         entries[key.value] = (key, merge(entries[key.value][1], value) if key.value in entries else value)
-    # A new node: an anchored one may stand in other places too.
+    # We make a new node because an anchored one may be used in other places too.
     merged = MappingNode(base.tag, list(entries.values()), base.start_mark, base.end_mark)
     merged.file = base.file  # type: ignore[attr-defined]
     return merged
 
 
 def typed(node: ScalarNode, text: str) -> Any:
-    """The value of a scalar that holds `text` by now. Plain text is typed, quoted text stays text.
+    """The value of a scalar, with `text` in place of what the file has. Plain text gets a type, quoted text stays text.
 
-    Raises ValueError where an explicit tag does not fit.
+    Raises ValueError if the text does not fit an explicit tag.
     """
     types: Any = _Types()
     found = types.resolve(ScalarNode, text, (True, False))
@@ -242,7 +250,7 @@ def typed(node: ScalarNode, text: str) -> Any:
 
 
 def child(node: Node | None, part: str | int) -> Node | None:
-    """What stands under a key or an index."""
+    """The node under a key or an index; None if there is none."""
     if isinstance(node, MappingNode):
         return next((value for key, value in node.value if key.value == part), None)
     if isinstance(node, SequenceNode) and isinstance(part, int) and part < len(node.value):

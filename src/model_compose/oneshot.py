@@ -1,26 +1,30 @@
-"""`run`: one workflow once, in this process or on the service that is already up. The answer is the same."""
+"""One run of a workflow, in this process or on the service that is already up. The answer is the same."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing
 from typing import Any, NamedTuple
 
+from model_compose.components import Answer
 from model_compose.compose import Compose
 from model_compose.errors import ComposeError, FieldError, InputError, RunError
 from model_compose.loading import ComposeFile
 from model_compose.progress import Report
-from model_compose.running import Record
+from model_compose.running import Mix, Record
+from model_compose.terminal import Answered
 from model_compose.workflow.runner import Done
 
 Show = Callable[[str, str], None]
-"""Told a path of the output and the next piece of the text there."""
+"""Takes a path of the output and the next piece of the text there."""
 
 
 class Ran(NamedTuple):
-    """A finished run. notes: what a person should know about its texts."""
+    """A finished run. notes: what a person should know about its texts. answers: of a service, only where one model
+    answered."""
 
     output: Any
     notes: Sequence[str]
+    answers: Sequence[Answered]
 
 
 async def run_here(
@@ -31,9 +35,9 @@ async def run_here(
     show: Show | None,
     loading: AbstractContextManager[Report],
 ) -> Ran:
-    """Loads the models, runs, closes. Text goes to `show` as it is made.
+    """Loads the models, runs the workflow, and closes the models. `show` gets the text while it is made.
 
-    loading: open while the models load, and closed before any text is shown: bars and text do not mix.
+    loading: is open while the models load, and closed before any text is shown, since bars and text do not mix.
     """
     compose = Compose(loaded)
     prepared = compose.prepare(value, workflow=workflow, blend=blend)  # before minutes of loading
@@ -43,12 +47,24 @@ async def run_here(
         async with aclosing(compose.execute(prepared)) as events:
             async for event in events:
                 if isinstance(event, Done):
-                    return Ran(event.output, event.notes)
+                    return Ran(event.output, event.notes, _answered(event.answers))
                 if show:
                     show(".".join(map(str, event.path)), event.text)
     finally:
         await compose.close()
     raise AssertionError("a run ends with Done")
+
+
+def _answered(answers: Sequence[Answer]) -> list[Answered]:
+    return [
+        Answered(
+            Mix(each.blend.name, each.blend.weights, None if each.blend.method is None else each.blend.method.method),
+            each.usage.completion_tokens, each.usage.tokens_per_second,
+            [each.finish_reason] if isinstance(each.finish_reason, str) else each.finish_reason,
+            each.component if len(answers) > 1 else None,
+        )
+        for each in answers
+    ]  # fmt: skip
 
 
 def run_there(
@@ -78,7 +94,7 @@ def run_there(
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Lines end at a newline alone: httpx's own also end at U+2028 and its kind, which JSON may hold."""
+    """Splits at newlines alone. httpx would also split at U+2028 and its kind, which JSON may hold."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
@@ -103,7 +119,13 @@ def _follow(lines: Iterator[str], show: Show | None) -> Ran:
 
 
 def _ran(answer: Mapping[str, Any]) -> Ran:
-    return Ran(answer.get("output"), answer.get("notes", []))
+    finish, usage, blend = answer.get("finish_reason"), answer.get("usage"), answer.get("blend")
+    answers = []
+    if finish and usage and blend:
+        mix = Mix(blend["name"], blend["weights"], blend.get("method"))
+        finishes = [finish] if isinstance(finish, str) else finish
+        answers.append(Answered(mix, usage["completion_tokens"], usage["tokens_per_second"], finishes))
+    return Ran(answer.get("output"), answer.get("notes", []), answers)
 
 
 def _error(problem: Mapping[str, Any]) -> ComposeError:

@@ -1,9 +1,10 @@
-"""What the files on this machine say about a configuration, before anything is fetched or loaded: all of it at once, each
-with its line. Never asks the network.
+"""Checks a configuration against the files on this machine, before anything is fetched or loaded.
 
-Reads configs and headers (engines/on_disk.py), so that it takes milliseconds. Where headers do not say whether an adapter
-fits, since a checkpoint may name and fuse modules otherwise than the model does, the model is made without its weights:
-that takes torch, and seconds.
+Reports all problems at once, each with its line. Never asks the network.
+
+Reads configs and headers alone (engines/on_disk.py), which takes milliseconds. A checkpoint may name or fuse modules in
+another way than the model does. Where the headers therefore cannot tell whether an adapter fits, we build the model
+without its weights. That imports torch and takes seconds.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,10 @@ from model_compose.sources import Fetched, ModelSource, at_hand
 
 @dataclass(frozen=True)
 class Base:
-    """What is known of a base. weights: the tensors of a folder's checkpoint, as far as it has headers; gguf: of a file."""
+    """What the files tell about a base.
+
+    weights: the tensors of a folder's checkpoint, if its files have headers. gguf: the header of a GGUF file.
+    """
 
     fetched: Fetched
     config: Mapping[str, Any]
@@ -46,24 +50,24 @@ class Base:
 
 
 class Findings:
-    """What is wrong, each with the keys of the YAML that it is about."""
+    """The problems found so far, each with the keys of the YAML that it is about."""
 
     def __init__(self) -> None:
         self.found: list[tuple[Keys, ComposeError]] = []
 
     @contextmanager
     def at(self, *keys: str | int) -> Iterator[None]:
-        """Keeps an error of the block; what follows the block goes on."""
+        """Records an error of the block, under `keys`, and goes on after the block."""
         try:
             yield
         except ComposeError as error:
-            self.found.append((keys, error))
+            self.found.append(((*keys, *error.at), error))
 
 
 def check_files(loaded: ComposeFile, *, weights: bool = True) -> None:
-    """Raises the error of the first problem, with every problem in a line of its own.
+    """Raises an error of the first problem's class, whose message has one line for each problem.
 
-    weights: whether they must be there; without, configs are enough.
+    weights: whether the weights must be on this machine. If False, the configs are enough.
     """
     findings = Findings()
     for at, component in located(loaded.config.component, loaded.config.components, "component"):
@@ -107,7 +111,7 @@ def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Co
 
 
 def _read_base(options: ModelOptions, loaded: ComposeFile, weights: bool) -> Base | None:
-    """None where only the network can tell. Raises SourceError, LoadError."""
+    """What its files tell; None if they are not on this machine. Raises SourceError, LoadError."""
     fetched = at_hand(options.model, base_dir=loaded.base_dir)
     if fetched is None:
         return None
@@ -120,7 +124,7 @@ def _read_base(options: ModelOptions, loaded: ComposeFile, weights: bool) -> Bas
             on_disk.check_chat_template(fetched, whole)
         return Base(fetched, {}, gguf=whole)
     config = on_disk.read_config(fetched)
-    elsewhere = options.options.model_dump().get("base_url")  # of a server that has the weights
+    elsewhere = options.options.model_dump().get("base_url")  # the address of a server that has the weights itself
     tensors = None
     if on_disk.has_weights(fetched) or (weights and not elsewhere):
         tensors = on_disk.read_weights(fetched)
@@ -135,7 +139,10 @@ def _read_base(options: ModelOptions, loaded: ComposeFile, weights: bool) -> Bas
 
 
 def _read_adapter(name: str, source: ModelSource, loaded: ComposeFile, weights: bool) -> LoraAdapter | None:
-    """Its shapes; None where only the network, or the weights themselves, can tell. Raises SourceError, AdapterError."""
+    """The adapter with the shapes of its factors; None if its files, or its weights, are not on this machine.
+
+    Raises SourceError, AdapterError.
+    """
     try:
         fetched = at_hand(source, base_dir=loaded.base_dir)
     except SourceError as error:
@@ -149,11 +156,11 @@ def _read_adapter(name: str, source: ModelSource, loaded: ComposeFile, weights: 
 
 
 def _check_shapes(base: Base, adapter: LoraAdapter) -> bool:
-    """Whether the headers say that the adapter fits; False where they do not say. Raises AdapterError where it does not."""
+    """Whether the headers show that the adapter fits. False if they cannot tell. Raises AdapterError if it does not fit."""
     if base.gguf is not None:
         architecture = _architecture(base.gguf)
         if architecture is None:
-            return True  # the driver refuses it, or knows more than we do
+            return True  # we do not know this architecture; the driver checks the adapter when it loads
         sizes = {name: stored.shape for name, stored in base.gguf.tensors.items() if len(stored.shape) == 2}
         check(adapter, architecture.shapes(adapter.modules, sizes))
         return True
@@ -164,7 +171,7 @@ def _check_shapes(base: Base, adapter: LoraAdapter) -> bool:
 
 
 def _architecture(gguf: Gguf) -> Architecture | None:
-    """None for one of which it is not known how its modules are named."""
+    """What maps GGUF's tensor names to modules; None for an architecture whose names we do not know."""
     name = gguf.fields.get("general.architecture")
     layers, heads = (gguf.fields.get(f"{name}.{key}") for key in ("block_count", "attention.head_count"))
     if name not in PERMUTED | PLAIN or not isinstance(layers, int) or not isinstance(heads, int):
@@ -175,7 +182,10 @@ def _architecture(gguf: Gguf) -> Architecture | None:
 def _check_exactly(
     findings: Findings, at: Keys, options: ModelOptions, base: Base, adapters: Mapping[int, LoraAdapter]
 ) -> None:
-    """By the modules of the model itself, made from its config without weights."""
+    """Checks adapters against the modules of the model itself, which is built from its config without weights.
+
+    Skipped for a model that brings its own code: that code runs when the model is loaded, and not before.
+    """
     if not adapters or base.gguf is not None or options.trust_remote_code:
         return
     from model_compose.engines.blueprint import read_blueprint
@@ -192,7 +202,10 @@ def _check_exactly(
 
 
 def _check_actions(findings: Findings, at: Keys, options: Any, base: Base | None) -> None:
-    """Formats that no text can keep to, and tokens that the base has not got, where the YAML fixes them."""
+    """Checks the response formats and the tokens of logit_bias that the YAML fixes.
+
+    A format must be one that text can follow, and a token one that the base has.
+    """
     own = options.options.model_dump()
     for place, action in located(options.action, options.actions, "action"):
         given = action.response_format

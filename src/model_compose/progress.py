@@ -1,4 +1,4 @@
-"""Progress of long work (downloads, loading), reported by a callable so that the work knows no bars and no servers."""
+"""Progress of long work: downloads, loading. The work calls a `Report`, and so need not know of bars or servers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one piece of work has come. `total` is None while it is unknown; `unit` is "B" for bytes, else a noun."""
+    """How far one piece of work has come. `total` is None while it is unknown. `unit` is "B" for bytes, else a noun."""
 
     what: str
     done: int = 0
@@ -15,8 +15,8 @@ class Progress:
 
 
 Report = Callable[[Progress], None]
-"""Called from any thread, often; must be quick and never raise."""
+"""Takes the progress. It is called often and from any thread, so it must be quick and never raise."""
 
 
 def silent(_: Progress) -> None:
-    """The report that tells nobody."""
+    """A report that shows nothing."""

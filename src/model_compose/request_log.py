@@ -1,6 +1,6 @@
-"""What the log says of requests: the id on each line, and what is known at the end. Knows nothing of HTTP.
+"""What the log says about requests: the id on each line, and at the end their tokens and blends. Knows nothing of HTTP.
 
-The request that a task works for is in a context variable, which asyncio hands on to the tasks that it starts.
+A context variable holds the request that a task works for. asyncio hands it on to the tasks that this task starts.
 """
 
 import logging
@@ -12,7 +12,7 @@ REQUEST_FORMAT = "%(asctime)s %(levelname)-8s %(request)s%(message)s"
 
 @dataclass
 class Ongoing:
-    """A request that is being served. blends: the labels of what answered it, as in the metrics."""
+    """A request that is being served. blends: the blends that answered it, by their labels in the metrics."""
 
     id: str
     prompt_tokens: int = 0
@@ -24,7 +24,7 @@ ONGOING: ContextVar[Ongoing | None] = ContextVar("ongoing", default=None)
 
 
 def tell(prompt_tokens: int, completion_tokens: int, blend: str) -> None:
-    """Notes a completed generation for the line at the request's end. Does nothing outside of a request."""
+    """Adds a completed generation to the request's last log line. Does nothing outside of a request."""
     if ongoing := ONGOING.get():
         ongoing.prompt_tokens += prompt_tokens
         ongoing.completion_tokens += completion_tokens
@@ -32,7 +32,7 @@ def tell(prompt_tokens: int, completion_tokens: int, blend: str) -> None:
 
 
 class RequestFilter(logging.Filter):
-    """Gives each record the `request` that REQUEST_FORMAT shows: the id in brackets, or nothing."""
+    """Sets each log record's `request`, which REQUEST_FORMAT shows: the id in brackets, or nothing."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         ongoing = ONGOING.get()

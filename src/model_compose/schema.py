@@ -1,7 +1,6 @@
-"""The base class of everything a user writes in YAML or sends as a request: frozen, and unknown keys are errors.
+"""The base class of everything that a user writes in YAML or sends as a request: frozen, and unknown keys are errors.
 
-Knows nothing of any particular option; each driver, component and server derives its own options from `Options`
-beside its code.
+Knows no particular option. Each driver, component and server derives its own options from `Options`, beside its code.
 """
 
 import difflib
@@ -32,22 +31,23 @@ LONGEST_NAME = 256
 
 
 def invalid(message: str, *at: str | int) -> PydanticCustomError:
-    """The error that a validator raises about a part of what it validates, so that the file's line of it can be told.
+    """The error that a validator raises about a part of the value that it validates.
 
-    at: the keys from the validated value down to the wrong part; none means the whole value.
+    at: the keys from the validated value down to the wrong part; without any, the whole value is wrong. Messages about a
+    file name the line of that part.
     """
     return PydanticCustomError("invalid", "{message}", {"message": message, "at": at})
 
 
-# What a field declares about itself, beside its type.
+# Annotations by which a field declares more than its type.
 
 
 @dataclass(frozen=True)
 class Secret:
-    """Annotation: no message shows the value, and a variable's value stays text however much it looks like a number.
+    """Annotation: no message shows the value. The value of a variable stays text, even if it looks like a number.
 
-    unset_is_none: an unset variable means no value, instead of an error. danger: what would happen without a value, which
-    makes an empty one an error too.
+    unset_is_none: whether an unset variable means null, instead of an error. danger: what would happen without a value,
+    for messages; if given, an empty value is an error too.
     """
 
     unset_is_none: bool = False
@@ -56,9 +56,9 @@ class Secret:
 
 @dataclass(frozen=True)
 class RelativeToFile:
-    """Annotation: the value is a path, or a list of paths, and counts from the folder of the file that says it.
+    """Annotation: the value is a path or a list of paths. A relative path counts from the folder of the file that has it.
 
-    is_path: tells paths from other texts, where the field takes both.
+    is_path: whether a text is a path, for fields that take other texts too. By default every text that is not empty is.
     """
 
     is_path: Callable[[str], bool] = bool
@@ -66,8 +66,10 @@ class RelativeToFile:
 
 @dataclass(eq=False)
 class AnyOf:
-    """Annotation: the field's value is of one of these classes; another field says of which. classes: called when needed,
-    since it imports them."""
+    """Annotation: the value is of one of several classes, which another field chooses.
+
+    classes: returns them. It is called only when the classes are needed, since it imports them.
+    """
 
     classes: Callable[[], Iterable[Any]]
 
@@ -81,9 +83,10 @@ LocalPath = Annotated[str, RelativeToFile()]
 
 
 class Options(BaseModel):
-    """A frozen pydantic model that refuses unknown keys and names the nearest valid one.
+    """A frozen pydantic model. It refuses an unknown key and suggests the nearest valid one.
 
-    later: keys of the dialect that this version accepts only at the given default; anything else is refused by name.
+    later: keys of the original model-compose that this version does not support, with their defaults. It accepts such a
+    key only with its default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -104,7 +107,7 @@ class Options(BaseModel):
 
 
 def _boolean(value: Any) -> Any:
-    """The value, where it is one of YAML 1.1's words for true and false as fields of that type take it."""
+    """True or False for a word that YAML 1.1 and pydantic read as that; any other value unchanged."""
     words = {"yes": True, "on": True, "no": False, "off": False}
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
@@ -119,7 +122,10 @@ def _cut(name: str) -> str:
 
 
 def at_most(count: int, things: str) -> BeforeValidator:
-    """Annotation: refuses a longer list or mapping before its items are looked at, as each wrong one would be an error."""
+    """Annotation: refuses a list or mapping of more than `count` items before pydantic checks the items.
+
+    Otherwise a request of a million wrong items would get a million errors.
+    """
 
     def check(value: Any) -> Any:
         if isinstance(value, list | tuple | Mapping) and len(value) > count:
@@ -133,7 +139,10 @@ def at_most(count: int, things: str) -> BeforeValidator:
 
 
 def field_of(item: ErrorDetails, data: Any) -> str:
-    """The field of `data` that pydantic speaks of, as the caller wrote it: without the names of a union's members."""
+    """The dotted path of the field that a pydantic error is about, in the keys that the caller used.
+
+    pydantic's location also names members of unions, which are not in `data`; those parts are left out.
+    """
     path = []
     for part in item["loc"]:
         inside = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int)
@@ -147,7 +156,7 @@ def field_of(item: ErrorDetails, data: Any) -> str:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint for a misspelt name: the nearest valid one, else all of them."""
+    """A hint for a misspelt name: the nearest valid name, or all valid names if none is near."""
     valid = list(valid)
     near = difflib.get_close_matches(name[:LONGEST_NAME], valid, n=1, cutoff=0.6)
     if near:
@@ -156,7 +165,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """The value as a message shows it: short, in YAML's words, and never what is inside a mapping or a list."""
+    """The value as messages show it: short and in YAML's words. The contents of mappings and lists are never shown."""
     if isinstance(value, Mapping | list | tuple):
         return "a mapping" if isinstance(value, Mapping) else "a list"
     if value is None or isinstance(value, bool):
@@ -171,7 +180,10 @@ _DECIMAL = re.compile(r"\s*[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?
 
 
 def finite_number(value: Any) -> float:
-    """A finite number, or a decimal string as forms send it. true, NaN and infinity are errors."""
+    """The value as a finite float. Accepts decimal text too, since forms send text.
+
+    Raises PydanticCustomError for anything else, such as true, NaN and infinity.
+    """
     problem = PydanticCustomError(
         "weight", "a weight must be a finite number, not {value}{advice}",
         {"value": shown(value), "advice": decimal_advice(value)},
@@ -190,7 +202,7 @@ def finite_number(value: Any) -> float:
 
 
 def decimal_advice(value: Any) -> str:
-    """How to write the number that a text means: 0,7, or one in a form that YAML 1.1 knows (012, 0x1F, 1:30, 1_000)."""
+    """Advice on how to write a number that was written as 0,7 or in a form of YAML 1.1 (012, 0x1F, 1:30, 1_000); or ""."""
     if not isinstance(value, str) or len(value) > 40:
         return ""
     if re.fullmatch(r"[-+]?[0-9]*,[0-9]+", value):
@@ -212,7 +224,7 @@ _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, None: 1
 
 
 def _seconds(value: Any) -> Any:
-    """The dialect's durations: a number of seconds, or 500ms, 30s, 5m, 1h, 1d."""
+    """A duration in seconds: a number of seconds, or text such as 500ms, 30s, 5m, 1h, 1d."""
     if isinstance(value, str):
         match = _DURATION.fullmatch(value.strip())
         if match is None:
@@ -228,7 +240,7 @@ Weight = Annotated[float, BeforeValidator(finite_number)]
 
 
 def has_expression(value: Any) -> bool:
-    """Whether there is a ${...} anywhere in a YAML value."""
+    """Whether a YAML value contains a ${...} anywhere."""
     if isinstance(value, Mapping):
         return any(has_expression(item) for item in value.values())
     if isinstance(value, list | tuple):
@@ -237,7 +249,7 @@ def has_expression(value: Any) -> bool:
 
 
 def checked_expression(value: Any) -> Any:
-    """The value as it is, after its expressions have been parsed once to find mistakes at load."""
+    """Returns the value unchanged. Parses its expressions once, so that mistakes are found when the file is loaded."""
     try:
         parse(value)
     except SyntaxProblem as problem:
@@ -246,11 +258,11 @@ def checked_expression(value: Any) -> Any:
 
 
 TemplateValue = Annotated[Any, BeforeValidator(checked_expression)]
-"""Any YAML value with expressions in it; kept as written, parsed where it is used."""
+"""Any YAML value that may contain expressions. It is kept as written and parsed where it is used."""
 
 
 class OrExpression:
-    """Annotation: the field's own type, or a value that contains expressions and is checked after they are evaluated."""
+    """Annotation: the field takes its own type, or a value with expressions, which is checked once they are evaluated."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         def check(value: Any, inner: core_schema.ValidatorFunctionWrapHandler) -> Any:
@@ -263,9 +275,9 @@ class OrExpression:
 
 
 def templated(model: type[Options], base: type[Options]) -> type[Any]:
-    """The class for what the YAML holds of `model`: the same fields, each of which may hold expressions instead.
+    """A class with the fields of `model`, each of which may also hold expressions: what the YAML says for it.
 
-    Fields that are Options themselves (params) are taken apart, so their unknown keys are found at load too.
+    A field that is an Options class itself (params) is templated in the same way, so that its unknown keys are errors too.
     """
     fields: dict[str, Any] = {}
     for name, info in model.model_fields.items():

@@ -1,5 +1,7 @@
-"""Which names an expression may use at each place of the file. What leads nowhere is null at run time, so it is an error at
-load. Knows no lines of the file: a problem carries its path of keys.
+"""Checks which names each expression of the file may use.
+
+An expression that names something that does not exist would be null in every run, so it is an error when the file is
+loaded. This module does not know the file's lines: a problem has the keys of its place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,19 +16,20 @@ from model_compose.schema import nearest
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
 Shape = Mapping[str, Any] | Literal["text"] | None
-"""What is known of a value: a mapping with exactly these keys and their shapes, text (or a list of texts), or nothing."""
+"""What is known about a value: a mapping with exactly these keys, each with its shape; "text", for a text or a list of
+texts; or None if nothing is known."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """keys: those of the YAML that lead to the expression."""
+    """What is wrong with an expression. keys: the keys of the YAML that lead to it."""
 
     keys: Keys
     message: str
 
 
 def problems(config: Config) -> Iterator[Problem]:
-    """Every expression of the file that names what is not there."""
+    """Every expression of the file that names something that does not exist, or that may not be ready yet."""
     for at, workflow in located(config.workflow, config.workflows, "workflow"):
         yield from _of_workflow(at, workflow, config)
     for at, component in located(config.component, config.components, "component"):
@@ -64,7 +67,10 @@ def _of_action(at: Keys, action: ActionOptions, component: ComponentOptions, con
 def _never_given(
     at: Keys, reference: Reference, action: ActionOptions, component: ComponentOptions, config: Config
 ) -> Iterator[Problem]:
-    """An action cannot run without the field, and a job that runs it spells its input out and leaves that part away."""
+    """The jobs that run this action and never give it the input that `reference` reads, which the action needs.
+
+    Only a job that lists the parts of its input can be checked.
+    """
     if reference.key != "input" or reference.default is not None:
         return
     for workflow in config.all_workflows:
@@ -88,14 +94,14 @@ def _in_scope(at: Keys, template: Template, scope: Mapping[str, Shape]) -> Itera
 
 
 def _references(template: Template) -> Iterator[tuple[Keys, Reference]]:
-    """Every expression with its place in the template."""
+    """Every expression in a template, each with its keys."""
     for path, leaf in template.leaves():
         for reference in Template(leaf).references():
             yield tuple(step for step in path if not isinstance(step, slice)), reference
 
 
 def _nowhere(reference: Reference, scope: Mapping[str, Shape]) -> str | None:
-    """Why an expression is null whatever happens; None where it may have a value."""
+    """Why an expression is null in every run; None if it may have a value."""
     if reference.key not in scope:
         return f"{reference.source}: there is no '{reference.key}' here{_hint(reference.key, scope)}"
     lost = _lost(scope[reference.key], reference.path)
@@ -113,9 +119,9 @@ def _hint(name: str, valid: Mapping[str, Any] | None) -> str:
 
 
 def _lost(shape: Shape, path: Path) -> tuple[int, str, Mapping[str, Any] | None] | None:
-    """Where a path leaves what is known: how many of its steps lead somewhere, the next one, and what would have.
+    """The first step of a path that does not exist, as (how many steps exist before it, the step, the steps that would).
 
-    None where it stays within, or reaches what is not known.
+    The last is None if the value before the step is text. Returns None if all steps exist, or may exist.
     """
     for depth, step in enumerate(path):
         if shape is None or not isinstance(step, str):
@@ -129,7 +135,7 @@ def _lost(shape: Shape, path: Path) -> tuple[int, str, Mapping[str, Any] | None]
 
 
 def _too_early(reference: Reference, job: JobOptions, before: set[str]) -> str | None:
-    """Why the output of another job may not be there yet."""
+    """Why the output that an expression reads may not exist when `job` starts. before: the jobs that have ended then."""
     if reference.key != "jobs" or not reference.path or (other := reference.path[0]) in before:
         return None
     if other == job.id:
@@ -138,7 +144,7 @@ def _too_early(reference: Reference, job: JobOptions, before: set[str]) -> str |
 
 
 def _before(job: JobOptions, workflow: WorkflowOptions) -> set[str]:
-    """The jobs that have ended when this one starts."""
+    """The ids of the jobs that have always ended when `job` starts."""
     jobs = {each.id: each for each in workflow.all_jobs}
     found: set[str] = set()
     waiting = list(job.depends_on)
@@ -154,13 +160,13 @@ def _output(job: JobOptions, config: Config) -> Shape:
 
 
 def _result(job: JobOptions, config: Config) -> Shape:
-    """What the job's action gives."""
+    """The shape of the result of the job's action."""
     action = pick(config.all_components, job.component, "component").find_action(job.action)
     return "text" if action.output_template is None else _shape(action.output_template, {"result": "text"})
 
 
 def _shape(template: Template, scope: Mapping[str, Shape]) -> Shape:
-    """What is known of a template's value, given the shapes of the sources; sources that are not given are not known."""
+    """The shape of a template's value. scope: the shapes of the sources; nothing is known about other sources."""
     node = template.node
     if isinstance(node, dict):
         return {key: _shape(item, scope) for key, item in node.items()}

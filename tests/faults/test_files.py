@@ -17,7 +17,7 @@ from model_compose.errors import ConfigError
 from model_compose.loading import ComposeFile, load
 from model_compose.native import compiling, kernels
 from model_compose.native.compiling import find_compiler, load_compiled
-from model_compose.running import find, hold, log_file
+from model_compose.running import find, hold, log_file, make_state_dir
 from tests.engines.test_child import alive
 from tests.test_cli import cli, folder, state  # noqa: F401 - fixtures
 from tests.tiny import YAML
@@ -43,6 +43,7 @@ def test_records_locks_and_logs_are_this_users_alone(loaded: ComposeFile, before
     """Also where a version before left them open, or the umask would."""
     umask = os.umask(0)
     try:
+        make_state_dir()
         log = log_file(loaded.files)
         if before is not None:
             for kind in ("log", "json", "lock", "tmp"):
@@ -261,18 +262,18 @@ def merged(count: int) -> str:
 
 
 BOMBS = {
-    "ten levels of ten aliases": (levels(11, 10), "holds 111,111 values once its aliases are spelt out"),
-    "forty levels of two": (levels(41, 2), "spelt out; a file may hold 100,000"),
-    "a thousand aliases of a thousand": (levels(3, 1000), "spelt out; a file may hold 100,000"),
+    "ten levels of ten aliases": (levels(11, 10), "holds 111,111 values with its aliases written out"),
+    "forty levels of two": (levels(41, 2), "written out; a file may hold 100,000"),
+    "a thousand aliases of a thousand": (levels(3, 1000), "written out; a file may hold 100,000"),
     "as keys of mappings": (levels(3, 1000).replace("[", "{k: [").replace("]", "]}"), "a file may hold 100,000"),
     "10,000 merges, each of the one before": (merged(10_000), "brings in more than the 100,000 values"),
     "many merges of one": (
         "a: &a {" + ", ".join(f"k{n}: 0" for n in range(1000)) + "}\nb: {<<: [" + "*a, " * 50_000 + "]}",
-        "spelt out; a file may hold 100,000",
+        "written out; a file may hold 100,000",
     ),
-    "an anchor that holds itself": ("a: &a [x, *a]", "an anchor cannot hold itself"),
-    "an anchor that holds itself below": ("a: &a {b: {c: [*a]}}", "an anchor cannot hold itself"),
-    "an anchor that merges itself": ("a: &a {<<: *a}", "an anchor cannot hold itself"),
+    "an anchor that holds itself": ("a: &a [x, *a]", "an anchor cannot contain its own alias"),
+    "an anchor that holds itself below": ("a: &a {b: {c: [*a]}}", "an anchor cannot contain its own alias"),
+    "an anchor that merges itself": ("a: &a {<<: *a}", "an anchor cannot contain its own alias"),
     "nested 150 deep": (in_each_other(150), "nested deeper than 100"),
     "nested 900 deep": (in_each_other(900), "nested deeper than 100"),
     "nested 100,000 deep": ("a: " + "[" * 100_000, "exceeded maximum nesting depth"),

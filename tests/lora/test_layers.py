@@ -15,6 +15,7 @@ from model_compose.errors import AdapterError
 from model_compose.lora.adapter import Factors, LoraAdapter
 from model_compose.lora.blend import Blend, stack
 from model_compose.lora.layers import IDLE_USES, LoraModel, Placement, module_shapes
+from model_compose.lora.live import Layouts, Mix, Selection
 from tests import tiny
 from tests.lora.oracle import TOLERANCE, dense, error, random_adapter
 
@@ -232,6 +233,39 @@ def test_adapters_can_be_loaded_and_unloaded() -> None:
     with pytest.raises(AdapterError, match="adapter 'odd'"):
         lora.load(LoraAdapter("odd", {path: Factors(torch.zeros(4, 64), torch.zeros(32, 4), 1.0)}, "d"))
     assert lora.names == ("a",)
+
+
+def test_a_name_that_is_loaded_again_brings_its_new_factors() -> None:
+    """The selection has the same names as before, so only its identity says that the stacks are old."""
+    model = base("llama")
+    path = "model.layers.0.self_attn.q_proj"
+    old, new = (random_adapter("a", model, [path], [4], [2.0], seed=seed) for seed in (1, 2))
+    ids, blend = torch.arange(5)[None], Blend({"a": 1.0})
+    lora = LoraModel(model, [old])
+    for adapter in (old, new):
+        with torch.inference_mode(), lora.use([blend]):
+            ours = model(ids).logits
+        assert error(ours, dense(base("llama"), [adapter], blend.weights)(ids).logits) <= TOLERANCE
+        lora.unload("a")
+        lora.load(new)
+
+
+def test_selections_and_layouts_are_equal_only_to_themselves() -> None:
+    assert Selection(frozenset("a")) != Selection(frozenset("a"))
+    cpu, known = torch.device("cpu"), Layouts()
+    one = known.of(("a",), (1.0,), cpu)
+    assert one == known.of(("a",), (1.0,), cpu)
+    assert one != known.of(("a",), (2.0,), cpu)
+    known.forget()
+    assert one != known.of(("a",), (1.0,), cpu)
+
+
+def test_a_layout_that_is_gone_is_not_taken_for_a_new_one() -> None:
+    """New objects soon get the address, and so the id(), of one that was freed."""
+    mix, cpu = Mix([Blend({"a": 0.5})], [1]), torch.device("cpu")
+    assert mix.scales(Layouts().of(("a",), (1.0,), cpu), 1).item() == 0.5
+    new = [Layouts().of(("a",), (3.0,), cpu) for _ in range(1000)]
+    assert all(mix.scales(layout, 1).item() == 1.5 for layout in new)
 
 
 def test_an_adapter_computes_in_its_own_precision() -> None:

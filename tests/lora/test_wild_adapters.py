@@ -511,7 +511,7 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (TENSORS | {"x": Evil()}, "it would call posix.getpid when it is read"),
+        (TENSORS | {"x": Evil()}, "reading it would call posix.getpid"),
         ([1, 2], "mapping of names to tensors"),
         ({1: torch.ones(2)}, "mapping of names to tensors"),
         ({"x": {"y": torch.ones(2)}}, "holds a value of type dict as 'x', not a tensor"),

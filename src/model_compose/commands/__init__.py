@@ -1,1 +1,1 @@
-"""Commands whose bodies are longer than a few lines; cli.py registers them."""
+"""The commands that are longer than a few lines. cli.py registers them."""

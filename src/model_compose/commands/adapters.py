@@ -1,4 +1,4 @@
-"""`model-compose adapters list` and `inspect`: what the adapters are, and how they stand beside each other."""
+"""`model-compose adapters list` and `inspect`: what the adapters are, and how they compare with each other."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from model_compose.commands import completion
 from model_compose.commands.options import (
-    BLEND_FORMS,
     EnvFiles,
     EnvPairs,
     Files,
     Verbose,
     all_files,
+    blend_option,
+    component_option,
     load_files,
     log_to_stderr,
     parse_blend,
@@ -33,22 +35,25 @@ MOST_PAIRS = 20
 GAP = 2
 NOTES = {
     "norm": "the Frobenius norm of s B A over all modules",
-    "share": "the norm times the weight, of the sum over the blend's adapters",
-    "cosine": "between the two whole updates; -1 cancels, 1 adds up",
-    "inputs, outputs": "how much of what A reads and B writes is the same, 0 to 1; chance is that of random adapters",
+    "share": "norm times weight, as a share of that sum over the blend's adapters",
+    "cosine": "between the two whole updates: -1 means they cancel, 1 that they add up",
+    "inputs, outputs": "how far the subspaces that A reads and B writes overlap, 0 to 1; chance: of random adapters",
 }
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at adapters before any model is loaded.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect adapters without loading a model.")
 
-Component = Annotated[str | None, typer.Option("--component", metavar="ID", help="The model; all if left out")]
+Component = Annotated[str | None, component_option("The model. Default: all models")]
 BlendOption = Annotated[
-    str | None, typer.Option("--blend", "-b", metavar=BLEND_FORMS, help="Whose shares; the default blend if left out")
+    str | None, blend_option("The blend whose shares are shown: its name, or weights. Default: the file's own weights")
 ]
-PlotOption = Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Save a plot (needs matplotlib)")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with all layers, sizes in bytes")]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Save a plot as .png, .svg or .pdf (needs matplotlib)"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, with all layers and sizes in bytes")]
 
 
-@app.command("list")
+@app.command("list", epilog="Example: model-compose adapters list --blend alpaca=0.5,pirate=1")
 def list_adapters(
     files: Files = None,
     component: Component = None,
@@ -59,17 +64,23 @@ def list_adapters(
     env: EnvPairs = None,
     verbose: Verbose = False,
 ) -> None:
-    """The adapters of the file, whether they fit its model, and their shares of a blend."""
+    """List the file's adapters and their shares of a blend.
+
+    This also checks that they fit the model. Exit code 1: one does not.
+    """
     log_to_stderr(verbose, level=logging.WARNING)
     loaded = load_files(files, env_files, env)
     _tell(loaded, (), component, blend, plot, as_json=as_json, deep=False)
 
 
-@app.command("inspect")
+@app.command("inspect", epilog="Example: model-compose adapters inspect ./adapters/mine --plot mine.png")
 def inspect_adapters(
     adapters: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME|FOLDER]...", help="Of the file, or PEFT folders; all if left out"),
+        typer.Argument(
+            metavar="NAME|FOLDER", help="Names in the file, or PEFT folders. Default: all of the file",
+            autocompletion=completion.adapters,
+        ),
     ] = None,
     files: Files = None,
     component: Component = None,
@@ -79,8 +90,11 @@ def inspect_adapters(
     env_files: EnvFiles = None,
     env: EnvPairs = None,
     verbose: Verbose = False,
-) -> None:
-    """Some adapters layer by layer. Folders alone need no YAML file; with -f they are checked against its model."""
+) -> None:  # fmt: skip
+    """Show adapters layer by layer.
+
+    Folders alone need no YAML file. With -f they are checked against the file's model.
+    """
     log_to_stderr(verbose, level=logging.WARNING)
     given = adapters or ()
     alone = bool(given) and all(map(_is_folder, given)) and not (all_files(files) or component)
@@ -109,7 +123,7 @@ def _tell(
 
 
 def _drawing(plot: Path | None) -> Any:
-    """What draws the plot. Raises InputError before any work is done, if it could not be written."""
+    """The function that draws the plot. Raises InputError, before any work is done, if it could not be written."""
     if plot is None:
         return None
     from model_compose.commands.adapters_plot import KINDS, draw
@@ -128,7 +142,7 @@ def _drawing(plot: Path | None) -> Any:
 def _inspect(
     loaded: "ComposeFile | None", given: Sequence[str], component: str | None, blend: str | None, bars: Any
 ) -> "list[Inspection]":
-    """One inspection for each model that is meant. Raises NotFound, InputError, AdapterError."""
+    """One inspection for each model that the command names. Raises NotFound, InputError, AdapterError."""
     from model_compose.inspection import inspect
 
     mix = parse_blend(blend)
@@ -150,7 +164,7 @@ def _inspect(
 
 
 def _models(loaded: "ComposeFile | None", component: str | None) -> "Mapping[str, ModelOptions]":
-    """The model components by their public names; the one that is asked for. Raises NotFound."""
+    """The model components by their public names, or only `component`. Raises NotFound."""
     from model_compose.plan import models
 
     found = dict(models(loaded.config)) if loaded else {}
@@ -163,15 +177,15 @@ def _models(loaded: "ComposeFile | None", component: str | None) -> "Mapping[str
 
 
 def _is_folder(text: str) -> bool:
-    """Where there is a YAML file, a bare word is the name of one of its adapters rather than a folder beside it."""
-    from model_compose.loading import FILE_NAMES
+    """Whether this means a folder. A bare word means an adapter's name if this folder has a YAML file."""
+    from model_compose.nodes import FILE_NAMES
 
     is_name = "/" not in text and any(Path(name).is_file() for name in FILE_NAMES)
     return not is_name and Path(text).expanduser().is_dir()
 
 
 def _folders(given: Sequence[str], known: "set[str]") -> dict[str, str]:
-    """Folders by the names that they get. Raises NotFound for what is neither a name nor a folder."""
+    """Folders by the names that the output gives them. Raises NotFound for what is neither a name nor a folder."""
     folders: dict[str, str] = {}
     for text in given:
         path = Path(text).expanduser().resolve()
@@ -186,12 +200,12 @@ def _folders(given: Sequence[str], known: "set[str]") -> dict[str, str]:
     return folders
 
 
-# Tables, as wide as the terminal, 80 columns when piped.
+# Tables are as wide as the terminal, and 80 columns wide when piped.
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table. cells: one for each row."""
+    """A column of a table. cells: one for each row."""
 
     header: str
     cells: Sequence[str]
@@ -276,7 +290,7 @@ def _print_adapters(inspection: "Inspection", console: "Console") -> None:
         parts = sum(abs(weight) * norms.get(name, 0.0) for name, weight in blend.active.items())
         console.print()
         name = f"the blend {blend.name}" if blend.name else "this blend"
-        if blend.method is not None:  # what a method makes of it takes the dense updates to know
+        if blend.method is not None:  # the method's own result could only be known from dense updates
             name = f"the sum that {name} ({blend.method.method}) approximates"
         console.print(f"{name} has the norm {_number(norm)}; its parts add up to {_number(parts)}", markup=False)
 
@@ -343,7 +357,7 @@ def _print_notes(console: "Console", *, with_pairs: bool) -> None:
 
 
 def _print_table(console: "Console", first: Column, groups: Sequence[Sequence[Column]]) -> None:
-    """The columns side by side; groups that the terminal is too narrow for follow below, after the first column again."""
+    """Prints the columns side by side. Groups of columns that do not fit follow below, after the first column again."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -379,5 +393,5 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits that mean something; a dash for nothing at all."""
+    """Three significant digits, or a dash for 0."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}" if value else "–"

@@ -1,4 +1,4 @@
-"""The plot of `adapters list` and `inspect`: norms and shares by layer, and how much each pair overlaps."""
+"""The plot of `adapters list` and `inspect`: norms and shares by layer, and how far each pair of adapters overlaps."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from model_compose.inspection import Inspection
 KINDS = (".png", ".svg", ".pdf")
 COLORS = ("#3b6fb6", "#e07b39", "#3a9d6e", "#b8527d", "#8a6fc2", "#8c8c3a", "#4aa3b5", "#a0522d")
 LEGEND_CHARACTERS = 170
-"""That fit into a line below the plot."""
+"""How many characters of a legend fit into one line below the plot."""
 GREY = "#6b6b6b"
 STYLE = {
     "font.size": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titlepad": 8,
@@ -23,7 +23,7 @@ STYLE = {
 
 
 def draw(inspections: Sequence[Inspection], path: Path) -> None:
-    """Writes the plot: a row for each model. Raises InputError where the file cannot be written."""
+    """Writes the plot, with a row for each model. Raises InputError if the file cannot be written."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -140,7 +140,7 @@ def _draw_overlaps(area: Any, inspection: Inspection) -> None:
 
 
 def _label_layers(axes: Any, layers: Sequence[str]) -> None:
-    """Every layer where there is room, else some; modules outside of any layer by their names."""
+    """Labels every layer, or every n-th if there are many. Modules outside of the layers get their names."""
     step = -(-len(layers) // 20)
     shown = [i for i, layer in enumerate(layers) if not layer.isdecimal() or int(layer) % step == 0]
     axes.set_xticks(shown, [layers[i] for i in shown])

@@ -1,4 +1,4 @@
-"""`model-compose export`: a blend as files."""
+"""`model-compose export`: writes a blend as files."""
 
 import logging
 from pathlib import Path
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from model_compose.commands.options import (
-    BLEND_FORMS,
     EnvFiles,
     EnvPairs,
     Files,
     Verbose,
+    blend_option,
+    component_option,
     load_files,
     log_to_stderr,
     parse_blend,
@@ -23,29 +24,28 @@ if TYPE_CHECKING:
 
 
 def export(
-    format: Annotated[str, typer.Option("--format", metavar="peft|merged|gguf|gguf-merged", help="What is written")],
+    format: Annotated[str, typer.Option("--format", metavar="peft|merged|gguf|gguf-merged", help="What to write")],
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="FOLDER|FILE.gguf", help="Where it goes; nothing is overwritten")
+        Path,
+        typer.Option("--output", "-o", metavar="FOLDER|FILE.gguf", help="Where to write it; nothing is overwritten"),
     ],
-    component: Annotated[
-        str | None, typer.Option("--component", metavar="ID", help="Whose blend, where the file has several models")
-    ] = None,
+    component: Annotated[str | None, component_option("The model, where the file has several")] = None,
     blend: Annotated[
-        str | None,
-        typer.Option("--blend", "-b", metavar=BLEND_FORMS, help="Which; the default if left out"),
+        str | None, blend_option("The blend: its name, or weights. Default: the file's own weights")
     ] = None,
     precision: Annotated[
-        str, typer.Option("--precision", metavar="DTYPE", help="float32, float16, bfloat16; auto keeps what there is")
+        str,
+        typer.Option("--precision", metavar="DTYPE", help="float32, float16 or bfloat16; auto keeps the files' own"),
     ] = "auto",
     shard_size: Annotated[
-        str | None, typer.Option("--shard-size", metavar="SIZE", help="Of the files of --format merged (5GB)")
+        str | None, typer.Option("--shard-size", metavar="SIZE", help="Largest file of --format merged. Default: 5GB")
     ] = None,
     files: Files = None,
     env_files: EnvFiles = None,
     env: EnvPairs = None,
     verbose: Verbose = False,
 ) -> None:
-    """Write a blend as one PEFT adapter, a merged model, or a GGUF file."""
+    """Write a blend as a PEFT adapter, merged model or GGUF file."""
     from model_compose.export import Order
     from model_compose.export import export as write
     from model_compose.terminal import bars

@@ -1,4 +1,4 @@
-"""`--input` of `run`: where its text comes from, and what a workflow takes of it."""
+"""`--input` of `run`: where its text comes from, and which input of the workflow it is."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ SAMPLES: Mapping[str, Any] = {"integer": 1, "number": 0.5, "slider": 0.5, "boole
 
 
 def read_text(given: str) -> str:
-    """@FILE and - (standard input) besides the text itself. The newline at a file's end is no part of it, as in a shell.
+    """The text itself, the content of @FILE, or standard input for -. A newline at the end is dropped, as a shell does.
 
     Raises InputError.
     """
@@ -35,7 +35,7 @@ def read_text(given: str) -> str:
 
 
 def read_input(text: str, loaded: "ComposeFile", workflow: str | None) -> Any:
-    """The input that a text means: JSON, or plain text for the one text that the workflow cannot do without.
+    """The workflow's input. The text is JSON, or plain text for the one text input that the workflow requires.
 
     Raises NotFound, InputError.
     """
@@ -60,12 +60,12 @@ def read_input(text: str, loaded: "ComposeFile", workflow: str | None) -> Any:
 
 
 def example(loaded: "ComposeFile", workflow: str | None) -> str:
-    """An --input that the workflow takes."""
+    """An example of --input for this workflow."""
     return _example(_asked(loaded, workflow))
 
 
 def _asked(loaded: "ComposeFile", workflow: str | None) -> list[Variable]:
-    """The workflow's inputs but for blends, which have an option of their own."""
+    """The workflow's inputs without blends, which have an option of their own."""
     config = loaded.config
     return [each for each in inputs(config.find_workflow(workflow), config.all_components) if each.role != "blend"]
 
@@ -77,7 +77,7 @@ def _takes_text(variable: Variable) -> bool:
 
 
 def _example(asked: Sequence[Variable]) -> str:
-    """What is required, or all there is."""
+    """An example with the required inputs, or with all inputs if none is required."""
     shown = [variable for variable in asked if variable.required] or asked
     value = _nested({variable.path: _sample(variable) for variable in shown})
     return f"--input '{json.dumps(value, ensure_ascii=False)}'"
@@ -91,7 +91,7 @@ def _sample(variable: Variable) -> Any:
 
 
 def _nested(values: Mapping[ValuePath, Any]) -> Any:
-    """Values at their paths, as one object. A path into a list stands for the whole list."""
+    """One object that holds the values at their paths. A path into a list means the whole list."""
     result: dict[str, Any] = {}
     for path, value in values.items():
         if not path:

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they mean: files, variables, the log."""
+"""Options that several commands share, and what they mean: files, variables, blends, the log."""
 
 import logging
 import sys
@@ -7,36 +7,51 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from model_compose.commands import completion
 from model_compose.errors import InputError
 from model_compose.request_log import RequestFilter
 
 if TYPE_CHECKING:
     from model_compose.loading import ComposeFile
 
-Files = Annotated[
-    list[Path] | None,
-    typer.Option("--file", "-f", metavar="FILE", help="YAML file; repeatable, later ones win (model-compose.yml)"),
-]
+FILE_HELP = "YAML file; repeatable, later files win. Default: model-compose.yml in this folder"
+Files = Annotated[list[Path] | None, typer.Option("--file", "-f", metavar="FILE", help=FILE_HELP)]
 EnvFiles = Annotated[
-    list[Path] | None, typer.Option("--env-file", metavar="FILE", help="File of NAME=VALUE lines (.env); repeatable")
+    list[Path] | None,
+    typer.Option(
+        "--env-file", metavar="FILE", help="File of NAME=VALUE lines for ${env.NAME}; repeatable. Default: .env"
+    ),
 ]
 EnvPairs = Annotated[
-    list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="One variable; repeatable")
+    list[str] | None,
+    typer.Option("--env", "-e", metavar="NAME=VALUE", help="One variable for ${env.NAME}; repeatable"),
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="More in the log, and tracebacks")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log more, and show tracebacks")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text")]
 
 BLEND_FORMS = "NAME|JSON|A=0.7,B=0.8"
-"""What --blend takes; `parse_blend` reads it."""
+"""The forms of --blend, which `parse_blend` reads."""
+
+
+def blend_option(help: str) -> Any:
+    return typer.Option("--blend", "-b", metavar=BLEND_FORMS, help=help, autocompletion=completion.blends)
+
+
+def component_option(help: str) -> Any:
+    return typer.Option("--component", metavar="ID", help=help, autocompletion=completion.components)
+
 
 global_files: list[Path] = []
-"""What -f named before the command."""
+"""The files that -f named before the command."""
 
 
 def all_files(files: list[Path] | None) -> list[Path]:
+    """The files named before and after the command, in this order."""
     return [*global_files, *(files or [])]
 
 
 def load_files(files: list[Path] | None, env_files: list[Path] | None, env: list[str] | None) -> "ComposeFile":
+    """Reads and checks the files. Raises ConfigError."""
     from model_compose.loading import environment, find_files, load
 
     found = find_files(all_files(files))
@@ -44,7 +59,7 @@ def load_files(files: list[Path] | None, env_files: list[Path] | None, env: list
 
 
 def parse_json(text: str, option: str, example: str) -> Any:
-    """Raises InputError that names the option and shows the example."""
+    """Raises InputError, which names the option and shows the example."""
     from model_compose.expressions import strict_json
 
     try:
@@ -54,7 +69,7 @@ def parse_json(text: str, option: str, example: str) -> Any:
 
 
 def parse_blend(given: str | None) -> Any:
-    """A name as it is; JSON, or a=0.7,b=0.8, as a mapping. Raises InputError."""
+    """A name stays text; JSON and a=0.7,b=0.8 become a mapping. Raises InputError."""
     if not given:
         return None
     if given.lstrip().startswith(("{", "[")):
@@ -78,7 +93,7 @@ def log_to_stderr(
     format: str = "%(levelname)-8s %(message)s",
     kept_in: Path | None = None,
 ) -> None:
-    """kept_in: the file that standard error goes to in a detached service."""
+    """Starts the log. kept_in: the log file of a service in the background, which then gets standard error too."""
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
     if kept_in is not None:
         from model_compose.running import ServiceLog

@@ -1,4 +1,4 @@
-"""`model-compose setup`: environments for engines that pin libraries of their own."""
+"""`model-compose setup`: Python environments for engines that need other versions of our libraries."""
 
 import sys
 from pathlib import Path
@@ -10,15 +10,19 @@ from model_compose.errors import InputError
 
 
 def setup(
-    driver: Annotated[str, typer.Argument(metavar="DRIVER", help="vllm")],
+    driver: Annotated[str, typer.Argument(metavar="DRIVER", help="The driver: vllm")],
     gpu: Annotated[
-        bool | None, typer.Option("--gpu/--cpu", help="The build; by what the machine has if left out")
+        bool | None,
+        typer.Option("--gpu/--cpu", help="Which build to install. Default: by whether there is an NVIDIA card"),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--folder", metavar="DIR", help="Where, instead of where the driver looks for it")
+        Path | None, typer.Option("--folder", metavar="DIR", help="Install into DIR, instead of where the driver looks")
     ] = None,
 ) -> None:
-    """Install an engine that needs an environment of its own."""
+    """Install an engine that needs a Python environment of its own.
+
+    It takes some gigabytes and minutes. stdout gets the path of its Python.
+    """
     from model_compose import environments
 
     if driver not in environments.RECIPES:

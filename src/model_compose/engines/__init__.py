@@ -98,7 +98,7 @@ class Driver(Protocol):
 
     def preflight(self, options: "ModelOptions", adapters: Mapping[str, LoraAdapter], base_dir: Path, /) -> None:
         """Raises LoadError for what this machine shows to be wrong before anything is loaded: a program that is not there,
-        or adapters that do not suit the options.
+        or adapters that do not suit the options. The error's `at` starts in the component's `options`.
 
         adapters: those whose files are here, by name; their tensors may be on the meta device. Must not import torch.
         """

@@ -116,7 +116,7 @@ class ModelOptions(Options):
     def _known_driver(cls, driver: str) -> str:
         if driver not in ENGINES:
             raise invalid(f"unknown driver '{driver}'; available: {', '.join(ENGINES)}")
-        ENGINES[driver]  # raises PluginError, which is told at this key's line
+        ENGINES[driver]  # imports it here, so that a package that cannot be imported is an error of this key
         return driver
 
     @field_validator("options", mode="before")

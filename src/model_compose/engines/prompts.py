@@ -149,6 +149,7 @@ def check_tokens(tokens: Iterable[int], vocabulary: int) -> None:
             raise InputError(
                 f"logit_bias names the token {token}, but this model has the tokens 0 to {vocabulary - 1}",
                 field="logit_bias",
+                at=(str(token),),
             )
 
 

@@ -1,4 +1,4 @@
-"""What a fold does to one weight: a new one in its place, the old one kept, untied from others and paged out."""
+"""What folding does to one weight: it is separated from modules that share it, replaced by a new one, and paged out."""
 
 import ctypes
 import mmap
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 MADV_PAGEOUT = 21
-"""<asm-generic/mman-common.h>; Linux 5.4 and newer."""
+"""From <asm-generic/mman-common.h>; Linux 5.4 and newer."""
 
 FOLD_ROWS_BYTES = 64 << 20
-"""A fold works on row blocks whose float32 sum is at most this large, so that memory stays flat."""
+"""A fold takes as many rows at a time as have a float32 sum of at most this size, so that it needs little memory."""
 
 
 def swap(module: nn.Module, new: Tensor) -> Tensor:
-    """Gives the module another weight; returns the one it had."""
+    """Gives the module another weight and returns the one that it had."""
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     old, weight.data = weight.data, new
@@ -23,7 +23,7 @@ def swap(module: nn.Module, new: Tensor) -> Tensor:
 
 
 def add_in_blocks(weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -> None:
-    """result = weight + left right, summed in float32, some rows at a time."""
+    """result = weight + left · right. The sum is formed in float32, for some rows at a time."""
     step = max(1, FOLD_ROWS_BYTES // (4 * weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
@@ -31,7 +31,7 @@ def add_in_blocks(weight: Tensor, left: Tensor, right: Tensor, result: Tensor) -
 
 
 def untie(model: nn.Module, module: nn.Module) -> None:
-    """Gives the module a parameter of its own where another module shares it: a fold of one must not touch the other."""
+    """Gives the module a parameter of its own if another module shares it: folding one must not change the other."""
     shared = [
         other for other in model.modules() if other is not module and other._parameters.get("weight") is module.weight
     ]
@@ -41,8 +41,11 @@ def untie(model: nn.Module, module: nn.Module) -> None:
 
 
 def page_out(tensor: Tensor) -> None:
-    """Tells the kernel that a tensor will not be read for long: pages that are mapped from a checkpoint leave memory and
-    come back from the file when read. Advice only; harmless for any other memory, and where the kernel has none."""
+    """Tells the kernel that this tensor will not be read for a long time.
+
+    Pages that are mapped from a checkpoint then leave memory; the kernel reads them from the file again when they are
+    needed. This is only advice: it changes no value, and a kernel that does not know it ignores it.
+    """
     if tensor.device.type != "cpu" or sys.platform != "linux":
         return
     page = mmap.PAGESIZE

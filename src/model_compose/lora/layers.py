@@ -1,13 +1,15 @@
-"""The live and the folded way of running a blend on a torch model.
+"""A torch model with adapters, and two ways to run a blend on it: live and folded.
 
-Live: each adapted module adds what its branch computes (live.py), by a hook or, where modules are fused, in a Projection.
+Live: each adapted module adds what its branch computes (live.py). A hook does it; where modules are fused, a
+Projection.
 
-Folded: W + Σ w s B A (or what another method makes of the s B A), summed in float32 and rounded once to W's dtype. The
-originals stay referenced (mapped, where the checkpoint is mapped) and are put back on unfold; nothing is ever subtracted.
+Folded: the weights are W + Σ w s B A, or W plus what another method makes of the deltas s B A. The sum is formed in
+float32 and rounded once to W's dtype. LoraModel keeps the original weights, in the checkpoint's mapped pages if they
+are mapped, and `unfold` puts them back. Nothing is ever subtracted.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,16 +22,16 @@ from model_compose.errors import AdapterError
 from model_compose.lora.adapter import LoraAdapter, ModuleShape, check, check_copies, is_copy
 from model_compose.lora.blend import Blend, delta
 from model_compose.lora.folding import add_in_blocks, page_out, swap, untie
-from model_compose.lora.live import Branch, Layout, Mix, Placed
+from model_compose.lora.live import Branch, Layouts, Mix, Placed, Selection
 from model_compose.lora.methods import Method
 
 IDLE_USES = 64
-"""An adapter leaves the stack after so many passes without a request for it: the next one often comes soon."""
+"""After this many passes without a request for it, an adapter leaves the stacks: the next request often comes soon."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and in which dtype one adapter computes; None is the base module's own."""
+    """The device and dtype in which one adapter computes. None is that of the base."""
 
     device: torch.device | None = None
     dtype: torch.dtype | None = None
@@ -37,7 +39,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class Site:
-    """A weight that adapters act on. members: the paths whose modules it serves, each with its rows of the weight."""
+    """A weight that adapters act on.
+
+    members: the paths of the modules that share this weight, each with its rows of the weight. handle: removes the
+    hook.
+    """
 
     module: nn.Module
     members: Mapping[str, slice]
@@ -47,28 +53,31 @@ class Site:
 
 @dataclass(frozen=True)
 class Projection:
-    """A Linear, or several that read the same input fused into one product, with what the adapters add to it."""
+    """A Linear plus what the adapters add to it. Several Linears that read the same input may be fused into one."""
 
     module: nn.Module
     branch: Branch
     dtype: torch.dtype | None = None
 
     def __call__(self, x: Tensor, mix: Mix | None) -> Tensor:
-        """x: (tokens, in) -> (tokens, out) in dtype, or the module's own; the fused modules' outputs stand side by side."""
+        """x:
+
+        (tokens, in) -> (tokens, out), in `dtype` or the module's own. Outputs of fused modules stand side by side.
+        """
         y: Tensor = self.module(x)
         y = y if self.dtype is None else y.to(self.dtype)
         return y if mix is None else self.branch.add(x, y, mix)
 
 
 class LoraModel:
-    """A base model with its adapters attached: live by default, or with one blend folded into the weights.
+    """A base model with its adapters: live by default, or with one blend folded into the weights.
 
-    The base's module tree, names and parameters stay as they were; only forward hooks are added, and `fuse` takes some of
-    them away again. One thread at a time. Raises AdapterError where an adapter does not fit.
+    The base keeps its module tree, names and parameters. Adapters are added by forward hooks, which `fuse` replaces by
+    Projections. Only one thread may use it at a time. Raises AdapterError if an adapter does not fit.
 
-    max_on_device: how many adapters' factors stay on their device, if those in use are not more; None keeps all. dtype: of
-    the activations, where that is not the weights'. holds: whether a tensor is the base's parameter of that name; by
-    default the model tells, whose weights must not be packed then.
+    max_on_device: how many adapters keep their factors on their device; those in use always do, and None keeps all.
+    dtype: of the activations, if it is not that of the weights. holds: tells whether a tensor equals the base's
+    parameter of that name; by default it is compared with the model's own, which must not be packed then.
     """
 
     def __init__(
@@ -80,20 +89,23 @@ class LoraModel:
         self._holds = holds
         self.folded: Blend | None = None
         self.mix: Mix | None = None
-        """The weights of the pass that is running; None where no adapter is in use, or a blend is folded in."""
+        """The weights of the pass that is running. None if no adapter is in use, or if a blend is folded."""
         self.swaps = 0
-        """How often weights were exchanged: what was read of them before may be gone."""
+        """How often the model's weights were exchanged.
+
+        Pointers to weights hold as long as this number does not change.
+        """
         self._placed: dict[str, Placed] = {}
-        self._layouts: dict[Layout, Layout] = {}
+        self._layouts = Layouts()
         self._max_on_device = max_on_device
         self._on_device: dict[str, None] = {}
-        self._stack: frozenset[str] = frozenset()
+        self._selection = Selection(frozenset())
         self._idle_uses = 0
         self._unfit: Mapping[str, str] = {}
         self._sites: dict[str, Site] = {}
         self._originals: dict[str, Tensor] = {}
         self._rested: dict[Method | None, tuple[Blend, dict[str, Tensor]]] = {}
-        """Folded weights that are kept for later, with their blend: one for each method, the sum (None) among them."""
+        """Folded weights that are kept for later, with their blend: one for each method, where None is the sum."""
         self._shapes = module_shapes(model)
         self._dtype = dtype or _compute_dtype(model)
         for adapter in adapters:
@@ -101,7 +113,7 @@ class LoraModel:
 
     @property
     def adapters(self) -> Mapping[str, LoraAdapter]:
-        # A copy is one step: other threads ask, too.
+        # Other threads read this, too: copying the dict cannot be interrupted.
         return {name: placed.adapter for name, placed in self._placed.copy().items()}
 
     @property
@@ -109,8 +121,10 @@ class LoraModel:
         return tuple(self._placed)
 
     def load(self, adapter: LoraAdapter, placement: Placement = Placement(), *, key: str | None = None) -> None:
-        """Attaches one more adapter, live, under `key` or its name. Raises AdapterError where it does not fit; nothing has
-        changed then."""
+        """Adds an adapter, live, under `key` or its own name.
+
+        Raises AdapterError if it does not fit; then nothing has changed.
+        """
         adapter = check(adapter, self._shapes)
         _check_fit(adapter, self._unfit)
         check_copies(adapter, self._holds or self._has)
@@ -123,7 +137,10 @@ class LoraModel:
                 self._attach(path)
 
     def refuse(self, unfit: Mapping[str, str]) -> None:
-        """From now on takes no adapter for these modules. Values: why. Raises AdapterError where one acts on them."""
+        """Takes no adapter for these modules from now on. unfit: the reason for each path.
+
+        Raises AdapterError if a loaded adapter acts on one of them.
+        """
         self._unfit = unfit
         for adapter in self.adapters.values():
             _check_fit(adapter, unfit)
@@ -132,10 +149,10 @@ class LoraModel:
         return is_copy(copy, dict(self.model.named_parameters(remove_duplicate=False)).get(name))
 
     def unload(self, name: str) -> None:
-        """Takes an adapter away. No request may use it any more."""
+        """Removes an adapter. No request may use it any more."""
         del self._placed[name]
         self._on_device.pop(name, None)
-        self._stack -= {name}
+        self._selection = Selection(self._selection.names - {name})
         for site in self._sites.values():
             site.branch.drop(name)
         if self.folded is not None and name in self.folded.active:
@@ -143,15 +160,16 @@ class LoraModel:
         self._rested = {method: kept for method, kept in self._rested.items() if name not in kept[0].active}
 
     @contextmanager
-    def use(self, rows: Sequence[Blend], counts: Sequence[int] | None = None) -> Iterator[Mix | None]:
-        """Within the block, row i of every forward pass gets rows[i]: live, or by the weights if that blend is folded.
+    def use(self, rows: Collection[Blend], counts: Collection[int] | None = None) -> Iterator[Mix | None]:
+        """Within the `with` block, row i of every forward pass runs the blend rows[i].
 
-        counts: where all tokens stand in one line, how many belong to each row.
+        If a blend is folded, all rows must ask for it. counts: how many tokens each row has, if the batch is flat (all
+        tokens in one line).
         """
         if self.folded is None:
             assert all(row.method is None for row in rows), "only sums run live"
             mix = Mix(rows, counts)
-            self._choose_stack(mix)
+            self._select(mix)
             self.mix = mix if mix.active else None
         else:
             assert all(row.equals(self.folded) for row in rows), "another blend is folded in"
@@ -160,11 +178,13 @@ class LoraModel:
         finally:
             self.mix = None
 
-    def fuse(self, paths: Sequence[str], make: Callable[[nn.Linear], nn.Module] = lambda linear: linear) -> Projection:
-        """Linears that read the same input, as one product; its adapters act in the projection from now on, no longer in
-        the modules. The modules' weights become views of the fused one.
+    def fuse(
+        self, paths: Collection[str], make: Callable[[nn.Linear], nn.Module] = lambda linear: linear
+    ) -> Projection:
+        """Fuses Linears that read the same input into one product, and returns it.
 
-        make: what becomes of the fused Linear (a quantised one, say).
+        From now on their adapters act in this Projection, no longer in the modules. The modules' weights become views
+        of the fused weight. make: what the fused Linear is replaced by, such as a quantised one.
         """
         modules = [module for path in paths if isinstance(module := self.model.get_submodule(path), nn.Linear)]
         assert len(modules) == len(paths)
@@ -173,7 +193,7 @@ class LoraModel:
         branch = Branch(members, rows[-1].stop, self._placed, layouts=self._layouts)
         linear = modules[0] if len(modules) == 1 else _fused(modules)
         site = Site(make(linear), members, branch)
-        if site.module.weight is not linear.weight:  # nothing else may hold on to the plain ones; a tied embedding may
+        if site.module.weight is not linear.weight:  # free the plain weights, unless a tied embedding still uses them
             for module in modules:
                 module.weight = nn.Parameter(torch.empty(0), requires_grad=False)
         for path in paths:
@@ -184,7 +204,10 @@ class LoraModel:
         return Projection(site.module, branch)
 
     def embedding(self, path: str) -> Projection:
-        """An embedding, its adapters acting in what is returned, no longer in the module. In the activations' dtype."""
+        """The embedding of this path as a Projection, in the activations' dtype.
+
+        Its adapters no longer act in the module.
+        """
         if path not in self._sites:
             self._attach(path)
         site = self._sites[path]
@@ -193,7 +216,10 @@ class LoraModel:
         return Projection(site.module, site.branch, self._dtype)
 
     def fold(self, blend: Blend) -> None:
-        """Adds the blend into the weights; the live way then rests until `unfold`. A swap where it `keeps` the blend."""
+        """Adds the blend into the weights:
+
+        no other blend runs until `unfold`. Only swaps weights if it `keeps` the blend.
+        """
         if self.folded is not None and self.folded.equals(blend):
             return
         self.unfold(keep=True)
@@ -203,10 +229,10 @@ class LoraModel:
             self._originals = {path: swap(self._sites[path].module, new) for path, new in rested[1].items()}
             self.folded = blend
             return
-        del rested  # its memory is needed now
+        del rested  # frees the weights of another blend: their memory is needed now
         try:
             self._fold(blend)
-        except Exception:  # no memory for a copy: some weights folded and some not would be another function
+        except Exception:  # such as no memory: a model that is folded in some modules only would be another function
             self.unfold()
             raise
         self.folded = blend
@@ -215,7 +241,7 @@ class LoraModel:
         for path in sorted({path for name in blend.active for path in self._placed[name].adapter.modules}):
             site = self._sites[path]
             first = next(iter(site.members))
-            if first in self._originals:  # a fused weight is folded once for all its members
+            if first in self._originals:  # a fused weight is folded once, for all its members
                 continue
             untie(self.model, site.module)
             weight = site.module.weight
@@ -224,27 +250,30 @@ class LoraModel:
             page_out(self._originals[first])
 
     def can_fold(self, blend: Blend) -> bool:
-        """Whether the weights that the blend touches are plain numbers; packed ones (bitsandbytes) are not."""
+        """Whether the weights that the blend changes are plain numbers.
+
+        Packed weights (bitsandbytes) cannot be folded.
+        """
         sites = [self._sites[path] for name in blend.active for path in self._placed[name].adapter.modules]
         weights = [site.module.weight for site in sites]
         return all(isinstance(weight, Tensor) and weight.is_floating_point() and weight.numel() for weight in weights)
 
     def fold_bytes(self, blend: Blend) -> int:
-        """Of the weights that folding this blend would write anew."""
+        """How many bytes of weights folding this blend would write."""
         paths = {path for name in blend.active for path in self._placed[name].adapter.modules}
-        modules = {id(self._sites[path].module): self._sites[path].module for path in paths}
-        return sum(module.weight.nbytes for module in modules.values() if isinstance(module.weight, Tensor))
+        modules = {self._sites[path].module for path in paths}
+        return sum(module.weight.nbytes for module in modules if isinstance(module.weight, Tensor))
 
     def keeps(self, blend: Blend) -> bool:
-        """Whether folding this blend is but a swap."""
+        """Whether the folded weights of this blend are kept, so that folding it only swaps weights."""
         rested = self._rested.get(blend.method)
         return rested is not None and rested[0].equals(blend)
 
     def unfold(self, *, keep: bool = False) -> None:
         """Puts the original weights back.
 
-        keep: hold on to the folded ones, so that folding the same blend again is but a swap, until another blend by the
-        same method is folded.
+        keep: keeps the folded weights, so that folding the same blend again only swaps weights, until another blend by
+        the same method is folded.
         """
         self.swaps += 1
         swapped = {path: swap(self._sites[path].module, original) for path, original in self._originals.items()}
@@ -254,7 +283,10 @@ class LoraModel:
         self.folded = None
 
     def _folded(self, weight: Tensor, site: Site, blend: Blend) -> Tensor:
-        """A new tensor W + Σ w s B A (its transpose for Conv1D and embeddings, whose weights are (in, out))."""
+        """W + Σ w s B A as a new tensor.
+
+        Weights of Conv1D and embeddings are (in, out), so they get the transposed sum.
+        """
         result = torch.empty_like(weight)
         if blend.method is not None:
             for path, rows in site.members.items():
@@ -280,31 +312,37 @@ class LoraModel:
             add_in_blocks(weight[rows], left, right, result[rows])
         return result
 
-    def _choose_stack(self, mix: Mix) -> None:
-        """Keeps the last stack while it serves: stacking costs more than some idle columns for a while."""
-        self._idle_uses = self._idle_uses + 1 if mix.active < self._stack else 0
-        if not mix.active <= self._stack:
-            wanted = self._stack | mix.active
+    def _select(self, mix: Mix) -> None:
+        """Chooses the adapters to stack for this mix.
+
+        Keeps the last selection as long as it contains the mix's adapters: making new stacks takes longer than
+        multiplying by a few unused ranks for a while.
+        """
+        selected = self._selection.names
+        self._idle_uses = self._idle_uses + 1 if mix.active < selected else 0
+        if not mix.active <= selected:
+            wanted = selected | mix.active
             within = self._max_on_device is None or len(wanted) <= self._max_on_device
-            self._restack(wanted if within else mix.active)
+            self._change_selection(wanted if within else mix.active)
         elif self._idle_uses > IDLE_USES:
-            self._restack(mix.active)
-        mix.stack = self._stack
+            self._change_selection(mix.active)
+        mix.selection = self._selection
         self._make_room()
 
-    def _restack(self, names: frozenset[str]) -> None:
-        """The branches follow one by one, as they are used."""
-        self._stack, self._idle_uses = names, 0
-        self._layouts.clear()
+    def _change_selection(self, names: frozenset[str]) -> None:
+        """Each branch makes its new stacks when it is next used."""
+        self._selection, self._idle_uses = Selection(names), 0
+        self._layouts.forget()
 
     def _make_room(self) -> None:
-        """Drops the least recently used adapters beyond the limit from their device."""
-        for name in self._stack:
+        """Frees the factors of the least recently used adapters on their device, until the limit is kept."""
+        for name in self._selection.names:
             self._on_device.pop(name, None)
             self._on_device[name] = None
         if self._max_on_device is None:
             return
-        for name in list(self._on_device)[: max(0, len(self._on_device) - max(self._max_on_device, len(self._stack)))]:
+        limit = max(self._max_on_device, len(self._selection.names))
+        for name in list(self._on_device)[: max(0, len(self._on_device) - limit)]:
             del self._on_device[name]
             for site in self._sites.values():
                 site.branch.drop(name)
@@ -312,7 +350,7 @@ class LoraModel:
     def _attach(self, path: str) -> None:
         module = self.model.get_submodule(path)
         shape = self._shapes[path]
-        # A scaled embedding (Gemma) multiplies its whole output, so the adapter's part as well.
+        # An embedding with a scale (Gemma) multiplies its whole output by it, so the adapters' part, too.
         scale = float(getattr(module, "embed_scale", 1.0))
         members = {path: slice(0, shape.inputs if shape.kind != "linear" else shape.outputs)}
         whole = {path: slice(0, shape.outputs)}
@@ -327,13 +365,13 @@ class LoraModel:
 
 
 def _slices(sizes: Iterable[int]) -> list[slice]:
-    """Slices of these sizes, one behind the other."""
+    """Slices of these sizes, one after the other."""
     ends = list(accumulate(sizes))
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
-def _fused(modules: Sequence[nn.Linear]) -> nn.Linear:
-    """One Linear with the rows of all; the modules' own weights become views of its weight."""
+def _fused(modules: list[nn.Linear]) -> nn.Linear:
+    """One Linear with the rows of all of them. The modules' weights become views of its weight."""
     rows = _slices(module.out_features for module in modules)
     fused = nn.Linear(1, 1, bias=False)
     fused.in_features, fused.out_features = modules[0].in_features, rows[-1].stop
@@ -351,7 +389,7 @@ def _fused(modules: Sequence[nn.Linear]) -> nn.Linear:
 
 
 def module_shapes(model: nn.Module) -> dict[str, ModuleShape]:
-    """The modules that LoRA can act on, by path: Linear, Conv1D, Embedding. Works on a model on the meta device."""
+    """The modules that LoRA can act on (Linear, Conv1D, Embedding), by path. The model may be on the meta device."""
     found = {path: (module, kind) for path, module in model.named_modules() if (kind := _kind(module)) is not None}
     times = Counter(id(module.weight) for module, _ in found.values())
     return {
@@ -371,7 +409,7 @@ def _kind(module: nn.Module) -> str | None:
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs. A quantised Linear's weight may have another shape."""
+    """Inputs and outputs. They are not read off the weight: that of a quantised Linear may have another shape."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     weight = module.weight
@@ -380,7 +418,10 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype in which the model's activations are: that of what is not quantised, most often the embedding."""
+    """The dtype of the model's activations:
+
+    that of its first parameter that is not quantised, usually the embedding.
+    """
     found = (parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point)
     return next(found, torch.float32)
 

@@ -1,10 +1,10 @@
 """The live way: what the adapters in use add to a module's output, ((x Aᵀ) ⊙ v) Bᵀ.
 
-A and B stack the adapters in use, and v holds w_i·s_i repeated r_i times for each token's request, so changing weights
-touches no factor; another set of adapters in use is stacked anew.
+A and B hold the factors of all adapters in use, one after the other. v holds, for each token, its request's w_i·s_i,
+repeated r_i times. So other weights need only another v; only another choice of adapters needs new A and B.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,12 @@ from model_compose.native import FEW, Kernels, kernels
 Place = tuple[torch.device, torch.dtype]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """For each of a stack's R rank positions: the name of its adapter, and that adapter's scaling; and where it computes.
+    """For each of a stack's R rank positions: the name of its adapter, and that adapter's scaling; and where v is needed.
 
-    Stacks with equal layouts share one Layout and thereby the rows of v, which are computed once a pass.
+    Two layouts are equal only if they are the same object: v is looked up by its layout in every module, and comparing
+    hundreds of positions would take longer than computing v. `Layouts` gives equal stacks the same object.
     """
 
     adapters: tuple[str, ...]
@@ -30,32 +31,60 @@ class Layout:
     device: torch.device
 
 
+class Layouts:
+    """The layouts of a model's stacks.
+
+    Stacks with the same positions share one Layout, so a pass computes their v once.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[tuple[str, ...], tuple[float, ...], torch.device], Layout] = {}
+
+    def of(self, adapters: tuple[str, ...], scalings: tuple[float, ...], device: torch.device) -> Layout:
+        return self._known.setdefault((adapters, scalings, device), Layout(adapters, scalings, device))
+
+    def forget(self) -> None:
+        """Stacks that are made from now on share no layout with earlier ones."""
+        self._known.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The names of the adapters that are stacked.
+
+    Two selections are equal only if they are the same object. A stack belongs to the selection for which it was made:
+    an adapter that is unloaded and loaded again may have the same name and other factors.
+    """
+
+    names: frozenset[str]
+
+
 class Mix:
     """The weights of every row of a batch. Rows may differ.
 
-    counts: where the batch is flat (all tokens in one line), how many of them belong to each row.
-    stack: the adapters whose factors are multiplied: at least those with a non-zero weight somewhere.
+    counts: how many tokens each row has, if the batch is flat (all tokens in one line). selection: the adapters whose
+    factors are multiplied; those with a non-zero weight in some row are among them.
     """
 
-    def __init__(self, rows: Sequence[Blend], counts: Sequence[int] | None = None) -> None:
+    def __init__(self, rows: Collection[Blend], counts: Collection[int] | None = None) -> None:
         self.active = frozenset(name for blend in rows for name in blend.active)
-        self.stack = self.active
+        self.selection = Selection(self.active)
         self._columns = {name: column for column, name in enumerate(sorted(self.active))}
-        # The last column is for adapters that are in the stack without a request.
+        # The last column is for adapters that are selected although no row uses them.
         self._weights = torch.tensor(
             [[blend.weights.get(name, 0.0) for name in self._columns] + [0.0] for blend in rows]
         )
-        self._counts = None if counts is None else torch.tensor(counts)
-        self._scales: dict[tuple[int, bool], Tensor] = {}
+        self._counts = None if counts is None else torch.tensor(list(counts))
+        self._scales: dict[tuple[Layout, bool], Tensor] = {}
 
     def scales(self, layout: Layout, tokens: int) -> Tensor:
         """v in float32: (rows, 1, R), or (tokens, R) for a flat batch.
 
-        tokens: how many a flat batch has here; one for each row where a model goes on with the last ones alone.
+        tokens: how many tokens a flat batch has in this module. Equals the row count once only each row's last token
+        remains.
         """
         each = self._counts is not None and tokens != len(self._weights)
-        key = (id(layout), each)  # layouts are shared objects: hashing their hundreds of parts would cost more than v
-        v = self._scales.get(key)
+        v = self._scales.get((layout, each))
         if v is None:
             columns = [self._columns.get(name, -1) for name in layout.adapters]
             v = self._weights[:, columns] * torch.tensor(layout.scalings)
@@ -63,14 +92,16 @@ class Mix:
                 v = v[:, None]
             elif each:
                 v = v.repeat_interleave(self._counts, dim=0)
-            self._scales[key] = v = v.to(layout.device)
+            self._scales[layout, each] = v = v.to(layout.device)
         return v
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Adapters of one branch that compute on one device in one dtype. a: (R, in), for an embedding (vocabulary, R);
-    b: (R, out). R = Σ r_i."""
+    """The factors of all selected adapters that act on one branch and compute on one device in one dtype.
+
+    a: (R, in), or (vocabulary, R) for an embedding; b: (R, out). R = Σ r_i.
+    """
 
     a: Tensor
     b: Tensor
@@ -78,25 +109,26 @@ class Stack:
 
 
 class Branch:
-    """What the adapters add to one module, or to several fused ones that read the same input.
+    """What the adapters add to one module, or to several fused modules that read the same input.
 
-    members: the modules' paths with the columns of the output that are theirs. adapters: those that are loaded, by name,
-    each with its place; the owner changes the mapping as adapters come and go. layouts: those that all branches share.
+    members: the modules' paths, each with its columns of the output. width: of the output. adapters: all loaded
+    adapters by name; the owner changes this mapping as adapters come and go. layouts: shared by all branches of a
+    model. scale: a factor for all that the adapters add.
     """
 
     def __init__(
         self, members: Mapping[str, slice], width: int, adapters: Mapping[str, "Placed"], *,
-        layouts: dict[Layout, Layout], embedding: bool = False, scale: float = 1.0,
+        layouts: Layouts, embedding: bool = False, scale: float = 1.0,
     ) -> None:  # fmt: skip
         self._layouts = layouts
         self._members, self._width, self._adapters = members, width, adapters
         self._embedding, self._scale = embedding, scale
         self._resident: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
-        self._of: frozenset[str] | None = None
+        self._selection: Selection | None = None
         self.stacks: list[Stack] = []
 
     def add(self, x: Tensor, y: Tensor, mix: Mix) -> Tensor:
-        """y + ((x Aᵀ) ⊙ v) Bᵀ, in place where dtype and device allow it. x: (…, in), or token ids; y: (…, out)."""
+        """y + ((x Aᵀ) ⊙ v) Bᵀ, in place if dtype and device allow it. x: (…, in), or token ids; y: (…, out)."""
         for stack in self.stacked(mix):
             a = stack.a
             if native := _for_few(x, y, a):
@@ -110,7 +142,7 @@ class Branch:
             else:
                 z = F.linear(inner if inner.dtype == a.dtype else inner.to(a.dtype), a)
             v = mix.scales(stack.layout, z.shape[-2])
-            if z.ndim == 2 and v.ndim == 3:  # some modules (a shared expert) see rows * tokens in one line
+            if z.ndim == 2 and v.ndim == 3:  # some modules (a shared expert) get rows · tokens in one line
                 v = v[:, 0].repeat_interleave(len(z) // len(v), dim=0)
             z = z.mul_(v) if z.dtype == v.dtype and z.ndim == v.ndim == 2 else (z * v).to(z.dtype)
             if z.ndim == y.ndim == 2 and y.dtype == z.dtype and y.device == z.device:
@@ -120,38 +152,38 @@ class Branch:
         return y
 
     def stacked(self, mix: Mix) -> list[Stack]:
-        """The adapters of `mix.stack` that act here, one stack for each device and dtype."""
-        if self._of is not mix.stack:
-            self._restack(mix.stack)
+        """The stacks of the mix's selection for this branch: one for each device and dtype."""
+        if self._selection != mix.selection:
+            self._restack(mix.selection)
         return self.stacks
 
     def drop(self, adapter: str) -> None:
-        """Forgets an adapter's factors on their device; it is in no stack, or never asked for again."""
+        """Frees an adapter's factors on their device. It must not be selected, unless it is never used again."""
         for path in self._members:
             self._resident.pop((adapter, path), None)
-        if self._of is not None and adapter in self._of:
-            self.stacks, self._of = [], None
+        if self._selection is not None and adapter in self._selection.names:
+            self.stacks, self._selection = [], None
 
-    def _restack(self, names: frozenset[str]) -> None:
+    def _restack(self, selection: Selection) -> None:
         groups: dict[Place, list[tuple[str, str, Factors]]] = {}
         for path in self._members:
-            for name in sorted(names):
+            for name in sorted(selection.names):
                 if path in self._adapters[name].adapter.modules:
                     part = (path, name, self._adapters[name].adapter.modules[path])
                     groups.setdefault(self._adapters[name].place, []).append(part)
         self.stacks = [self._stack(parts, place) for place, parts in groups.items()]
-        self._of = names
+        self._selection = selection
 
     def _stack(self, parts: list[tuple[str, str, Factors]], place: Place) -> Stack:
-        layout = Layout(
+        device, dtype = place
+        layout = self._layouts.of(
             tuple(name for _, name, factors in parts for _ in range(factors.rank)),
             tuple(factors.scaling for _, _, factors in parts for _ in range(factors.rank)),
-            place[0],
+            device,
         )
-        layout = self._layouts.setdefault(layout, layout)
         pairs = [self._on_device(path, name, factors, place) for path, name, factors in parts]
         a = torch.cat([a for a, _ in pairs], dim=1 if self._embedding else 0)
-        device, dtype = place
+        # Fused modules: an adapter of one member adds 0 to the columns of the others.
         b = torch.zeros(len(layout.adapters), self._width, device=device, dtype=dtype)
         start = 0
         for (path, _, factors), (_, part) in zip(parts, pairs, strict=True):
@@ -160,7 +192,7 @@ class Branch:
         return Stack(a, b, layout)
 
     def _on_device(self, path: str, name: str, factors: Factors, place: Place) -> tuple[Tensor, Tensor]:
-        """One adapter's A, as a stack holds it, and Bᵀ: moved once, kept until it is dropped."""
+        """One adapter's A as a stack holds it, and its Bᵀ. They are moved once and stay until `drop`."""
         if (name, path) not in self._resident:
             a = factors.a.T if self._embedding else factors.a
             self._resident[name, path] = (a.to(*place), factors.b.T.to(*place))
@@ -168,7 +200,7 @@ class Branch:
 
 
 def _for_few(x: Tensor, y: Tensor, a: Tensor) -> Kernels | None:
-    """For a step of few tokens on a CPU, one call of native code in the place of three; None is torch's way."""
+    """Native code, which takes one call where torch takes three; None unless the tokens are few, on a CPU, in float32."""
     few = x.ndim == 2 and len(x) <= FEW and x.dtype == y.dtype == a.dtype == torch.float32
     on_cpu = few and x.device.type == y.device.type == a.device.type == "cpu"
     return kernels() if on_cpu and x.is_contiguous() and y.is_contiguous() else None
@@ -176,7 +208,7 @@ def _for_few(x: Tensor, y: Tensor, a: Tensor) -> Kernels | None:
 
 @dataclass(frozen=True)
 class Placed:
-    """An adapter, and where and in which dtype it computes."""
+    """An adapter, and the device and dtype in which it computes."""
 
     adapter: LoraAdapter
     place: Place

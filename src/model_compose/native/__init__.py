@@ -1,7 +1,7 @@
-"""A decode step on a CPU, in C: compiled for this machine where it has a C compiler (decode.c and what it includes).
+"""A decode step on a CPU, in C (decode.c and the files it includes), compiled on this machine where it has a C compiler.
 
-Everything has a way without it. What is compiled is kept in the user's cache (compiling.py). MODEL_COMPOSE_NATIVE=0 in
-the environment turns it off.
+Everything that is done here can also be done by torch. compiling.py keeps the compiled library in the user's cache.
+MODEL_COMPOSE_NATIVE=0 in the environment turns native code off.
 """
 
 import ctypes
@@ -10,9 +10,9 @@ import logging
 import os
 import subprocess
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +22,13 @@ from model_compose.native.compiling import find_compiler, load_compiled
 log = logging.getLogger(__name__)
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
-"""What vectors.h calls the formats; two 4-bit weights are one uint8."""
+"""The numbers that vectors.h gives to the ways of storing weights. uint8 holds two 4-bit weights in a byte."""
 
 GROUP = 32
-"""Inputs that share a scale: of 4-bit weights, and of the activations that meet integers."""
+"""How many inputs share a scale: in 4-bit weights, and in inputs that are rounded for integer weights."""
 
 FEW = 96
-"""Up to so many tokens a call here takes less than torch's operations, which are made for many."""
+"""Up to this many tokens, a call here takes less time than torch's operations, which are made for many tokens."""
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -51,30 +51,47 @@ class CProjection(ctypes.Structure):
 
 class CLayer(ctypes.Structure):
     _fields_ = (
-        ("norm", _P), ("mlp_norm", _P), ("qk_norm", _P), ("window", _N),
+        ("attention_norm", _P), ("mlp_norm", _P), ("qk_norm", _P), ("window", _N),
         ("qkv", CProjection), ("out", CProjection), ("gate_up", CProjection), ("down", CProjection),
     )  # fmt: skip
 
 
-class CShape(ctypes.Structure):
-    _fields_ = (("heads", _N), ("groups", _N), ("dim", _N), ("eps", _F), ("scaling", _F))
+class CHeads(ctypes.Structure):
+    _fields_ = (("heads", _N), ("key_heads", _N), ("size", _N), ("eps", _F), ("scaling", _F))
 
 
-class CRun(ctypes.Structure):
+class CCacheRows(ctypes.Structure):
     _fields_ = (
-        ("at", _N), ("count", _N), ("first", _N), ("capacity", _N), ("kind", _N),
-        ("starts", _P), ("keys", _P), ("values", _P),
+        ("first_token", _N), ("count", _N), ("first_row", _N), ("capacity", _N), ("kind", _N),
+        ("cached", _P), ("keys", _P), ("values", _P),
     )  # fmt: skip
+
+
+STRUCTS: dict[str, type[ctypes.Structure]] = {
+    "affine": CAffine,
+    "stack": CStack,
+    "projection": CProjection,
+    "layer": CLayer,
+    "heads": CHeads,
+    "cache_rows": CCacheRows,
+}
+"""Our copies of the structs in C. The C files explain the fields. decode.c exports `layout_of_` each name."""
+
+
+class StructMismatch(Exception):
+    """A compiled library keeps a struct in another way than this module, so calling it would read wrong memory."""
 
 
 @dataclass(frozen=True)
 class Affine:
-    """x Wᵀ + bias. weight: (out, in) float32 or bfloat16; int8 (out, in), filled up with zeros to whole groups; or 4 bits,
-    (out, in / 2) uint8.
+    """x Wᵀ + bias, with W as it is stored.
 
-    scales, float32: (out) for int8; (2, out, in / GROUP) for 4 bits: of each group of inputs the scales s, and the offsets
-    z in w = q · s + z. Byte i of a group's 16 holds q of its input i in the low half and of i + 16 in the high one. bias:
-    float32.
+    weight: (out, in) float32 or bfloat16; or (out, in) int8, where each row is filled up with zeros to whole groups; or
+    (out, in / 2) uint8, two 4-bit numbers in a byte. Byte i of a group's 16 holds the group's input i in its low half
+    and input i + 16 in its high half.
+
+    scales: float32. For int8 (out): w = number · scale. For 4 bits (2, out, in / GROUP): the groups' scales, then their
+    offsets: w = number · scale + offset. bias: float32 (out).
     """
 
     weight: Tensor
@@ -89,11 +106,17 @@ class Affine:
 
 
 class Kernels:
-    """The functions of decode.c. Tensors are contiguous, on the CPU, and float32 where nothing else is said."""
+    """The functions of decode.c. Tensors are contiguous, on the CPU, and float32 unless something else is said.
+
+    Each function raises MemoryError if the system has no memory or no threads for it. Then it has changed nothing.
+    """
 
     def __init__(self, path: Path) -> None:
+        """Raises OSError, ValueError or AttributeError if the file is no such library; StructMismatch."""
         self._scratch = threading.local()
-        library = ctypes.CDLL(str(path))  # lets other threads of Python run meanwhile
+        library = ctypes.CDLL(str(path))  # other Python threads run while a function of this library does
+        for name, struct in STRUCTS.items():
+            _check_layout(library, name, struct)
         library.use_threads(ctypes.c_long(torch.get_num_threads()))
         self._linear = _function(library.linear, _P, _P, _P, _N)
         self._expand = _function(library.expand, _P, _P)
@@ -110,10 +133,14 @@ class Kernels:
         return y
 
     def expand(self, affine: Affine) -> Tensor:
-        """W as float32, (out, in), until this thread's next call: fresh memory would cost more than the work."""
+        """W as float32 (out, in), from any other dtype.
+
+        The result is valid until this thread's next call. Its memory is used again, since fresh memory would cost more
+        time than the work.
+        """
         size = len(affine.weight) * affine.inputs
         if getattr(self._scratch, "size", 0) < size:
-            self._scratch.size, self._scratch.memory = size, torch.empty(size)
+            self._scratch.memory, self._scratch.size = torch.empty(size), size
         wide: Tensor = self._scratch.memory[:size].view(-1, affine.inputs)
         self._expand(ctypes.byref(affine.c), wide.data_ptr())
         return wide
@@ -125,7 +152,7 @@ class Kernels:
         )
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """x += y, in place; then x / √(mean x² + eps) · weight. x, y: (tokens, size)"""
+        """Adds y to x in place; then gives x / √(mean x² + eps) · weight. x, y: (tokens, size)"""
         out = torch.empty_like(x)
         self._add_norm(x.data_ptr(), _pointer(y), weight.data_ptr(), out.data_ptr(), len(x), x.shape[1], eps)
         return out
@@ -138,51 +165,73 @@ class Kernels:
         return out
 
     def attend(
-        self, run: CRun, layer: int, shape: CShape, norms: Tensor | None, window: int | None, qkv: Tensor, cosine: Tensor,
-        sine: Tensor, out: Tensor,
+        self, rows: CCacheRows, layer: int, heads: CHeads, norms: Tensor | None, window: int | None, qkv: Tensor,
+        cosine: Tensor, sine: Tensor, out: Tensor,
     ) -> None:  # fmt: skip
-        """Attention of a run's tokens in one layer: rotates, stores their keys and values, attends.
+        """Rotates the new tokens of these rows, stores their keys and values in the cache, and attends, in one layer.
 
-        qkv: (tokens, (heads + 2 · groups) · dim) of the whole pass; cosine, sine: (tokens, dim), the sine of the first half
-        negative; norms: (heads + groups, dim), of queries and keys; window: how far back they look; out: (tokens, heads ·
-        dim).
+        qkv: (tokens, (heads + 2 · key heads) · size) of the whole pass; cosine, sine: (tokens, size), the sine of the
+        first half negative; norms: (heads + key heads, size), of queries and keys; window: how many tokens back a token
+        looks; out: (tokens, heads · size).
         """
         self._attend(
-            ctypes.byref(run), layer, ctypes.byref(shape), _pointer(norms), window or 0,
+            ctypes.byref(rows), layer, ctypes.byref(heads), _pointer(norms), window or 0,
             qkv.data_ptr(), cosine.data_ptr(), sine.data_ptr(), out.data_ptr(),
         )  # fmt: skip
 
     def decode(
-        self, layers: "ctypes.Array[CLayer]", scales: Sequence[Tensor], runs: Sequence[CRun], shape: CShape, turn: tuple[
+        self, layers: "ctypes.Array[CLayer]", scales: list[Tensor], groups: list[CCacheRows], heads: CHeads, turn: tuple[
         Tensor, Tensor], norm: Tensor, x: Tensor,
     ) -> Tensor:  # fmt: skip
-        """All layers of a step whose tokens are one of each row, and the last norm: (tokens, size).
+        """All layers of a step in which each row has one new token, and the last norm: (tokens, size).
 
-        scales: each (tokens, rank), for a stack of the layout of this number; turn: cosine and sine, as above; x: (tokens,
-        size), the embeddings, which are overwritten.
+        scales: v (tokens, rank) for each layout, in the order of the layouts' numbers in `layers`. turn: cosine and
+        sine, as in `attend`. x: (tokens, size), the embeddings; they are overwritten.
         """
         out = torch.empty_like(x)
         pointers = (_P * len(scales))(*(v.data_ptr() for v in scales))
         self._decode(
-            layers, len(layers), pointers, (CRun * len(runs))(*runs), len(runs), ctypes.byref(shape), turn[0].data_ptr(),
-            turn[1].data_ptr(), norm.data_ptr(), x.data_ptr(), out.data_ptr(), len(x),
+            layers, len(layers), pointers, (CCacheRows * len(groups))(*groups), len(groups), ctypes.byref(heads),
+            turn[0].data_ptr(), turn[1].data_ptr(), norm.data_ptr(), x.data_ptr(), out.data_ptr(), len(x),
         )  # fmt: skip
         return out
 
 
+def _check_layout(library: ctypes.CDLL, name: str, struct: type[ctypes.Structure]) -> None:
+    """Compares a struct's fields, size and offsets with those of the library. Raises StructMismatch."""
+    fields = [getattr(struct, field[0]).offset for field in struct._fields_]
+    count = _N.in_dll(library, f"layout_of_{name}").value
+    theirs = list((_N * (count + 2)).in_dll(library, f"layout_of_{name}")) if count == len(fields) else [count]
+    if theirs != [len(fields), ctypes.sizeof(struct), *fields]:
+        raise StructMismatch(
+            f"the compiled kernels keep the struct '{name}' in another way than Python does; this is a fault of this "
+            "version of model-compose: decode.c and native/__init__.py do not match"
+        )
+
+
 def _function(function: "ctypes._NamedFuncPointer", *types: type) -> "ctypes._NamedFuncPointer":
-    function.argtypes, function.restype = types, None
+    function.argtypes, function.restype, function.errcheck = types, ctypes.c_int, _check_result
     return function
+
+
+def _check_result(result: Any, function: Any, _: Any) -> Any:
+    """What ctypes calls after each function, with the code that it returned."""
+    if result:
+        missing = {1: "memory", 2: "threads"}[result]  # NO_MEMORY and NO_THREADS of memory.h
+        raise MemoryError(f"the system has no {missing} for a call of native code ({function.__name__})")
 
 
 @functools.cache
 def kernels() -> Kernels | None:
-    """Compiled on first use; None where there is no compiler, or it fails."""
+    """The kernels, compiled on first use. None if there is no compiler, or it fails: torch does the same work then."""
     if os.environ.get("MODEL_COMPOSE_NATIVE") == "0":
         return None
     try:
         compiler = find_compiler()
         return load_compiled(compiler, Kernels) if compiler else None
+    except StructMismatch as error:
+        log.warning("native code is not used, torch computes instead: %s", error)
+        return None
     except (OSError, ValueError, subprocess.SubprocessError, AttributeError) as error:
-        log.info("no compiled kernels, torch's serve as well (%s)", str(error).strip().splitlines()[:1])
+        log.info("native code could not be compiled, torch computes instead (%s)", str(error).strip().splitlines()[:1])
         return None

@@ -1,38 +1,46 @@
-// The live adapters' part of a product.
+// What the live adapters add to a product.
 
 #pragma once
 
 #include "vectors.h"
 
-// What adapters add to a product: ((x Aᵀ) ⊙ v) B. a (rank, inputs), b (rank, outputs); v (tokens, rank) is the layout's.
+// The factors of all adapters in use at one module, one adapter's ranks after the other's: a (rank, inputs), b (rank,
+// outputs). They add ((x Aᵀ) ⊙ v) B to the product, where v (tokens, rank) holds each token's weight times the
+// adapter's scaling. layout: which of a step's v belongs to this stack.
 typedef struct {
     const float *a, *b;
     int64_t rank, layout;
 } Stack;
 
-// z (tokens, rank): scratch. What is 0 in v is an adapter of another row, and nothing is computed for it.
-static void add_stack(const Stack* s, const float* v, const float* x, float* y, long tokens, long inputs, long outputs,
-                      float* z) {
-    const long rank = s->rank, chunk = 256, chunks = (outputs + chunk - 1) / chunk;
+enum { COLUMNS = 256 };  // outputs that a thread takes at a time
+
+// output (tokens, outputs) += ((input Aᵀ) ⊙ v) B. middle (tokens, rank) is scratch memory for (input Aᵀ) ⊙ v.
+// v = 0 means that this token does not use the adapter, so we compute nothing for it.
+static void add_stack(const Stack* stack, const float* v, const float* input, float* output, long tokens, long inputs,
+                      long outputs, float* middle) {
+    const long rank = stack->rank, chunks = (outputs + COLUMNS - 1) / COLUMNS;
 #pragma omp for schedule(dynamic, 16)
     for (long i = 0; i < tokens * rank; i++)
-        z[i] = v[i] == 0 ? 0 : v[i] * dot(x + i / rank * inputs, s->a + i % rank * inputs, inputs);
+        middle[i] = v[i] == 0 ? 0 : v[i] * dot(input + i / rank * inputs, stack->a + i % rank * inputs, inputs);
 #pragma omp for schedule(static)
     for (long job = 0; job < tokens * chunks; job++) {
-        const long t = job / chunks, first = job % chunks * chunk, end = first + chunk < outputs ? first + chunk : outputs;
-        const float* zs = z + t * rank;
-        float* to = y + t * outputs;
-        for (long r = 0; r < rank; r += 4) {  // four at once read and write y once
-            float share[4] = {0};
-            const float* from[4];
+        const long token = job / chunks, first = job % chunks * COLUMNS;
+        const long end = first + COLUMNS < outputs ? first + COLUMNS : outputs;
+        const float* factors = middle + token * rank;
+        float* sums = output + token * outputs;
+        for (long r = 0; r < rank;
+             r += 4) {  // four rows of B at once, so that `sums` is read and written once for them
+            float factor[4] = {0};
+            const float* row[4];
             for (int i = 0; i < 4; i++) {
-                from[i] = s->b + (r + i < rank ? r + i : r) * outputs;
-                if (r + i < rank) share[i] = zs[r + i];
+                row[i] = stack->b + (r + i < rank ? r + i : r) * outputs;
+                if (r + i < rank) factor[i] = factors[r + i];
             }
-            if (share[0] == 0 && share[1] == 0 && share[2] == 0 && share[3] == 0) continue;
+            if (factor[0] == 0 && factor[1] == 0 && factor[2] == 0 && factor[3] == 0) continue;
 #pragma omp simd
             for (long o = first; o < end; o++)
-                to[o] += share[0] * from[0][o] + share[1] * from[1][o] + share[2] * from[2][o] + share[3] * from[3][o];
+                sums[o] +=
+                    factor[0] * row[0][o] + factor[1] * row[1][o] + factor[2] * row[2][o] + factor[3] * row[3][o];
         }
     }
 }

@@ -1,102 +1,157 @@
-// Attention of a step in which each row has one new token, over the rows of the KV cache.
+// Attention for rows that have one new token each, over what the KV cache holds of them.
 
 #pragma once
 
+#include "memory.h"
 #include "vectors.h"
 
-// A head's rotary position, with its norm before that where weight is given. cosine, sine: (dim); rotating halves is a swap,
-// with the first half's sign in the sine.
-static void rotate(const float* in, const float* cosine, const float* sine, const float* weight, float eps, long dim,
-                   float* out) {
-    float head[dim];
-    const float scale = weight ? 1 / sqrtf(dot(in, in, dim) / dim + eps) : 1;
-    for (long i = 0; i < dim; i++) head[i] = in[i] * scale * (weight ? weight[i] : 1);
-    const long half = dim / 2;
+// The sizes of attention, the same in all layers. heads: of the queries; key_heads: of the keys, and of the values;
+// size: of one head; eps: of the norms; scaling: what each inner product of a query and a key is multiplied by.
+typedef struct {
+    int64_t heads, key_heads, size;
+    float eps, scaling;
+} Heads;
+
+// Rows of the KV cache that lie one behind the other in a block, and their new tokens. The step's tokens first_token to
+// first_token + count - 1 belong to the block's rows first_row to first_row + count - 1. cached (count): how many
+// tokens each row had before this step. keys[layer] and values[layer]: (rows, key_heads, capacity, size) each, stored
+// as `kind`.
+typedef struct {
+    int64_t first_token, count, first_row, capacity, kind;
+    const int64_t* cached;
+    void *const *keys, *const *values;
+} CacheRows;
+
+// What one thread needs for the query heads that share a key head. queries (shared, size); line (size): a key or a
+// value in float32; scores (shared, the longest row).
+typedef struct {
+    float *queries, *line, *scores;
+} AttentionScratch;
+
+// Of all threads; each finds its own part. bytes: of one part.
+typedef struct {
+    char* memory;
+    long bytes, shared, size;
+} AttentionMemory;
+
+static long longest_of(const CacheRows* groups, long count) {
+    long longest = 0;
+    for (const CacheRows* rows = groups; rows < groups + count; rows++)
+        for (long i = 0; i < rows->count; i++)
+            if (rows->cached[i] + 1 > longest) longest = rows->cached[i] + 1;
+    return longest;
+}
+
+static AttentionMemory reserve_attention(const Heads* heads, long longest) {
+    const long shared = heads->heads / heads->key_heads;
+    const long numbers = shared * heads->size + heads->size + shared * longest;
+    const long bytes =
+        (numbers * (long)sizeof(float) + 127) / 64 * 64;  // whole cache lines: threads must not share one
+    return (AttentionMemory){reserve(threads * bytes), bytes, shared, heads->size};
+}
+
+static AttentionScratch part_of_attention(const AttentionMemory* all) {
+    float* queries = (float*)(all->memory + omp_get_thread_num() * all->bytes);
+    float* line = queries + all->shared * all->size;
+    return (AttentionScratch){queries, line, line + all->size};
+}
+
+// A head's numbers, rotated to their position (RoPE): the two halves change places, and `sine` already carries the
+// minus sign of the first half. Where a norm's weight is given, the head is normalised first. input, output, cosine,
+// sine, weight: (size).
+static void rotate(const float* input, const float* cosine, const float* sine, const float* weight, float eps,
+                   long size, float* output) {
+    float head[size];
+    const float scale = weight ? 1 / sqrtf(dot(input, input, size) / size + eps) : 1;
+    for (long i = 0; i < size; i++) head[i] = input[i] * scale * (weight ? weight[i] : 1);
+    const long half = size / 2;
     for (long i = 0; i < half; i++) {
-        out[i] = head[i] * cosine[i] + head[i + half] * sine[i];
-        out[i + half] = head[i + half] * cosine[i + half] + head[i] * sine[i + half];
+        output[i] = head[i] * cosine[i] + head[i + half] * sine[i];
+        output[i + half] = head[i + half] * cosine[i + half] + head[i] * sine[i + half];
     }
 }
 
-static void put(void* kept, int kind, long at, const float* values, long dim) {
+// Writes a head's key or value into the cache, `at` numbers behind its start.
+static void store(void* cache, int kind, long at, const float* numbers, long size) {
     if (kind == FLOAT32)
-        memcpy((float*)kept + at, values, dim * sizeof(float));
+        memcpy((float*)cache + at, numbers, size * sizeof(float));
     else
-        for (long i = 0; i < dim; i++) ((uint16_t*)kept + at)[i] = narrow(values[i]);
+        for (long i = 0; i < size; i++) ((uint16_t*)cache + at)[i] = narrow(numbers[i]);
 }
 
-static const float* get(const void* kept, int kind, long at, long dim, float* scratch) {
-    if (kind == FLOAT32) return (const float*)kept + at;
-    const uint16_t* h = (const uint16_t*)kept + at;
+// A head's key or value in float32: in the cache itself, or widened into `line`.
+static const float* fetch(const void* cache, int kind, long at, long size, float* line) {
+    if (kind == FLOAT32) return (const float*)cache + at;
+    const uint16_t* stored = (const uint16_t*)cache + at;
     long k = 0;
-    for (; k + LANES <= dim; k += LANES) *(vec*)(scratch + k) = widen(h + k);
-    for (; k < dim; k++) scratch[k] = widen_one(h[k]);
-    return scratch;
+    for (; k + LANES <= size; k += LANES) *(floats*)(line + k) = load_bfloats(stored + k);
+    for (; k < size; k++) line[k] = widen(stored[k]);
+    return line;
 }
 
-static void softmax(float* line, long n) {
-    float most = line[0], sum = 0;
-    vec sums = {0};
+static void softmax(float* scores, long count) {
+    float most = scores[0], sum = 0;
+    floats sums = {0};
     long k = 0;
-    for (long i = 1; i < n; i++) most = line[i] > most ? line[i] : most;
-    for (; k + LANES <= n; k += LANES) sums += *(vec*)(line + k) = exponential(load(line + k) - most);
-    for (; k < n; k++) sum += line[k] = expf(line[k] - most);
+    for (long i = 1; i < count; i++) most = scores[i] > most ? scores[i] : most;
+    for (; k + LANES <= count; k += LANES) sums += *(floats*)(scores + k) = exponential(load(scores + k) - most);
+    for (; k < count; k++) sum += scores[k] = expf(scores[k] - most);
     sum = 1 / (sum + total(sums));
-    for (long i = 0; i < n; i++) line[i] *= sum;
+    for (long i = 0; i < count; i++) scores[i] *= sum;
 }
 
-// Of all layers. heads: of queries; groups: of keys and of values; dim: of a head; eps: of the norms.
-typedef struct {
-    int64_t heads, groups, dim;
-    float eps, scaling;
-} Shape;
-
-// Tokens at..at+count-1 of a step, one for each of the rows first..first+count-1 of a block of the KV cache: keys[layer] and
-// values[layer] (rows, groups, capacity, dim) of `kind`; starts (count): what each row has cached.
-typedef struct {
-    int64_t at, count, first, capacity, kind;
-    const int64_t* starts;
-    void *const *keys, *const *values;
-} Run;
-
-// Stores the tokens' keys and values, then attends. qkv (tokens, (heads + 2 · groups) · dim); cosine, sine (tokens, dim); norms
-// ((heads + groups), dim) or NULL; window: how far back a token looks, 0 for all; out (tokens, heads · dim). Its threads do
-// not wait for each other behind it.
-static void attend_run(const Run* run, long layer, const Shape* shape, const float* norms, long window, const float* qkv,
-                       const float* cosine, const float* sine, float* out) {
-    const long heads = shape->heads, groups = shape->groups, dim = shape->dim, shared = heads / groups;
-    void *keys = run->keys[layer], *values = run->values[layer];
+// Stores the new tokens' keys and values in the cache, then computes their attention. One job is one row and one key
+// head with all query heads that share it. qkv (tokens, (heads + 2 · key_heads) · size): queries, then keys, then
+// values. cosine, sine (tokens, size). norms (heads + key_heads, size), or NULL where queries and keys are not
+// normalised. window: how many tokens back a token looks, itself included; 0 for all. output (tokens, heads · size).
+// Threads do not wait for each other at the end of this function.
+static void attend_rows(const CacheRows* rows, long layer, const Heads* heads, const float* norms, long window,
+                        const float* qkv, const float* cosine, const float* sine, float* output,
+                        const AttentionMemory* memory) {
+    const long query_heads = heads->heads, key_heads = heads->key_heads, size = heads->size;
+    const long shared = query_heads / key_heads;
+    void *keys = rows->keys[layer], *values = rows->values[layer];
+    const AttentionScratch own = part_of_attention(memory);
 #pragma omp for schedule(dynamic) nowait
-    for (long job = 0; job < run->count * groups; job++) {
-        const long g = job % groups, t = run->at + job / groups, start = run->starts[job / groups], end = start + 1;
-        const long begin = window && end > window ? end - window : 0;
-        const long row = ((run->first + job / groups) * groups + g) * run->capacity * dim;
-        const float *in = qkv + t * (heads + 2 * groups) * dim, *c = cosine + t * dim, *s = sine + t * dim;
-        float scratch[dim], q[shared * dim];
-        float* scores = malloc(shared * (end - begin) * sizeof(float));
-        rotate(in + (heads + g) * dim, c, s, norms ? norms + (heads + g) * dim : NULL, shape->eps, dim, scratch);
-        put(keys, run->kind, row + start * dim, scratch, dim);
-        put(values, run->kind, row + start * dim, in + (heads + groups + g) * dim, dim);
+    for (long job = 0; job < rows->count * key_heads; job++) {
+        const long key_head = job % key_heads, number = job / key_heads, token = rows->first_token + number;
+        const long cached = rows->cached[number], end = cached + 1;
+        const long begin = window && end > window ? end - window : 0, length = end - begin;
+        const long in_cache = ((rows->first_row + number) * key_heads + key_head) * rows->capacity * size;
+        const float* input = qkv + token * (query_heads + 2 * key_heads) * size;
+        const float *turn_cosine = cosine + token * size, *turn_sine = sine + token * size;
+
+        // The new key is rotated to its position; the value is stored as it is.
+        const float* key_norm = norms ? norms + (query_heads + key_head) * size : NULL;
+        rotate(input + (query_heads + key_head) * size, turn_cosine, turn_sine, key_norm, heads->eps, size, own.line);
+        store(keys, rows->kind, in_cache + cached * size, own.line, size);
+        store(values, rows->kind, in_cache + cached * size, input + (query_heads + key_heads + key_head) * size, size);
+
+        // The queries are rotated, too.
         for (long h = 0; h < shared; h++) {
-            const long head = g * shared + h;
-            rotate(in + head * dim, c, s, norms ? norms + head * dim : NULL, shape->eps, dim, q + h * dim);
+            const long head = key_head * shared + h;
+            rotate(input + head * size, turn_cosine, turn_sine, norms ? norms + head * size : NULL, heads->eps, size,
+                   own.queries + h * size);
         }
+
+        // Scores: how much each query looks at each earlier token and at its own, as parts of 1.
         for (long k = begin; k < end; k++) {
-            const float* key = get(keys, run->kind, row + k * dim, dim, scratch);
+            const float* key = fetch(keys, rows->kind, in_cache + k * size, size, own.line);
             for (long h = 0; h < shared; h++)
-                scores[h * (end - begin) + k - begin] = dot(q + h * dim, key, dim) * shape->scaling;
+                own.scores[h * length + k - begin] = dot(own.queries + h * size, key, size) * heads->scaling;
         }
-        for (long h = 0; h < shared; h++) softmax(scores + h * (end - begin), end - begin);
-        float* to = out + (t * heads + g * shared) * dim;
-        memset(to, 0, shared * dim * sizeof(float));
+        for (long h = 0; h < shared; h++) softmax(own.scores + h * length, length);
+
+        // The output is the sum of the values, each times its score.
+        float* sums = output + (token * query_heads + key_head * shared) * size;
+        memset(sums, 0, shared * size * sizeof(float));
         for (long k = begin; k < end; k++) {
-            const float* value = get(values, run->kind, row + k * dim, dim, scratch);
+            const float* value = fetch(values, rows->kind, in_cache + k * size, size, own.line);
             for (long h = 0; h < shared; h++) {
-                const float share = scores[h * (end - begin) + k - begin];
+                const float score = own.scores[h * length + k - begin];
 #pragma omp simd
-                for (long i = 0; i < dim; i++) to[h * dim + i] += share * value[i];
+                for (long i = 0; i < size; i++) sums[h * size + i] += score * value[i];
             }
         }
-        free(scores);
     }
 }

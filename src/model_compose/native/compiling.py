@@ -1,7 +1,8 @@
 """The library of decode.c: compiled by this machine's compiler, and kept in the user's cache.
 
-A library may do all that this process may. One of the cache is loaded only where this user or root alone can have written
-it, and only if it is whole: its name holds a digest of its bytes, since a truncated one would end the process by SIGBUS.
+A library may do all that this process may. One of the cache is loaded only where this user or root alone can have
+written it, and only if it is whole: its name holds a digest of its bytes, since a truncated one would end the process
+by SIGBUS.
 """
 
 import hashlib
@@ -98,7 +99,10 @@ def _digest(content: bytes) -> str:
 
 
 def _run(command: Sequence[str]) -> bytes:
-    """What the command prints. It is ended after COMPILE_SECONDS with all that it has started. Raises SubprocessError."""
+    """What the command prints.
+
+    It is ended after COMPILE_SECONDS with all that it has started. Raises SubprocessError.
+    """
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     ) as process:

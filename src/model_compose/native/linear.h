@@ -1,243 +1,293 @@
-// Products with weights as they are stored.
+// Products with weights as they are stored, and what they need: inputs rounded to integers, rows of weights unpacked.
 
 #pragma once
 
+#include "memory.h"
 #include "vectors.h"
 
 enum { GROUP = 32 };                            // inputs that share a scale
-enum { FLOATS = 6, INTEGERS = 8, TOKENS = 2 };  // tiles: outputs × tokens whose sums are kept in registers
-enum { AHEAD = 2048 };                          // bytes that are fetched ahead: the processor stops where a page ends
+enum { FLOATS = 6, INTEGERS = 8, TOKENS = 2 };  // a tile has this many outputs × TOKENS; their sums fit into registers
+enum { AHEAD = 2048 };  // bytes that we fetch ahead, since the processor's own prefetching stops at the end of a page
 
-// y = x Wᵀ + bias. weight: (outputs, inputs), rows one behind the other: float32; bfloat16; INT8, each row filled up with zeros
-// to whole groups, with scales (outputs); or INT4, two in a byte, where byte i of a group's 16 holds input i low and i + 16
-// high, with scales (outputs, groups) and behind these the offsets, of the same shape. bias (outputs) or NULL.
+#define NOT_INLINED __attribute__((noinline))  // a tile that is compiled on its own is faster
+
+// output = input Wᵀ + bias. bias (outputs), or NULL. weight (outputs, inputs), one row after the other, is of one of four
+// kinds:
+//   FLOAT32, BFLOAT16: as they are.
+//   INT8: each row is filled up with zeros to whole groups. scales (outputs): w = number · scale.
+//   INT4: two inputs in a byte. A group of 32 inputs has 16 bytes; byte i holds input i in its low half and input i + 16
+//     in its high half. scales (2, outputs, groups): all scales, then all offsets: w = number · scale + offset.
 typedef struct {
     int64_t kind, outputs, inputs;
     const void* weight;
     const float *scales, *bias;
 } Affine;
 
-static long groups_of(const Affine* w) { return (w->inputs + GROUP - 1) / GROUP; }
-static const void* row_of(const Affine* w, long output) {
-    const long bytes = w->kind == FLOAT32    ? 4 * w->inputs
-                       : w->kind == BFLOAT16 ? 2 * w->inputs
-                       : w->kind == INT8     ? groups_of(w) * GROUP
-                                             : w->inputs / 2;
-    return (const char*)w->weight + output * bytes;
+static long groups_in(long inputs) { return (inputs + GROUP - 1) / GROUP; }
+
+static const void* weight_row(const Affine* affine, long output) {
+    const long bytes = affine->kind == FLOAT32    ? 4 * affine->inputs
+                       : affine->kind == BFLOAT16 ? 2 * affine->inputs
+                       : affine->kind == INT8     ? groups_in(affine->inputs) * GROUP
+                                                  : affine->inputs / 2;
+    return (const char*)affine->weight + output * bytes;
 }
 
-// Activations in 16 bits: x ≈ q · scale for each group of a token, with an error of 2⁻¹⁶ of the group's greatest. q (tokens,
-// groups · GROUP); scales (tokens, groups); sums of x over each group (groups, stride), for the offsets of INT4.
+// An input in 16-bit integers, which weights of integers are multiplied by. Each group of a token has a scale of its
+// own: input ≈ numbers · scale, with an error of 2⁻¹⁶ of the group's largest number. numbers (tokens, groups · GROUP);
+// scales (tokens, groups); sums (groups, stride): of the input over each group, which the offsets of INT4 are
+// multiplied by.
 typedef struct {
-    int16_t* q;
+    int16_t* numbers;
     float *scales, *sums;
     long stride;
-} Digits;
+} Rounded;
 
-static long padded(long tokens) { return tokens == 1 ? 1 : (tokens + 7) / 8 * 8; }  // eight at a time
-static void* reserve(long bytes) { return aligned_alloc(64, (bytes + 127) / 64 * 64); }
-static Digits reserve_digits(long tokens, long inputs) {
-    const long groups = (inputs + GROUP - 1) / GROUP;
-    Digits d = {reserve(tokens * groups * GROUP * 2), reserve(tokens * groups * 4), reserve(padded(tokens) * groups * 4),
-                padded(tokens)};
-    return d;
+// What products need beside their input and output. tiles: a part for each thread, of tile_bytes each, which holds a
+// tile's rows of weights unpacked and, behind rows_bytes, what the offsets of INT4 add to the tile's outputs.
+typedef struct {
+    Rounded rounded;
+    char* tiles;
+    long tile_bytes, rows_bytes;
+} ProductMemory;
+
+static long padded(long tokens) {
+    return tokens == 1 ? 1 : (tokens + 7) / 8 * 8;
+}  // we add sums of eight tokens at once
+
+// For products of so many tokens with at most so many inputs. What the system had no memory for is NULL.
+static ProductMemory reserve_products(long tokens, long inputs) {
+    const long groups = groups_in(inputs), stride = padded(tokens);
+    // FLOATS rows of 4 bytes a number; INTEGERS rows of 2 bytes a number are smaller.
+    const long rows = tokens < TOKENS ? 0 : groups * GROUP * FLOATS * (long)sizeof(float);
+    const long offsets = INTEGERS * stride * (long)sizeof(float);
+    const long tile_bytes = (rows + offsets + 127) / 64 * 64;  // whole cache lines: threads must not share one
+    const Rounded rounded = {reserve(tokens * groups * GROUP * 2), reserve(tokens * groups * 4),
+                             reserve(stride * groups * 4), stride};
+    return (ProductMemory){rounded, reserve(threads * tile_bytes), tile_bytes, rows};
 }
-static void release(Digits d) { free(d.q), free(d.scales), free(d.sums); }
+static int has_products(const ProductMemory* memory) {
+    return memory->rounded.numbers && memory->rounded.scales && memory->rounded.sums && memory->tiles;
+}
+static void free_products(const ProductMemory* memory) {
+    free(memory->rounded.numbers), free(memory->rounded.scales), free(memory->rounded.sums), free(memory->tiles);
+}
 
-static void digits_of_group(const float* x, int16_t* q, float* scale, float* sum) {
-    vec8 most = {0};
-    const vec8 v[4] = {*(const vec8*)x, *(const vec8*)(x + 8), *(const vec8*)(x + 16), *(const vec8*)(x + 24)};
+static void round_group(const float* input, int16_t* numbers, float* scale, float* sum) {
+    floats8 most = {0};
+    const floats8 parts[4] = {*(const floats8*)input, *(const floats8*)(input + 8), *(const floats8*)(input + 16),
+                              *(const floats8*)(input + 24)};
     for (int i = 0; i < 4; i++) {
-        const vec8 size = (vec8)((ints8)v[i] & 0x7fffffff);
-        const ints8 more = size > most;
-        most = (vec8)(((ints8)size & more) | ((ints8)most & ~more));
+        const floats8 size = (floats8)((ints8)parts[i] & 0x7fffffff);  // without its sign
+        const ints8 larger = size > most;
+        most = (floats8)(((ints8)size & larger) | ((ints8)most & ~larger));
     }
     float greatest = 0;
     for (int i = 0; i < 8; i++) greatest = most[i] > greatest ? most[i] : greatest;
-    *sum = total8((v[0] + v[1]) + (v[2] + v[3]));
-    *scale = greatest / 32767 + (*sum - *sum);  // not finite where x is not
+    *sum = total8((parts[0] + parts[1]) + (parts[2] + parts[3]));
+    *scale =
+        greatest / 32767 + (*sum - *sum);  // an input that is not finite makes the scale, and so the output, not finite
     const float inverse = greatest > 1e-30f ? 32767 / greatest : 0;
     for (int i = 0; i < 4; i++) {
-        const vec8 rounded = (v[i] * inverse + 12582912.0f) - 12582912.0f;  // 1.5 · 2^23 leaves no bits for a fraction
-        *(shorts8*)(q + 8 * i) = __builtin_convertvector(__builtin_convertvector(rounded, ints8), shorts8);
+        const floats8 rounded = (parts[i] * inverse + ROUNDER) - ROUNDER;
+        *(shorts8*)(numbers + 8 * i) = __builtin_convertvector(__builtin_convertvector(rounded, ints8), shorts8);
     }
 }
 
-static void digits(const float* x, long tokens, long inputs, const Digits* d) {
-    const long groups = (inputs + GROUP - 1) / GROUP, stride = d->stride;
+// Rounds input (tokens, inputs).
+static void round_input(const float* input, long tokens, long inputs, const Rounded* rounded) {
+    const long groups = groups_in(inputs), stride = rounded->stride;
 #pragma omp for schedule(static)
-    for (long t = 0; t < stride; t++)
+    for (long token = 0; token < stride; token++)
         for (long g = 0; g < groups; g++) {
-            float last[GROUP] = {0};
-            const float* from = x + t * inputs + g * GROUP;
-            float* sum = d->sums + g * stride + t;
-            if (t >= tokens) {  // INT4 takes the sums of eight tokens at a time
+            float filled_up[GROUP] = {0};
+            const float* from = input + token * inputs + g * GROUP;
+            float* sum = rounded->sums + g * stride + token;
+            if (token >= tokens) {  // add_offsets reads the sums of eight tokens at a time
                 *sum = 0;
                 continue;
             }
-            if (inputs - g * GROUP < GROUP) from = memcpy(last, from, (inputs - g * GROUP) * sizeof(float));
-            digits_of_group(from, d->q + (t * groups + g) * GROUP, d->scales + t * groups + g, sum);
+            if (inputs - g * GROUP < GROUP) from = memcpy(filled_up, from, (inputs - g * GROUP) * sizeof(float));
+            const long group = token * groups + g;
+            round_group(from, rounded->numbers + group * GROUP, rounded->scales + group, sum);
         }
 }
 
-// One output for one token, straight from the stored row.
-static float product(const Affine* w, long output, const float* x, const Digits* d, long token) {
-    const void* row = row_of(w, output);
-    const long groups = groups_of(w), stride = d->stride;
-    if (w->kind == FLOAT32) return dot(row, x, w->inputs);
-    if (w->kind == BFLOAT16) {
-        const uint16_t* h = row;
-        vec sums[4] = {0};
+// One output of one token, without the bias, computed from the weights as they are stored.
+static float one_output(const Affine* affine, long output, const float* input, const Rounded* rounded, long token) {
+    const void* row = weight_row(affine, output);
+    const long inputs = affine->inputs, groups = groups_in(inputs), stride = rounded->stride;
+    if (affine->kind == FLOAT32) return dot(row, input, inputs);
+    if (affine->kind == BFLOAT16) {
+        const uint16_t* weights = row;
+        floats sums[4] = {0};
         long k = 0;
         float rest = 0;
-        for (; k + 4 * LANES <= w->inputs; k += 4 * LANES) {
-            __builtin_prefetch(h + k + AHEAD / 2);
-            for (int i = 0; i < 4; i++) sums[i] += widen(h + k + i * LANES) * load(x + k + i * LANES);
+        for (; k + 4 * LANES <= inputs; k += 4 * LANES) {
+            __builtin_prefetch(weights + k + AHEAD / 2);
+            for (int i = 0; i < 4; i++) sums[i] += load_bfloats(weights + k + i * LANES) * load(input + k + i * LANES);
         }
-        for (; k < w->inputs; k++) rest += widen_one(h[k]) * x[k];
+        for (; k < inputs; k++) rest += widen(weights[k]) * input[k];
         return total((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
     }
-    const int16_t* q = d->q + token * groups * GROUP;
-    const float* scales = d->scales + token * groups;
-    vec8 sums[2] = {0};
-    if (w->kind == INT8) {
-        const int8_t* b = row;
-        for (long g = 0; g < groups; g++, b += GROUP, q += GROUP) {
-            __builtin_prefetch(b + AHEAD);
-            sums[g & 1] +=
-                floats(pairs(signed_bytes(b), load16(q)) + pairs(signed_bytes(b + 16), load16(q + 16))) * scales[g];
+    const int16_t* numbers = rounded->numbers + token * groups * GROUP;
+    const float* input_scales = rounded->scales + token * groups;
+    floats8 sums[2] = {0};
+    if (affine->kind == INT8) {
+        const int8_t* weights = row;
+        for (long g = 0; g < groups; g++, weights += GROUP, numbers += GROUP) {
+            __builtin_prefetch(weights + AHEAD);
+            sums[g & 1] += to_floats(multiply_pairs(load_signed_bytes(weights), load_shorts(numbers)) +
+                                     multiply_pairs(load_signed_bytes(weights + 16), load_shorts(numbers + 16))) *
+                           input_scales[g];
         }
-        return total8(sums[0] + sums[1]) * w->scales[output];
+        return total8(sums[0] + sums[1]) * affine->scales[output];
     }
-    const uint8_t* b = row;
-    const float *own = w->scales + output * groups, *offsets = own + w->outputs * groups;
+    const uint8_t* weights = row;
+    const float *scales = affine->scales + output * groups, *offsets = scales + affine->outputs * groups;
     float rest = 0;
-    for (long g = 0; g < groups; g++, b += GROUP / 2, q += GROUP) {
-        __builtin_prefetch(b + AHEAD);
-        const shorts two = unsigned_bytes(b);
-        sums[g & 1] += floats(pairs(two & 15, load16(q)) + pairs(two >> 4, load16(q + 16))) * (scales[g] * own[g]);
-        rest += offsets[g] * d->sums[g * stride + token];
+    for (long g = 0; g < groups; g++, weights += GROUP / 2, numbers += GROUP) {
+        __builtin_prefetch(weights + AHEAD);
+        const shorts16 both = load_unsigned_bytes(weights);
+        sums[g & 1] += to_floats(multiply_pairs(both & 15, load_shorts(numbers)) +
+                                 multiply_pairs(both >> 4, load_shorts(numbers + 16))) *
+                       (input_scales[g] * scales[g]);
+        rest += offsets[g] * rounded->sums[g * stride + token];
     }
     return total8(sums[0] + sums[1]) + rest;
 }
 
-// Rows of weights as the tiles take them: float32, or 16-bit integers.
-static const void* unpack(const Affine* w, long first, long count, void* scratch) {
-    const long inputs = w->inputs, groups = groups_of(w);
-    if (w->kind == FLOAT32) return row_of(w, first);
+// `count` rows of weights from `first` on, as the tiles take them: float32, or integers of 16 bits in whole groups.
+// Where the weights are stored otherwise, the rows are unpacked into `room`.
+static const void* unpack(const Affine* affine, long first, long count, void* room) {
+    const long inputs = affine->inputs, groups = groups_in(inputs);
+    if (affine->kind == FLOAT32) return weight_row(affine, first);
     for (long o = 0; o < count; o++) {
-        const void* row = row_of(w, first + o);
-        if (w->kind == BFLOAT16) {
-            float* out = (float*)scratch + o * inputs;
+        const void* row = weight_row(affine, first + o);
+        if (affine->kind == BFLOAT16) {
+            const uint16_t* weights = row;
+            float* wide = (float*)room + o * inputs;
             long k = 0;
-            for (; k + LANES <= inputs; k += LANES) *(vec*)(out + k) = widen((const uint16_t*)row + k);
-            for (; k < inputs; k++) out[k] = widen_one(((const uint16_t*)row)[k]);
+            for (; k + LANES <= inputs; k += LANES) *(floats*)(wide + k) = load_bfloats(weights + k);
+            for (; k < inputs; k++) wide[k] = widen(weights[k]);
             continue;
         }
-        int16_t* out = (int16_t*)scratch + o * groups * GROUP;
-        for (long g = 0; g < groups; g++, out += GROUP) {
-            if (w->kind == INT8) {
-                *(shorts*)out = signed_bytes((const int8_t*)row + g * GROUP);
-                *(shorts*)(out + 16) = signed_bytes((const int8_t*)row + g * GROUP + 16);
+        int16_t* wide = (int16_t*)room + o * groups * GROUP;
+        for (long g = 0; g < groups; g++, wide += GROUP) {
+            if (affine->kind == INT8) {
+                *(shorts16*)wide = load_signed_bytes((const int8_t*)row + g * GROUP);
+                *(shorts16*)(wide + 16) = load_signed_bytes((const int8_t*)row + g * GROUP + 16);
             } else {
-                const shorts two = unsigned_bytes((const uint8_t*)row + g * GROUP / 2);
-                *(shorts*)out = two & 15;
-                *(shorts*)(out + 16) = two >> 4;
+                const shorts16 both = load_unsigned_bytes((const uint8_t*)row + g * GROUP / 2);
+                *(shorts16*)wide = both & 15;
+                *(shorts16*)(wide + 16) = both >> 4;
             }
         }
     }
-    return scratch;
+    return room;
 }
 
-// out[output][token] of a tile; w: FLOATS rows, x: TOKENS rows, each `inputs` apart.
-static inline void tile_of_floats(const float* w, const float* x, long inputs, float out[][TOKENS]) {
-    vec sums[FLOATS][TOKENS] = {0};
+// results[output][token] of a tile. rows: FLOATS rows of weights; input: TOKENS tokens; each `inputs` long. As a
+// function of its own, since the compiler keeps all sums in registers then.
+static NOT_INLINED void tile_of_floats(const float* rows, const float* input, long inputs, float results[][TOKENS]) {
+    floats sums[FLOATS][TOKENS] = {0};
     long k = 0;
     for (; k + LANES <= inputs; k += LANES)
         for (int t = 0; t < TOKENS; t++) {
-            const vec xs = load(x + t * inputs + k);
-            for (int o = 0; o < FLOATS; o++) sums[o][t] += load(w + o * inputs + k) * xs;
+            const floats part = load(input + t * inputs + k);
+            for (int o = 0; o < FLOATS; o++) sums[o][t] += load(rows + o * inputs + k) * part;
         }
     for (int o = 0; o < FLOATS; o++)
         for (int t = 0; t < TOKENS; t++) {
             float rest = 0;
-            for (long i = k; i < inputs; i++) rest += w[o * inputs + i] * x[t * inputs + i];
-            out[o][t] = total(sums[o][t]) + rest;
+            for (long i = k; i < inputs; i++) rest += rows[o * inputs + i] * input[t * inputs + i];
+            results[o][t] = total(sums[o][t]) + rest;
         }
 }
 
-// The same for INTEGERS rows. own: their scales (INTEGERS, groups), for INT4.
-static inline void tile_of_integers(const int16_t* w, const float* own, const int16_t* q, const float* scales, long groups,
-                                    float out[][TOKENS]) {
+// The same for INTEGERS rows of integers. row_scales (INTEGERS, groups) for INT4, or NULL; numbers, input_scales: of
+// the tile's first token.
+static NOT_INLINED void tile_of_integers(const int16_t* rows, const float* row_scales, const int16_t* numbers,
+                                         const float* input_scales, long groups, float results[][TOKENS]) {
     const long inputs = groups * GROUP;
-    vec8 sums[INTEGERS][TOKENS] = {0};
+    floats8 sums[INTEGERS][TOKENS] = {0};
     for (long g = 0, k = 0; g < groups; g++, k += GROUP)
         for (int o = 0; o < INTEGERS; o++)
             for (int t = 0; t < TOKENS; t++) {
-                const int16_t *a = w + o * inputs + k, *b = q + t * inputs + k;
-                vec8 sum = floats(pairs(load16(a), load16(b)) + pairs(load16(a + 16), load16(b + 16)));
-                if (own != NULL) sum *= own[o * groups + g];
-                sums[o][t] += sum * scales[t * groups + g];
+                const int16_t *weights = rows + o * inputs + k, *input = numbers + t * inputs + k;
+                floats8 sum = to_floats(multiply_pairs(load_shorts(weights), load_shorts(input)) +
+                                        multiply_pairs(load_shorts(weights + 16), load_shorts(input + 16)));
+                if (row_scales != NULL) sum *= row_scales[o * groups + g];
+                sums[o][t] += sum * input_scales[t * groups + g];
             }
     for (int o = 0; o < INTEGERS; o++)
-        for (int t = 0; t < TOKENS; t++) out[o][t] = total8(sums[o][t]);
+        for (int t = 0; t < TOKENS; t++) results[o][t] = total8(sums[o][t]);
 }
 
-// What the offsets of INT4 add: out (count, stride).
-static void add_offsets(const Affine* w, long first, long count, const Digits* d, float* out) {
-    const long groups = groups_of(w);
-    const float* offsets = w->scales + (w->outputs + first) * groups;
+// What the offsets of INT4 add to `count` outputs from `first` on: added (count, stride).
+static void add_offsets(const Affine* affine, long first, long count, const Rounded* rounded, float* added) {
+    const long groups = groups_in(affine->inputs), stride = rounded->stride;
+    const float* offsets = affine->scales + (affine->outputs + first) * groups;
     for (long o = 0; o < count; o++)
-        for (long t = 0; t < d->stride; t += 8) {
-            vec8 sum = {0};
-            for (long g = 0; g < groups; g++) sum += *(const vec8*)(d->sums + g * d->stride + t) * offsets[o * groups + g];
-            *(vec8*)(out + o * d->stride + t) = sum;
+        for (long t = 0; t < stride; t += 8) {
+            floats8 sum = {0};
+            for (long g = 0; g < groups; g++)
+                sum += *(const floats8*)(rounded->sums + g * stride + t) * offsets[o * groups + g];
+            *(floats8*)(added + o * stride + t) = sum;
         }
 }
 
-// y (tokens, outputs) for all tokens of a block of a tile's outputs; scratch holds its rows unpacked. The tokens that are left
-// over, and all where the block is not whole, go one by one.
-static void block_of(const Affine* w, long first, long count, const float* x, const Digits* d, float* y, long tokens,
-                     void* scratch) {
-    const int integers = w->kind >= INT8, whole = count == (integers ? INTEGERS : FLOATS) && tokens >= TOKENS;
-    const long groups = groups_of(w), last = first + 2 * count <= w->outputs ? first + 2 * count : w->outputs;
-    const char *next = row_of(w, first + count), *end = row_of(w, last);
-    const long share = (end - next) / (tokens / TOKENS + 1) + 64;
-    float offsets[INTEGERS * padded(tokens)];
-    long t = 0;
+// `count` outputs from `first` on, for all tokens. Tiles take as many outputs as they have, and TOKENS tokens at a
+// time; what is left over, and all tokens where there are fewer outputs, goes one by one. Meanwhile the next rows of
+// weights are fetched.
+static void multiply_block(const Affine* affine, long first, long count, const float* input, float* output, long tokens,
+                           const ProductMemory* memory) {
+    const Rounded* rounded = &memory->rounded;
+    const long inputs = affine->inputs, outputs = affine->outputs, groups = groups_in(inputs), stride = rounded->stride;
+    const int integers = affine->kind >= INT8;
+    const int whole = count == (integers ? INTEGERS : FLOATS) && tokens >= TOKENS;
+    const long last = first + 2 * count <= outputs ? first + 2 * count : outputs;
+    const char *next = weight_row(affine, first + count), *end = weight_row(affine, last);
+    const long share = (end - next) / (tokens / TOKENS + 1) + 64;  // bytes to fetch during one tile
+    char* room = memory->tiles + omp_get_thread_num() * memory->tile_bytes;
+    float* added = (float*)(room + memory->rows_bytes);
+    long token = 0;
     if (whole) {
-        const void* rows = unpack(w, first, count, scratch);
-        if (w->kind == INT4) add_offsets(w, first, count, d, offsets);
-        for (; t + TOKENS <= tokens; t += TOKENS) {
-            float out[INTEGERS][TOKENS];
+        const void* rows = unpack(affine, first, count, room);
+        if (affine->kind == INT4) add_offsets(affine, first, count, rounded, added);
+        for (; token + TOKENS <= tokens; token += TOKENS) {
+            float results[INTEGERS][TOKENS];
             for (const char* stop = next + share; next < stop && next < end; next += 64) __builtin_prefetch(next, 0, 2);
-            const int16_t* q = d->q + t * groups * GROUP;
+            const int16_t* numbers = rounded->numbers + token * groups * GROUP;
+            const float* input_scales = rounded->scales + token * groups;
             if (!integers)
-                tile_of_floats(rows, x + t * w->inputs, w->inputs, out);
-            else if (w->kind == INT8)
-                tile_of_integers(rows, NULL, q, d->scales + t * groups, groups, out);
+                tile_of_floats(rows, input + token * inputs, inputs, results);
+            else if (affine->kind == INT8)
+                tile_of_integers(rows, NULL, numbers, input_scales, groups, results);
             else
-                tile_of_integers(rows, w->scales + first * groups, q, d->scales + t * groups, groups, out);
+                tile_of_integers(rows, affine->scales + first * groups, numbers, input_scales, groups, results);
             for (int o = 0; o < count; o++)
-                for (int i = 0; i < TOKENS; i++) {
-                    const float sum = w->kind == INT8   ? out[o][i] * w->scales[first + o]
-                                      : w->kind == INT4 ? out[o][i] + offsets[o * d->stride + t + i]
-                                                        : out[o][i];
-                    y[(t + i) * w->outputs + first + o] = sum + (w->bias ? w->bias[first + o] : 0);
+                for (int t = 0; t < TOKENS; t++) {
+                    const float sum = affine->kind == INT8   ? results[o][t] * affine->scales[first + o]
+                                      : affine->kind == INT4 ? results[o][t] + added[o * stride + token + t]
+                                                             : results[o][t];
+                    output[(token + t) * outputs + first + o] = sum + (affine->bias ? affine->bias[first + o] : 0);
                 }
         }
     }
-    for (; t < tokens; t++)
+    for (; token < tokens; token++)
         for (long o = first; o < first + count; o++)
-            y[t * w->outputs + o] = product(w, o, x + t * w->inputs, d, t) + (w->bias ? w->bias[o] : 0);
+            output[token * outputs + o] =
+                one_output(affine, o, input + token * inputs, rounded, token) + (affine->bias ? affine->bias[o] : 0);
 }
 
-static void multiply(const Affine* w, const float* x, float* y, long tokens, const Digits* d) {
-    const long size = w->kind >= INT8 ? INTEGERS : FLOATS;
-    void* scratch = tokens < TOKENS || w->kind == FLOAT32 ? NULL : reserve(size * groups_of(w) * GROUP * sizeof(float));
-    if (w->kind >= INT8) digits(x, tokens, w->inputs, d);
+// output (tokens, outputs) = input (tokens, inputs) Wᵀ + bias.
+static void multiply(const Affine* affine, const float* input, float* output, long tokens,
+                     const ProductMemory* memory) {
+    const long size = affine->kind >= INT8 ? INTEGERS : FLOATS;
+    if (affine->kind >= INT8) round_input(input, tokens, affine->inputs, &memory->rounded);
 #pragma omp for schedule(dynamic, 8)
-    for (long first = 0; first < w->outputs; first += size)
-        block_of(w, first, w->outputs - first < size ? w->outputs - first : size, x, d, y, tokens, scratch);
-    free(scratch);
+    for (long first = 0; first < affine->outputs; first += size)
+        multiply_block(affine, first, affine->outputs - first < size ? affine->outputs - first : size, input, output,
+                       tokens, memory);
 }

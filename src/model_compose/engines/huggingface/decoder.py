@@ -21,8 +21,8 @@ from model_compose.engines.huggingface.cache import LayerShape
 from model_compose.engines.huggingface.quantized import NativeLinear, quantize
 from model_compose.engines.huggingface.rotary import rotate_by_row, switch_length
 from model_compose.lora.layers import LoraModel, Projection
-from model_compose.lora.live import Layout, Mix
-from model_compose.native import FEW, KINDS, CLayer, CProjection, CRun, CShape, CStack, Kernels, kernels
+from model_compose.lora.live import Layout, Mix, Selection
+from model_compose.native import FEW, KINDS, CCacheRows, CHeads, CLayer, CProjection, CStack, Kernels, kernels
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -67,7 +67,7 @@ class LlamaForward:
         weight = inner.embed_tokens.weight
         shape = LayerShape(keys, dim, dim, weight.dtype, weight.device)
         self.layers = [shape] * len(self._layers)
-        whole = CShape(heads, keys, dim, config.rms_norm_eps, dim**-0.5)
+        whole = CHeads(heads, keys, dim, config.rms_norm_eps, dim**-0.5)
         self._native = None if native is None else NativeLayers(native, lora, self._layers, whole, self._norm)
         sizes = Sizes(heads, keys, dim, config.rms_norm_eps)
         self._between = Between(sizes, inner.layers[0].mlp.act_fn, self._native)
@@ -122,13 +122,13 @@ class LlamaForward:
 class Table:
     """The layers as native code reads them, with pointers to weights and adapters. layouts: of its stacks, by number.
 
-    swaps, stack: what must be as it was for the pointers to hold. kept: keeps alive what they point to.
+    swaps, selection: the pointers hold as long as these are the same. kept: keeps alive what they point to.
     """
 
     layers: Any
     layouts: tuple[Layout, ...]
     swaps: int
-    stack: frozenset[str] | None
+    selection: Selection | None
     kept: tuple[Any, ...]
 
 
@@ -136,7 +136,7 @@ class NativeLayers:
     """layers: of the decoder. norm: the last one."""
 
     def __init__(
-        self, native: Kernels, lora: LoraModel, layers: Iterable[Layer], shape: CShape, norm: Tensor
+        self, native: Kernels, lora: LoraModel, layers: Iterable[Layer], shape: CHeads, norm: Tensor
     ) -> None:  # fmt: skip
         self._native, self._lora, self._layers, self._shape, self._norm = native, lora, layers, shape, norm
         self._table: Table | None = None
@@ -147,10 +147,10 @@ class NativeLayers:
         groups = [group for group in step.groups if isinstance(group, Decode)]
         if len(groups) < len(step.groups) or len(x) > FEW:
             return None
-        stack = None if mix is None else mix.stack
+        selection = None if mix is None else mix.selection
         table = self._table
-        if table is None or table.swaps != self._lora.swaps or table.stack is not stack:
-            table = self._table = self._read(mix, stack)
+        if table is None or table.swaps != self._lora.swaps or table.selection != selection:
+            table = self._table = self._read(mix, selection)
         if table.layers is None:
             return None
         scales = [mix.scales(layout, len(x)) for layout in table.layouts] if mix is not None else []
@@ -166,9 +166,9 @@ class NativeLayers:
     def attend(self, group: Decode, number: int, layer: Layer, qkv: Tensor, turn: Turn, out: Tensor) -> None:
         self._native.attend(_run(group), number, self._shape, layer.qk_norm, layer.window, qkv, *turn, out)
 
-    def _read(self, mix: Mix | None, stack: frozenset[str] | None) -> Table:
+    def _read(self, mix: Mix | None, selection: Selection | None) -> Table:
         kept: list[Any] = []
-        layouts: dict[int, tuple[int, Layout]] = {}
+        numbers: dict[Layout, int] = {}
 
         def stack_of(projection: Projection) -> CStack | None:
             stacks = [] if mix is None else projection.branch.stacked(mix)
@@ -178,13 +178,13 @@ class NativeLayers:
             if len(stacks) > 1 or only.a.dtype != torch.float32 or only.a.device.type != "cpu":
                 return None
             kept.append(only)
-            number, _ = layouts.setdefault(id(only.layout), (len(layouts), only.layout))
+            number = numbers.setdefault(only.layout, len(numbers))
             return CStack(only.a.data_ptr(), only.b.data_ptr(), len(only.a), number)
 
         rows = [_layer(layer, stack_of, kept.append) for layer in self._layers]
         whole = [row for row in rows if row is not None]
         layers = (CLayer * len(rows))(*whole) if len(whole) == len(rows) else None
-        return Table(layers, tuple(layout for _, layout in layouts.values()), self._lora.swaps, stack, tuple(kept))
+        return Table(layers, tuple(numbers), self._lora.swaps, selection, tuple(kept))
 
 
 def _layer(layer: Layer, stack_of: Callable[[Projection], CStack | None], keep: Callable[[Any], None]) -> CLayer | None:
@@ -203,12 +203,12 @@ def _layer(layer: Layer, stack_of: Callable[[Projection], CStack | None], keep: 
     return CLayer(layer.norm.data_ptr(), layer.mlp_norm.data_ptr(), norm, layer.window or 0, *found)
 
 
-def _run(group: Decode) -> CRun:
+def _run(group: Decode) -> CCacheRows:
     block, tokens, rows = group.block, group.tokens, group.rows
     keys, values = block.pointers
     kind = KINDS[block.keys[0].dtype]
     count = tokens.stop - tokens.start
-    return CRun(
+    return CCacheRows(
         tokens.start,
         count,
         rows.start,

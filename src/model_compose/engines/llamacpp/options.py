@@ -113,6 +113,7 @@ def find(server: str, base_dir: Path) -> Path:
         where = "in PATH" if os.sep not in server else "that can be run"
         raise LoadError(
             f"options.server: there is no {server} {where}; build llama.cpp's llama-server or install it "
-            "(https://github.com/ggml-org/llama.cpp), or leave options.server out"
+            "(https://github.com/ggml-org/llama.cpp), or leave options.server out",
+            at=("server",),
         )
     return Path(path)

@@ -140,7 +140,7 @@ def choose_rank(blends: Blends, adapters: Mapping[str, LoraAdapter], limit: int 
     single = (Blend({name: 1.0}, name) for name in adapters)
     for blend in (blends.default, *blends.named.values(), *single):
         if problem := too_large(blend, adapters, chosen):
-            raise LoadError(problem)
+            raise LoadError(problem, at=("max_lora_rank",))
     return chosen
 
 

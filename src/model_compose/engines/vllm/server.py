@@ -85,9 +85,8 @@ def interpreter(python: str | None, base_dir: Path) -> Path:
     path = absolute(python, base_dir) if python else python_of(environment_folder("vllm"))
     if not path.is_file():
         named = f"options.python: there is no {path}" if python else "vLLM is not installed for model-compose"
-        raise LoadError(
-            f"{named}; install it with `model-compose setup vllm`, or set options.python to an interpreter that has it"
-        )
+        remedy = "install it with `model-compose setup vllm`, or set options.python to an interpreter that has it"
+        raise LoadError(f"{named}; {remedy}", at=("python",))
     return path
 
 
