@@ -238,12 +238,12 @@ async def test_a_running_server_is_used_and_left_as_it_was(python: str, project:
             "'precision': the server at base_url has its own",
         ),
         ({"model": "./m.gguf"}, r"'model': ./m.gguf is a single file.*driver: llamacpp"),
-        ({"quantization": "int8"}, "'quantization': give it a checkpoint that is quantised"),
+        ({"quantization": "int8"}, "'quantization': use a checkpoint that is quantised"),
         ({"device": "cuda:1"}, "'device': .*CUDA_VISIBLE_DEVICES"),
         ({"preload": False}, "'preload'"),
         (
             {"peft_adapters": [{"type": "lora", "model": "./a", "device": "cpu"}]},
-            "'peft_adapters.device': adapters compute where the base does",
+            "'peft_adapters.device': adapters compute on the base's device",
         ),
     ],
 )

@@ -197,9 +197,9 @@ def _load_model(base: Fetched, config: Any, options: ModelOptions, device: torch
 def _holds(base: Fetched, model: Any) -> Callable[[str, torch.Tensor], bool | None]:
     """Says whether the base's parameter of a name is a tensor. Its files tell, as the model's own weights may be packed or
     folded."""
-    from model_compose.checkpoint.reading import holder
+    from model_compose.checkpoint.reading import copy_checker
 
-    stored = holder(base, model)
+    stored = copy_checker(base, model)
 
     def holds(name: str, tensor: torch.Tensor) -> bool | None:
         try:

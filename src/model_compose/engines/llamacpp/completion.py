@@ -25,7 +25,7 @@ FORCING = 1e6
 
 
 @dataclass(frozen=True)
-class Told:
+class Sampled:
     """A token of llama-server's answer. cached: how many tokens of the prompt came from its cache. probabilities:
     llama-server's own JSON with log-probabilities, if they were asked for."""
 
@@ -134,14 +134,14 @@ def refuse(sampling: Sampling) -> None:
 
 
 class LeftOut(Exception):
-    """A stream has left a token out, so it cannot be continued. cached: as in Told."""
+    """A stream has left a token out, so it cannot be continued. cached: as in Sampled."""
 
     def __init__(self, cached: int) -> None:
         super().__init__("a token ends within a character")
         self.cached = cached
 
 
-async def next_tokens(client: httpx.AsyncClient, ask: Ask, *, stream: bool) -> AsyncGenerator[Told]:
+async def next_tokens(client: httpx.AsyncClient, ask: Ask, *, stream: bool) -> AsyncGenerator[Sampled]:
     """Yield at most ask.count tokens. Closing the iterator closes the connection, which makes llama-server stop.
 
     Raises LeftOut (only if `stream`), InputError or RunError, and httpx's TransportError if the connection breaks.
@@ -150,7 +150,7 @@ async def next_tokens(client: httpx.AsyncClient, ask: Ask, *, stream: bool) -> A
         answer = await _post(client, ask.body(stream=False))
         probabilities = next(iter(answer.get("completion_probabilities") or ()), None)
         for token in answer["tokens"]:
-            yield Told(token, answer["timings"]["cache_n"], probabilities)
+            yield Sampled(token, answer["timings"]["cache_n"], probabilities)
         return
     made = 0
     async with aclosing(_events(client, ask.body(stream=True))) as events:
@@ -159,7 +159,7 @@ async def next_tokens(client: httpx.AsyncClient, ask: Ask, *, stream: bool) -> A
             if event["tokens_predicted"] != made:
                 raise LeftOut(event["timings"]["cache_n"])
             for token in event["tokens"]:
-                yield Told(token, event["timings"]["cache_n"])
+                yield Sampled(token, event["timings"]["cache_n"])
 
 
 async def distribution(client: httpx.AsyncClient, ask: Ask, plain: int, vocabulary: int) -> dict[int, float]:

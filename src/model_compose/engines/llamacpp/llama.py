@@ -110,9 +110,7 @@ class Llama:
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = settings.cells, settings.rows, True
         params.n_batch, params.n_ubatch = settings.tokens_per_step, min(UBATCH, settings.tokens_per_step)
-        params.n_outputs_max = (
-            settings.rows
-        )  # one for each piece; by default, buffers hold logits for the whole batch
+        params.n_outputs_max = settings.rows  # one for each piece; by default, buffers hold logits for the whole batch
         params.n_threads = params.n_threads_batch = settings.threads
         params.type_k = params.type_v = lib.GGML_TYPE_F32 if settings.kv_float32 else lib.GGML_TYPE_F16
         params.flash_attn_type = {None: -1, False: 0, True: 1}[settings.flash_attention]

@@ -42,9 +42,7 @@ class LlamacppOptions(Options):
         default=None, ge=1, description="Memory for keys and values, shared by all texts; one whole context if unset"
     )
     n_batch: int = Field(default=512, ge=1, description="Tokens of a step: one of each text, the others of prompts")
-    n_gpu_layers: int | None = Field(
-        default=None, ge=0, description="Layers on the GPU, where there is one; all if unset"
-    )
+    n_gpu_layers: int | None = Field(default=None, ge=0, description="Layers on the GPU, if there is one; all if unset")
     flash_attn: bool | None = Field(
         default=None,
         description="llama.cpp decides if unset; not with precision: float32, which it would round to float16",

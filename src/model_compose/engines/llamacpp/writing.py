@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from model_compose.engines.llamacpp.completion import Ask, LeftOut, Told, distribution, next_tokens
+from model_compose.engines.llamacpp.completion import Ask, LeftOut, Sampled, distribution, next_tokens
 from model_compose.engines.llamacpp.slots import Slot, Slots
 from model_compose.engines.served.text import ServedText
 from model_compose.errors import NotReady
@@ -66,9 +66,9 @@ class Writing:
                         raise NotReady("llama-server has ended and is being started again; try again in a moment")
                     ask = self._ask(slot)
                     async with aclosing(self._next(ask)) as tokens:
-                        async for told in tokens:
+                        async for sampled in tokens:
                             slot.identity, slot.tokens = job.identity, ask.tokens
-                            chunk = await self._take(told, ask)
+                            chunk = await self._take(sampled, ask)
                             if chunk.text or chunk.logprobs or chunk.finish:
                                 emit(chunk)
                             if chunk.finish:
@@ -84,7 +84,7 @@ class Writing:
             self._seeds.getrandbits(31),
         )  # fmt: skip
 
-    async def _next(self, ask: Ask) -> AsyncGenerator[Told]:
+    async def _next(self, ask: Ask) -> AsyncGenerator[Sampled]:
         """Yield the tokens of one turn.
 
         If a stream leaves a token out, we ask for the same tokens again without a stream, with the same seed, and skip
@@ -94,19 +94,19 @@ class Writing:
         if self._streams and ask.count > 1:
             try:
                 async with aclosing(next_tokens(self._job.client, ask, stream=True)) as items:
-                    async for told in items:
-                        streamed.append(told.token)
-                        yield told
+                    async for sampled in items:
+                        streamed.append(sampled.token)
+                        yield sampled
                 return
             except LeftOut as left_out:
                 self._begin(left_out.cached)
                 self._streams, ask = False, replace(ask, reuse=True)  # now the slot does hold this blend
         async with aclosing(next_tokens(self._job.client, ask, stream=False)) as items:
-            async for told in items:
+            async for sampled in items:
                 if not streamed:
-                    yield told
+                    yield sampled
                 elif (
-                    streamed.popleft() != told.token
+                    streamed.popleft() != sampled.token
                 ):  # rounding decided a near tie; continue after the streamed tokens
                     return
 
@@ -114,21 +114,21 @@ class Writing:
         if not self.has_begun:
             self.has_begun, self.cached = True, cached
 
-    async def _take(self, told: Told, ask: Ask) -> Chunk:
-        self._begin(told.cached)
-        text = self.text.push(told.token)
-        wanted = self._job.sampling.logprobs is not None and told.token not in self._job.eos
-        logprobs = (await self._logprob(told, ask),) if wanted else ()
+    async def _take(self, sampled: Sampled, ask: Ask) -> Chunk:
+        self._begin(sampled.cached)
+        text = self.text.push(sampled.token)
+        wanted = self._job.sampling.logprobs is not None and sampled.token not in self._job.eos
+        logprobs = (await self._logprob(sampled, ask),) if wanted else ()
         return Chunk(self.text.index, text, self.text.finish, logprobs)
 
-    async def _logprob(self, told: Told, ask: Ask) -> TokenLogprob:
-        if told.probabilities is None:
+    async def _logprob(self, sampled: Sampled, ask: Ask) -> TokenLogprob:
+        if sampled.probabilities is None:
             all_of_them = await distribution(
                 self._job.client, replace(ask, reuse=True), self._job.plain, self._job.vocabulary
             )
-            own, top = all_of_them[told.token], list(all_of_them.items())
+            own, top = all_of_them[sampled.token], list(all_of_them.items())
         else:
-            own = told.probabilities["logprob"]
-            top = [(each["id"], each["logprob"]) for each in told.probabilities["top_logprobs"]]
+            own = sampled.probabilities["logprob"]
+            top = [(each["id"], each["logprob"]) for each in sampled.probabilities["top_logprobs"]]
         best = [(token, max(value, LEAST_LOGPROB)) for token, value in top[: self._job.sampling.logprobs]]
-        return self.text.logprob(told.token, max(own, LEAST_LOGPROB), best)
+        return self.text.logprob(sampled.token, max(own, LEAST_LOGPROB), best)

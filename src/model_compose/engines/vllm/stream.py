@@ -99,10 +99,10 @@ class Text(ServedText):
             text += self.end(_finish(choice["finish_reason"]))
         return Chunk(self.index, text, self.finish, tuple(logprobs))
 
-    def _logprob(self, token: int, told: dict[str, Any], position: int) -> TokenLogprob:
-        best = sorted(told["top_logprobs"][position].items(), key=lambda item: -item[1])[: self._alternatives]
+    def _logprob(self, token: int, logprobs: dict[str, Any], position: int) -> TokenLogprob:
+        best = sorted(logprobs["top_logprobs"][position].items(), key=lambda item: -item[1])[: self._alternatives]
         top = ((int(name.removeprefix("token_id:")), value) for name, value in best)
-        return self.logprob(token, told["token_logprobs"][position], top)
+        return self.logprob(token, logprobs["token_logprobs"][position], top)
 
 
 def _finish(reason: str) -> Finish:
