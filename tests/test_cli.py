@@ -1,16 +1,23 @@
 """The command line as a user runs it: a process, its two streams, its exit code."""
 
+import asyncio
+import fcntl
 import io
 import json
 import logging
 import os
+import pty
+import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import chdir, contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +31,10 @@ from model_compose.commands.run import service
 from model_compose.compose import Compose
 from model_compose.errors import InputError
 from model_compose.loading import load
-from model_compose.progress import Progress
-from model_compose.running import find, hold, state_dir
-from model_compose.terminal import Printer, bars
+from model_compose.oneshot import run_here, run_there
+from model_compose.progress import Progress, silent
+from model_compose.running import Mix, find, hold, state_dir
+from model_compose.terminal import Printer, bars, mix_text
 from tests import tiny
 from tests.conftest import serving
 from tests.test_config import FIRST_EXAMPLE
@@ -63,6 +71,21 @@ def cli(*arguments: str, cwd: Path, stdin: str = "", **how: Any) -> tuple[int, s
             process.kill()
             raise
     return process.returncode, out, err
+
+
+def in_terminal(*arguments: str, cwd: Path, columns: int = 60) -> tuple[int, str]:
+    """Exit code, and what a terminal of this width gets to show, its codes for colours and cursor apart."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
+    command = [sys.executable, "-m", "model_compose", *arguments]
+    with subprocess.Popen(command, cwd=cwd, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        with open(ours, "rb", buffering=0) as terminal, suppress(OSError):  # EIO, once the process has ended
+            while piece := terminal.read(1 << 16):
+                shown += piece
+    return process.returncode, re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", shown.decode()).replace("\r\n", "\n")
 
 
 def called(*arguments: str, cwd: Path, stdin: str = "") -> tuple[int, str, str]:
@@ -407,6 +430,49 @@ def test_run_on_a_running_service(project: Path, server: str, tmp_path: Path) ->
         )
 
 
+def test_a_terminal_is_told_which_blend_answered_and_how_fast(project: Path, server: str) -> None:
+    cwd = project.parent
+    told = r"\((12) tokens, [\d,.]+ tokens/s, length\)\n"
+    with as_running(project, server):
+        text = called("run", "-i", INPUT, "-s", cwd=cwd)[1]
+        code, shown = in_terminal("run", "-i", INPUT, "-s", cwd=cwd)
+        assert code == 0
+        assert re.fullmatch(re.escape(f"{text}{CUT}default · alpaca 0.7 · pirate 0.8 ") + told, shown)
+        code, shown = in_terminal("run", "-i", INPUT, "-b", "strong", cwd=cwd)
+        assert re.fullmatch(r"\{.*\}\n" + re.escape(f"{CUT}strong · alpaca 2 ") + told, shown, re.DOTALL)
+        assert in_terminal("run", "-i", INPUT, "-s", "--quiet", cwd=cwd) == (0, text)
+        assert called("run", "-i", INPUT, "-s", "--quiet", cwd=cwd) == (0, text, "")
+
+
+async def test_a_run_here_and_there_tell_the_same_of_their_answers(project: Path, server: str) -> None:
+    loaded = load([project], {})
+    value = {"prompt": "Once upon a time"}
+    here = await run_here(loaded, value, None, {"alpaca": 1}, None, nullcontext(silent))
+    with as_running(project, server):
+        record = find(loaded.files)
+        assert record is not None
+        there = await asyncio.to_thread(run_there, record, loaded, value, None, {"alpaca": 1}, None)
+    assert here.output == there.output
+    assert [replace(each, tokens_per_second=0) for each in here.answers] == [
+        replace(each, tokens_per_second=0) for each in there.answers
+    ]
+    assert here.answers[0].tokens == 12
+
+
+@pytest.mark.parametrize(
+    ("mix", "text"),
+    [
+        (Mix("captain", {"alpaca": 0.5, "pirate": 1.25}), "captain · alpaca 0.5 · pirate 1.25"),
+        (Mix(None, {"alpaca": -0.7, "pirate": 0}), "alpaca -0.7"),
+        (Mix(None, {}), "base model alone"),
+        (Mix("plain", {}), "plain · base model alone"),
+        (Mix("voted", {"alpaca": 1}, "ties"), "voted (ties) · alpaca 1"),
+    ],
+)
+def test_a_blend_in_words(mix: Mix, text: str) -> None:
+    assert mix_text(mix) == text
+
+
 def test_second_up_is_refused(folder: Path) -> None:
     with as_running(folder / "model-compose.yml", "http://127.0.0.1:9"):
         for command in (("up",), ("up", "-d"), ("start",)):
@@ -475,6 +541,17 @@ def test_bars_keep_to_stderr_and_go_away(monkeypatch: pytest.MonkeyPatch, capsys
     assert terminal.getvalue() == shown
 
 
+@pytest.mark.parametrize("columns", ["40", "60", "120"])
+def test_bars_stay_within_a_line_and_show_the_count(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with bars() as report:
+        report(Progress("converting and de-quantizing all the tensors of this file", 20, 272, "tensors"))
+    lines = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", terminal.getvalue()).replace("\r", "\n").splitlines()
+    assert any("20/272" in line for line in lines)
+    assert max(map(len, lines)) <= int(columns)
+
+
 def test_nothing_is_shown_of_progress_where_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with bars() as report:
         report(Progress("loading", 1, 2))
@@ -493,6 +570,7 @@ def test_service_that_does_not_answer(folder: Path) -> None:
 SERVED = tiny.YAML.replace("max_output_length: 12", "max_output_length: 12\n    min_output_length: 12")
 
 
+@pytest.mark.slow
 def test_up_run_down(project: Path) -> None:
     """up -d over what a killed service left, answers equal to those in process, down."""
     cwd = project.parent
@@ -542,7 +620,7 @@ def test_what_cannot_be_loaded_is_told_by_every_command(project: Path) -> None:
 def test_what_is_seen_only_while_loading_is_told_by_run_and_by_up(project: Path) -> None:
     cwd = project.parent
     (cwd / "card.yml").write_text(tiny.YAML.replace("precision: float32", "device: cuda:7"), encoding="utf-8")
-    code, out, err = cli("run", "-f", "card.yml", "--input", INPUT, cwd=cwd)
+    code, out, err = called("run", "-f", "card.yml", "--input", INPUT, cwd=cwd)
     assert (code, out) == (1, "")
     assert err.startswith("❌ device 'cuda:7' does not exist on this machine")
     code, out, up = cli("up", "-d", "-f", "card.yml", cwd=cwd)

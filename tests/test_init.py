@@ -36,6 +36,7 @@ def test_a_template_loads_and_its_next_steps_are_commands(name: str, tmp_path: P
         assert called(*arguments, "--help", cwd=tmp_path)[0] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUN_AS_THEY_ARE)
 async def test_a_template_runs(name: str, tmp_path: Path) -> None:
     path = initialised(tmp_path, name)

@@ -277,6 +277,7 @@ def test_following_ends_when_its_reader_leaves(log: Path, tmp_path: Path) -> Non
         assert process.wait(SECONDS) == 0
 
 
+@pytest.mark.slow
 def test_logs_of_a_service_in_the_background(project: Path) -> None:
     """`up -d`, `ps`, `status`, `logs -f` and `down`, as processes."""
     path = project.parent / "background.yml"

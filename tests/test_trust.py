@@ -11,7 +11,6 @@ from model_compose.errors import LoadError
 from model_compose.export import Order, export
 from model_compose.inspection import Inspection, inspect
 from model_compose.loading import load
-from model_compose.plan import models
 from model_compose.progress import silent
 from tests import tiny
 
@@ -50,7 +49,7 @@ def write(folder: Path, driver: str, trusted: bool) -> Path:
 
 def inspected(path: Path) -> Inspection:
     file = load([path], {})
-    ((name, options),) = models(file.config)
+    ((name, options),) = file.config.models
     return inspect(options, {}, file.base_dir, component=name, blend=None, report=silent)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from model_compose.components import COMPONENTS, DEFAULT_ID, ComponentOptions, located, one_or_many, pick
+from model_compose.engines.options import ModelOptions
 from model_compose.errors import Keys, NotFound
 from model_compose.registry import ByName
 from model_compose.schema import Options, Seconds, invalid
@@ -147,6 +148,15 @@ class Config(Options):
     @property
     def all_components(self) -> tuple[ComponentOptions, ...]:
         return tuple(one_or_many(self.component, self.components))
+
+    @property
+    def models(self) -> list[tuple[str, ModelOptions]]:
+        """The model components with their names on /v1."""
+        return [
+            ("default" if component.id == "__component__" else component.id, component)
+            for component in self.all_components
+            if isinstance(component, ModelOptions)
+        ]
 
     @property
     def all_workflows(self) -> tuple[WorkflowOptions, ...]:

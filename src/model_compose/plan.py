@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from model_compose.config import Config
 from model_compose.engines import ENGINES
 from model_compose.engines.devices import Devices, check_quantization, device_name, pick_dtype, size_text
 from model_compose.engines.needs import Needs, check_fits
@@ -114,7 +113,7 @@ def plan(loaded: ComposeFile, pretended: Mapping[str, int], report: Report = sil
     """
     check_files(loaded, weights=False)
     memory = Memory(pretended)
-    return Plan(tuple(_plan_model(*model, loaded.base_dir, memory, report) for model in models(loaded.config)))
+    return Plan(tuple(_plan_model(*model, loaded.base_dir, memory, report) for model in loaded.config.models))
 
 
 def parse_memory(given: Sequence[str]) -> dict[str, int]:
@@ -128,15 +127,6 @@ def parse_memory(given: Sequence[str]) -> dict[str, int]:
         except ValidationError:
             raise InputError(f"--memory {text}: expected SIZE or DEVICE=SIZE, such as 16GB or cuda:0=16GiB") from None
     return sizes
-
-
-def models(config: Config) -> list[tuple[str, ModelOptions]]:
-    """The model components with their names on /v1."""
-    return [
-        ("default" if component.id == "__component__" else component.id, component)
-        for component in config.all_components
-        if isinstance(component, ModelOptions)
-    ]
 
 
 def _plan_model(name: str, options: ModelOptions, base_dir: Path, memory: Memory, report: Report) -> ModelPlan:

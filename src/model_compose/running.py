@@ -172,10 +172,8 @@ def hold(files: Sequence[Path], config: "Config", log: Path | None = None) -> It
 
 
 def _models(config: "Config") -> tuple[Model, ...]:
-    from model_compose.plan import models
-
     found = []
-    for id, options in models(config):
+    for id, options in config.models:
         blends = options.to_blends()
         mixes = tuple(
             Mix(blend.name, dict(blend.weights), None if blend.method is None else blend.method.method)

@@ -15,6 +15,9 @@ from model_compose.errors import InputError
 from model_compose.progress import Progress, Report, silent
 from model_compose.running import Mix
 
+NARROW = 80
+"""Columns of a terminal below which bars leave out the remaining time."""
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -137,15 +140,20 @@ def bars() -> Iterator[Report]:
         yield silent
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, ProgressColumn, TaskID, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+    from rich.table import Column
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
+    console = Console(stderr=True)
+    what = Column(no_wrap=True, overflow="ellipsis", max_width=console.width // 2)
+    columns: list[ProgressColumn] = [
+        TextColumn("{task.description}", markup=False, table_column=what),
         BarColumn(bar_width=None),
-        TextColumn("{task.fields[count]}"),
-    )
-    shown = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True, redirect_stdout=False)
+        TextColumn("{task.fields[count]}", table_column=Column(no_wrap=True)),
+    ]
+    if console.width >= NARROW:
+        columns.append(TimeRemainingColumn())
+    shown = Bars(*columns, console=console, transient=True, redirect_stdout=False)
     tasks: dict[str, TaskID] = {}
 
     def report(progress: Progress) -> None:

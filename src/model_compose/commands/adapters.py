@@ -165,9 +165,8 @@ def _inspect(
 
 def _models(loaded: "ComposeFile | None", component: str | None) -> "Mapping[str, ModelOptions]":
     """The model components by their public names, or only `component`. Raises NotFound."""
-    from model_compose.plan import models
 
-    found = dict(models(loaded.config)) if loaded else {}
+    found = dict(loaded.config.models) if loaded else {}
     if component is None:
         return found
     id = "default" if component == "__component__" else component

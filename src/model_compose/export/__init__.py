@@ -161,8 +161,7 @@ def _component(config: Config, id: str | None) -> ModelOptions:
 
     Raises InputError.
     """
-    models = {c.id: c for c in config.all_components if isinstance(c, ModelOptions)}
-    named = {"default" if key == "__component__" else key: model for key, model in models.items()}
+    named = dict(config.models)
     if not named:
         raise InputError("the file has no component of `type: model`, so there is no blend to export")
     if id is None and len(named) > 1:
