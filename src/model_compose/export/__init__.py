@@ -73,6 +73,7 @@ class Export:
 
     @property
     def base_name(self) -> str:
+        """The base's name in messages and cards."""
         return describe(self.options.model)
 
     @property

@@ -133,6 +133,7 @@ class Llama:
         self.adapters[key] = Attached(adapter, pointer)
 
     def free_adapter(self, key: str) -> None:
+        """Free a loaded adapter, and stop using all adapters."""
         # Clear the context's adapters first: it may point to this one, whose memory another adapter could get.
         self.use({})
         self._lib.llama_adapter_lora_free(self.adapters.pop(key).pointer)

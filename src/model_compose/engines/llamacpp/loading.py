@@ -73,6 +73,7 @@ def room(options: ModelOptions, base: Base, *, rows: int = 1) -> tuple[int, int]
 
 
 def settings(options: ModelOptions, cells: int) -> Settings:
+    """The settings for llama.cpp. cells: tokens in the KV cache, from `room`."""
     own = options.options
     assert isinstance(own, LlamacppOptions)
     float32 = options.precision == "float32"

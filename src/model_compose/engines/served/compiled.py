@@ -46,6 +46,7 @@ class Compiled:
 
     @property
     def names(self) -> list[str]:
+        """The names of the loaded adapters in the engine, the least recently used first."""
         return [entry.name for entry in self._entries.values()]
 
     @asynccontextmanager

@@ -110,6 +110,7 @@ def dtype_name(precision: str, config: Any, *, on_cpu: bool) -> str:
 
 
 def kv_bytes_per_token(config: Any, dtype: str) -> int:
+    """The bytes of one token's keys and values over all layers. dtype: as for vLLM's --dtype; auto counts as float16."""
     import torch
 
     from model_compose.engines import sizes
