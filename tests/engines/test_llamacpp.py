@@ -330,7 +330,7 @@ async def test_what_is_no_gguf_file_or_too_small_a_cache_is_one_sentence(project
         ),
         ({"model": "org/base"}, r"'model': it needs a GGUF file, and org/base is not one; name one with 'filename'"),
         ({"precision": "bfloat16"}, "'precision': .*float16 or float32"),
-        ({"quantization": "int8"}, "'quantization': .*take a file of another quantisation"),
+        ({"quantization": "int8"}, "'quantization': .*use a file with another quantisation"),
         ({"device": "cuda:1"}, "'device': .*set auto or cpu"),
         ({"fast_tokenizer": False}, "'fast_tokenizer'"),
         ({"device": "cpu", "options": {"n_gpu_layers": 3}}, "'n_gpu_layers': device is cpu"),

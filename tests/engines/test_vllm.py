@@ -145,7 +145,7 @@ async def test_adapters_come_and_go_while_it_serves(engine: VllmEngine, project:
     assert (await answer(engine, "Hello", Blend({"third": 1.0, "alpaca": 1.0}))).texts[0].text
     assert (await running).texts[0].text == SAID * 30
     await engine.unload_adapter("third")
-    with pytest.raises(InputError, match="leave device and precision out"):
+    with pytest.raises(InputError, match="remove device and precision"):
         await engine.load_adapter(options("third", "alpaca", precision="float16"), silent)
 
 
@@ -257,7 +257,7 @@ async def test_an_interpreter_without_vllm_says_what_to_do(project: Path) -> Non
     with pytest.raises(LoadError, match="has no vLLM; `model-compose setup vllm` makes an environment that has it"):
         async with opened(project.parent, python=sys.executable):
             pass
-    with pytest.raises(LoadError, match=r"options.python: there is no /nowhere; `model-compose setup vllm`"):
+    with pytest.raises(LoadError, match=r"options.python: there is no /nowhere; install it with `model-compose setup vllm`"):
         async with opened(project.parent, python="/nowhere"):
             pass
 
