@@ -257,7 +257,9 @@ async def test_an_interpreter_without_vllm_says_what_to_do(project: Path) -> Non
     with pytest.raises(LoadError, match="has no vLLM; `model-compose setup vllm` makes an environment that has it"):
         async with opened(project.parent, python=sys.executable):
             pass
-    with pytest.raises(LoadError, match=r"options.python: there is no /nowhere; install it with `model-compose setup vllm`"):
+    with pytest.raises(
+        LoadError, match=r"options.python: there is no /nowhere; install it with `model-compose setup vllm`"
+    ):
         async with opened(project.parent, python="/nowhere"):
             pass
 

@@ -5,7 +5,7 @@ A context has numbered rows; each holds the keys and values of one text. Only on
 
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Piece:
     """Tokens to compute for one row, which holds `start` tokens already."""
 
     row: int
-    tokens: Sequence[int]
+    tokens: Collection[int]
     start: int
 
 
@@ -148,7 +148,7 @@ class Llama:
         self._lib.llama_set_adapters_lora(self._context, adapters, count, (ctypes.c_float * count)(*weights.values()))
         self._used = dict(weights)
 
-    def compute(self, pieces: Sequence[Piece]) -> Tensor:
+    def compute(self, pieces: Collection[Piece]) -> Tensor:
         """Make one pass. Returns the logits after the last token of each piece, (pieces, vocabulary) in float32.
 
         Raises RuntimeError; the rows then have the same content as before.

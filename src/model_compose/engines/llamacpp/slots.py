@@ -6,7 +6,7 @@ next.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -43,7 +43,7 @@ class Slots:
             slot.identity = ""
 
     @asynccontextmanager
-    async def take(self, identity: str, tokens: Sequence[int]) -> AsyncGenerator[Slot]:
+    async def take(self, identity: str, tokens: Collection[int]) -> AsyncGenerator[Slot]:
         """Yield a slot for a text: the free slot of the same blend that has the longest beginning in common with
         `tokens`."""
 

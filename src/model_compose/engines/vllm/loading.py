@@ -21,7 +21,7 @@ SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class BaseDescription:
     """The base without its weights. eos: the token ids that end a text. shapes: the modules' shapes, by path."""
 
     base: Fetched
@@ -38,7 +38,7 @@ class Loaded:
 
 def load(
     options: ModelOptions, base_dir: Path, report: Report, *, weights: bool
-) -> tuple[Loaded, dict[str, LoraAdapter]]:
+) -> tuple[BaseDescription, dict[str, LoraAdapter]]:
     """The base and its adapters by name. weights: whether the base's weights must be fetched.
 
     Raises SourceError, AdapterError or LoadError.
@@ -61,7 +61,7 @@ def load(
         eos = _eos(base, blueprint.config, tokenizer)
     if weights and small is not None:
         base = fetch(options.model, base_dir=base_dir, report=report)
-    return Loaded(base, blueprint.config, tokenizer, eos, blueprint.shapes), adapters
+    return BaseDescription(base, blueprint.config, tokenizer, eos, blueprint.shapes), adapters
 
 
 def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> LoraAdapter:

@@ -6,7 +6,7 @@ vLLM pins its own version of torch, so it is installed in an environment of its 
 import asyncio
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def command(installed: Installed, settings: Settings) -> list[str]:
 
 
 def environment(
-    installed: Installed, own: Mapping[str, str], cores: Sequence[int], further: Mapping[str, str]
+    installed: Installed, own: Mapping[str, str], cores: Collection[int], further: Mapping[str, str]
 ) -> dict[str, str]:
     """The server's environment variables: our defaults, the part of `own` that it inherits, and `further`; later ones win.
 
