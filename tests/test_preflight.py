@@ -484,7 +484,7 @@ def test_ranks_beyond_what_vllm_is_started_for(app: Path) -> None:
     shutil.copy(app / "alpaca/adapter_model.safetensors", app / "pirate/adapter_model.safetensors")
     put(app / "pirate/adapter_config.json", r=8)
     (problem,) = problems(app, error=LoadError)
-    assert "has the rank 16 (alpaca 8 + pirate 8), and vllm was started for 8" in problem
+    assert "has the rank 16 (alpaca 8 + pirate 8), but vllm was started for 8" in problem
 
 
 # Before any network.
