@@ -6,7 +6,7 @@ async with Compose.open("model-compose.yml") as compose:
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -52,8 +52,8 @@ class Compose:
             options.id: COMPONENTS[options.type](options, loaded.base_dir) for options in loaded.config.all_components
         }
         self.metrics = Metrics()
-        for id, model in self.models.items():
-            model.meter = self.metrics.watch(id, model.engine)
+        for model in self.models.values():
+            model.meter = self.metrics.watch(model.options.public_name, model.engine)
         self._turns = {options.id: _turns(options.max_concurrent_count) for options in loaded.config.all_components}
         self._runs = _turns(loaded.config.serving.max_concurrent_count)
         self._graphs = {workflow.id: self._graph(workflow) for workflow in loaded.config.all_workflows}
@@ -61,7 +61,7 @@ class Compose:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, path: str | Path | Sequence[Path] = (), *, env: Mapping[str, str] | None = None, report: Report = silent
+        cls, path: str | Path | Collection[Path] = (), *, env: Mapping[str, str] | None = None, report: Report = silent
     ) -> AsyncGenerator["Compose"]:
         """Reads the file (model-compose.yml of the current folder by default), loads its models, and closes them after.
 

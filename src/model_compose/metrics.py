@@ -94,10 +94,9 @@ class Metrics:
         )
 
     def watch(self, component: str, engine: Engine) -> "Meter":
-        """Tells of this engine from now on. Returns what counts the requests to it. component: its id."""
-        public = "default" if component == "__component__" else component  # as on /v1
-        self._engines[public] = engine
-        return Meter(self, public)
+        """Includes this engine from now on. Returns what counts its requests. component: its public name."""
+        self._engines[component] = engine
+        return Meter(self, component)
 
     def text(self) -> bytes:
         """Everything as of now, of MEDIA_TYPE. May be called from any thread."""

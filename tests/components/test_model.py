@@ -15,8 +15,8 @@ from model_compose.errors import ConfigError, InputError
 from model_compose.generation import ResponseFormat, Sampling, Usage
 from model_compose.loading import load
 from model_compose.running import fingerprint
-from model_compose.servers import webui_snippets
 from model_compose.servers.openai import CompletionBody
+from model_compose.servers.webui import snippets
 from model_compose.servers.wire import parse_body
 
 COMPONENT = """\
@@ -101,7 +101,7 @@ def test_penalties_and_biases_are_params(read: Read) -> None:
     assert sampling(read("params: {logit_bias: '${input.bias}'}")) == Sampling()
     with pytest.raises(InputError, match=r"params\.logit_bias\.3: .*less than or equal to 100"):
         sampling(given, high=300)
-    with pytest.raises(InputError, match=r"params\.logit_bias\.05: the token 5 is named twice: '5' and '05'"):
+    with pytest.raises(InputError, match=r"params\.logit_bias: the token 5 is named twice: '5' and '05'"):
         sampling(read("params: {logit_bias: '${input.bias}'}"), bias={"5": 1, "05": 2})
 
 
@@ -166,8 +166,8 @@ def test_the_pages_python_call_says_the_same(read: Read, monkeypatch: pytest.Mon
     input = {"prompt": "Hi", "min_p": 0.25, "often": -1.5, "bias": {"7": -100, "5": 0.5}}
     (model,) = compose.models.values()
     answer = Answer("__component__", model.blends.resolve(None), "", Usage())
-    call = webui_snippets.Call(compose.config.all_workflows[0], input, (answer,))
-    code = webui_snippets.openai(compose, "http://x", call)
+    call = snippets.Call(compose.config.all_workflows[0], input, (answer,))
+    code = snippets.openai(compose, "http://x", call)
     assert code is not None
     body: dict[str, Any] = {}
     argument_list = code[code.index("create(") + len("create") : code.index("print(")]

@@ -3,7 +3,7 @@
 A new component type is one file here plus its line in COMPONENTS: a class with the methods of `Component` and `Options`.
 """
 
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from model_compose.lora.blend import Blend
 from model_compose.progress import Report
 from model_compose.registry import Registry
 from model_compose.room import Place
-from model_compose.schema import Options, TemplateValue, invalid
+from model_compose.schema import Named, Options, TemplateValue, invalid
 
 DEFAULT_ID = "__default__"
 
@@ -83,13 +83,9 @@ class ActionOptions(Options):
         return None if self.output is None else parse(self.output)
 
 
-class ComponentOptions(Options):
+class ComponentOptions(Named):
     """What every component has."""
 
-    id: str = Field(
-        default="__component__",
-        description="The name by which jobs and clients choose this component; `default` on /v1 if unset",
-    )
     type: str = Field(description="The kind of component")
     runtime: Literal["native", "embedded"] = Field(
         default="native", description="Accepted for files of the original; both run in this process"
@@ -183,7 +179,7 @@ def one_or_many(one: T | None, many: tuple[T, ...]) -> Iterator[T]:
     yield from many
 
 
-def located(one: Any, many: Sequence[Any], key: str) -> list[tuple[Keys, Any]]:
+def located(one: Any, many: Collection[Any], key: str) -> list[tuple[Keys, Any]]:
     """What stands under a key of the dialect and under its plural, each with its path in the YAML."""
     alone = [] if one is None else [((key,), one)]
     return [*alone, *(((f"{key}s", number), each) for number, each in enumerate(many))]

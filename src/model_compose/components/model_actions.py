@@ -54,7 +54,7 @@ def _one_bias_a_token(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
         (token,) = read({name: bias})
         if token in spelt:
             names = f"'{spelt[token]}' and '{name}'"
-            raise invalid(f"the token {token} is named twice: {names}", name)
+            raise invalid(f"the token {token} is named twice: {names}")
         spelt[token] = str(name)
     return biases
 

@@ -6,7 +6,7 @@ It goes past workflows straight to a model component. A model id is the componen
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -43,8 +43,6 @@ from model_compose.servers.logprobs import chat_logprobs, completion_logprobs
 from model_compose.servers.openai_fields import UNSUPPORTED, ClientOptions, Neutral, wrong
 from model_compose.servers.wire import attended, event, openai_error, read_body, start_stream
 
-UNNAMED = "__component__"
-UNNAMED_ON_V1 = "default"
 MOST_ADAPTERS = 256
 """Of one request."""
 
@@ -275,7 +273,7 @@ class Reply:
 
     head: Mapping[str, Any]
     shape: Shape
-    explain: Callable[[Sequence[Text], Usage], tuple[str, ...]]
+    explain: Callable[[Collection[Text], Usage], tuple[str, ...]]
 
     def whole(self, done: Completion) -> dict[str, Any]:
         choices = [self.shape.choice(index, text) for index, text in enumerate(done.texts)]
@@ -303,7 +301,11 @@ class Reply:
         yield "data: [DONE]\n\n"
 
     def _document(
-        self, kind: tuple[type[BaseModel], str], choices: Sequence[BaseModel], notes: Sequence[str] = (), **more: Any
+        self,
+        kind: tuple[type[BaseModel], str],
+        choices: Collection[BaseModel],
+        notes: Collection[str] = (),
+        **more: Any,
     ) -> dict[str, Any]:
         model, name = kind
         if notes:
@@ -378,7 +380,7 @@ async def _answer(
     head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     past_template = isinstance(prompt, str) and component.engine.has_chat_template
 
-    def explain(texts: Sequence[Text], usage: Usage) -> tuple[str, ...]:
+    def explain(texts: Collection[Text], usage: Usage) -> tuple[str, ...]:
         chat = "use /v1/chat/completions" if past_template else None
         return empty([text.text for text in texts], [text.finish for text in texts], sampling, usage, chat=chat)
 
@@ -423,16 +425,11 @@ CHAT = Shape(
 )
 
 
-def public_id(component: str) -> str:
-    """The component's id on /v1."""
-    return UNNAMED_ON_V1 if component == UNNAMED else component
-
-
 def _model_ids(compose: Compose) -> list[tuple[str, str | None]]:
     """Model ids, each with its parent: what lists of known models show."""
     ids: list[tuple[str, str | None]] = []
-    for id, component in compose.models.items():
-        own = public_id(id)
+    for component in compose.models.values():
+        own = component.options.public_name
         names = (*component.blends.named, *component.blends.adapters)
         ids += [(own, None), *((f"{own}:{name}", own) for name in names)]
     return ids
@@ -445,7 +442,7 @@ def _card(id: str, parent: str | None) -> ModelCard:
 def _find(compose: Compose, model: str) -> tuple[ModelComponent, str | None]:
     """The component that a model id names, and the blend behind its colon. Raises NotFound that lists the known ids."""
     id, colon, name = model.partition(":")
-    component = next((part for own, part in compose.models.items() if public_id(own) == id), None)
+    component = next((part for part in compose.models.values() if part.options.public_name == id), None)
     if component is None or (colon and name not in (*component.blends.named, *component.blends.adapters)):
         known = ", ".join(id for id, _ in _model_ids(compose))
         raise NotFound(f"there is no model '{model}'; known: {known}")

@@ -14,7 +14,6 @@ from model_compose.daemon import in_daemon_thread
 from model_compose.errors import AdapterError, Forbidden, InputError, NotFound, SourceError
 from model_compose.schema import Options
 from model_compose.servers.documents import body_schema, openai_errors, text_answer
-from model_compose.servers.openai import public_id
 from model_compose.servers.wire import read_body
 
 log = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ def create_router(compose: Compose) -> APIRouter:
 
 def _find(compose: Compose, id: str | None) -> ModelComponent:
     """The model that is meant, which allows runtime adapters. Raises NotFound, Forbidden, InputError."""
-    models = {public_id(own): model for own, model in compose.models.items()}
+    models = {model.options.public_name: model for model in compose.models.values()}
     allowing = {id: model for id, model in models.items() if model.options.allow_runtime_adapters}
     if id is not None:
         if id not in models:

@@ -1,6 +1,6 @@
 """What a workflow takes and gives, read off its expressions: the source of forms, API schemas and input checks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -50,7 +50,7 @@ class Variable:
         return low, high, step
 
 
-def inputs(workflow: WorkflowOptions, components: Sequence[ComponentOptions]) -> tuple[Variable, ...]:
+def inputs(workflow: WorkflowOptions, components: Collection[ComponentOptions]) -> tuple[Variable, ...]:
     """The workflow's inputs, in the order in which they appear; the first mention of a path describes it."""
     found: dict[Path, Variable] = {}
     of_jobs = (variable for job in workflow.all_jobs for variable in _job_inputs(job, components))
@@ -72,7 +72,7 @@ def outputs(workflow: WorkflowOptions) -> tuple[Variable, ...]:
     return tuple(found.values())
 
 
-def check(variables: Sequence[Variable], value: Any, *, hands_out_all: bool = False) -> None:
+def check(variables: Collection[Variable], value: Any, *, hands_out_all: bool = False) -> None:
     """Raises InputError that names every missing, unconvertible or unknown field. `value` is the workflow's input.
 
     hands_out_all: the input as a whole is part of the output, so it may hold anything.
@@ -124,7 +124,7 @@ def _problem(variable: Variable, value: Any) -> FieldError | None:
     return None
 
 
-def _strays(known: Sequence[Path], value: Any, at: tuple[str, ...]) -> Iterator[FieldError]:
+def _strays(known: Collection[Path], value: Any, at: tuple[str, ...]) -> Iterator[FieldError]:
     """What no path of `known` reads of `value`, which stands at `at`."""
     if value is None or any(not path or not isinstance(path[0], str) for path in known):
         return  # all of it is read, or it is a list
@@ -145,7 +145,7 @@ def _strays(known: Sequence[Path], value: Any, at: tuple[str, ...]) -> Iterator[
             yield FieldError(f"{field}.{key}", problem)
 
 
-def _job_inputs(job: JobOptions, components: Sequence[ComponentOptions]) -> Iterator[Variable]:
+def _job_inputs(job: JobOptions, components: Collection[ComponentOptions]) -> Iterator[Variable]:
     """What a job asks of the workflow's input: its own expressions, with what the action makes of them."""
     component = pick(tuple(components), job.component, "component")
     of_action = {v.path: v for v in _action_inputs(component, component.find_action(job.action))}

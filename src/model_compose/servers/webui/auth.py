@@ -5,7 +5,7 @@ The cookie carries a random token, never the key. Knows nothing of what lies beh
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from html import escape
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -19,14 +19,14 @@ from model_compose.errors import ComposeError
 from model_compose.servers.guard import Keys
 
 SESSION_SECONDS = 12 * 3600.0
-FORM = Path(__file__).parent / "webui_login.html"
+ASSETS = Path(__file__).parent / "assets"
 MAX_FORM_BYTES = 8192
 
 
 class Door:
     """ASGI middleware: a session cookie or `Authorization: Bearer <key>`, else the login form."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], title: str = "model-compose") -> None:
+    def __init__(self, app: ASGIApp, keys: Collection[SecretStr], title: str = "model-compose") -> None:
         self._app, self._title = app, title
         self._keys = Keys(keys)
         self._sessions: dict[str, float] = {}
@@ -84,7 +84,9 @@ class Door:
     def _form(self, message: str = "", status: int = 200) -> Response:
         shown = f'<p role="alert">{escape(message)}</p>' if message else ""
         page = (
-            FORM.read_text(encoding="utf-8")
+            (ASSETS / "login.html")
+            .read_text(encoding="utf-8")
+            .replace("{{style}}", (ASSETS / "page.css").read_text(encoding="utf-8"))
             .replace("{{title}}", escape(self._title))
             .replace("{{message}}", shown)
             .replace("{{icon}}", ICON)
