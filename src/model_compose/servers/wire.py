@@ -205,7 +205,7 @@ def event(data: Any, name: str | None = None) -> str:
 
 
 async def start_stream(request: Request, events: AsyncGenerator[str]) -> "EventStream":
-    """The answer that sends these events. Waits for the first event, so an error before it still has its own HTTP status."""
+    """The answer that sends these events. Waits for the first, so that an error before it has its own status."""
     async with attended(request):
         first = await anext(events, "")
     return EventStream(first, events)
