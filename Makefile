@@ -12,7 +12,7 @@ quickstart: .venv/installed  ## Install, fetch the weights, print a blended answ
 up: .venv/installed  ## Serve the quickstart: API on 8080, page on 8081
 	$(BIN)/model-compose up -f $(QUICKSTART)
 
-test: .venv/dev lint  ## Everything: install, ruff, mypy, the rules for imports, every test
+test: .venv/docs lint  ## Everything: install, ruff, mypy, the rules for imports, every test
 	$(BIN)/python -m pytest -q
 
 test-fast: .venv/dev  ## Every test but the slow ones

@@ -251,7 +251,7 @@ def test_terminal_without_unicode(folder: Path, monkeypatch: pytest.MonkeyPatch)
 def test_quick_commands_import_nothing_heavy(folder: Path, arguments: list[str]) -> None:
     script = (
         "import os, sys\n"
-        "os._exit = lambda code: print('heavy:', *sorted({'torch', 'transformers', 'gradio', 'ray', 'fastapi', 'peft',"
+        "os._exit = lambda code: print('heavy:', *sorted({'torch', 'transformers', 'ray', 'fastapi', 'peft',"
         " 'huggingface_hub', 'numpy'} & set(sys.modules)), file=sys.stderr)\n"
         f"sys.argv[1:] = {arguments!r}\n"
         "from model_compose.cli import main\nmain()\n"

@@ -488,7 +488,7 @@ def test_json_holds_every_number(tmp_path: Path) -> None:
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     code = (
         "import sys, model_compose.cli, model_compose.plan\n"
-        "print({'torch', 'transformers', 'gradio', 'peft', 'huggingface_hub'} & set(sys.modules))"
+        "print({'torch', 'transformers', 'peft', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

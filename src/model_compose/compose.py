@@ -6,7 +6,7 @@ async with Compose.open("model-compose.yml") as compose:
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -61,7 +61,7 @@ class Compose:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, path: str | Path | Sequence[Path] = (), *, env: Mapping[str, str] | None = None, report: Report = silent
+        cls, path: str | Path | Collection[Path] = (), *, env: Mapping[str, str] | None = None, report: Report = silent
     ) -> AsyncGenerator["Compose"]:
         """Reads the file (by default model-compose.yml of the current folder) and loads its models. Closes them at the end.
 

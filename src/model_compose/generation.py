@@ -7,6 +7,12 @@ from typing import Literal
 from model_compose.lora.blend import Blend
 from model_compose.room import Place
 
+SMALLEST_TEMPERATURE = 1e-5
+"""A lower temperature means greedy decoding: scores divided by it would not be finite."""
+
+LEAST_LOGPROB = -9999.0
+"""The log-probability of a token that cannot occur, as in OpenAI's API: JSON has no infinity."""
+
 Finish = Literal["stop", "length"]
 """Why a text ended. stop: the model ended it, or a stop string did. length: it was cut at max_output_length, or at the end
 of the context."""
@@ -59,6 +65,11 @@ class Sampling:
     stop_sequences: tuple[str, ...] = ()
     response_format: ResponseFormat | None = None
     logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return not self.do_sample or self.temperature < SMALLEST_TEMPERATURE
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One run of a workflow, in this process or on the service that is already up. The answer is the same."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing
 from typing import Any, NamedTuple
 
@@ -23,8 +23,8 @@ class Ran(NamedTuple):
     answered."""
 
     output: Any
-    notes: Sequence[str]
-    answers: Sequence[Answered]
+    notes: Collection[str]
+    answers: list[Answered]
 
 
 async def run_here(
@@ -55,11 +55,10 @@ async def run_here(
     raise AssertionError("a run ends with Done")
 
 
-def _answered(answers: Sequence[Answer]) -> list[Answered]:
+def _answered(answers: Collection[Answer]) -> list[Answered]:
     return [
         Answered(
-            Mix(each.blend.name, each.blend.weights, None if each.blend.method is None else each.blend.method.method),
-            each.usage.completion_tokens, each.usage.tokens_per_second,
+            Mix.of(each.blend), each.usage.completion_tokens, each.usage.tokens_per_second,
             [each.finish_reason] if isinstance(each.finish_reason, str) else each.finish_reason,
             each.component if len(answers) > 1 else None,
         )

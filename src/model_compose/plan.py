@@ -4,7 +4,7 @@ It goes through the components in the order in which `up` loads them; memory tha
 uses the driver's own arithmetic (`needs`), so that `up` refuses what `plan` refuses.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,7 @@ def plan(loaded: ComposeFile, pretended: Mapping[str, int], report: Report = sil
     return Plan(tuple(_plan_model(*model, loaded.base_dir, memory, report) for model in loaded.config.models))
 
 
-def parse_memory(given: Sequence[str]) -> dict[str, int]:
+def parse_memory(given: Collection[str]) -> dict[str, int]:
     """Parse "16GB" or "cuda:0=16GB" into bytes by device. A size without a device gets the key "", which means the device
     that a model is placed on. Raises InputError."""
     sizes = {}

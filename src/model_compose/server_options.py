@@ -1,4 +1,4 @@
-"""What a file says of the servers that show a Compose. Needs neither FastAPI nor gradio."""
+"""What a file says of the servers that show a Compose. Needs no FastAPI."""
 
 import re
 from collections.abc import Mapping
@@ -108,9 +108,9 @@ class HttpServerOptions(Options):
 
 
 class WebuiOptions(Options):
-    """The web page."""
+    """The web page. Files of the dialect say `driver: gradio`; the page that they get is our own."""
 
-    driver: Literal["gradio"] = Field(default="gradio", description="The only kind of page there is")
+    driver: Literal["gradio"] = Field(default="gradio", description="Has no effect: every file gets the same page")
     host: str = Field(
         default="127.0.0.1", description="The address to listen on; 0.0.0.0 listens on all of the machine's addresses"
     )

@@ -15,8 +15,8 @@ from model_compose.errors import ConfigError, InputError
 from model_compose.generation import ResponseFormat, Sampling, Usage
 from model_compose.loading import load
 from model_compose.running import fingerprint
-from model_compose.servers import webui_snippets
 from model_compose.servers.openai import CompletionBody
+from model_compose.servers.webui import snippets
 from model_compose.servers.wire import parse_body
 
 COMPONENT = """\
@@ -166,8 +166,8 @@ def test_the_pages_python_call_says_the_same(read: Read, monkeypatch: pytest.Mon
     input = {"prompt": "Hi", "min_p": 0.25, "often": -1.5, "bias": {"7": -100, "5": 0.5}}
     (model,) = compose.models.values()
     answer = Answer("__component__", model.blends.resolve(None), "", Usage())
-    call = webui_snippets.Call(compose.config.all_workflows[0], input, (answer,))
-    code = webui_snippets.openai(compose, "http://x", call)
+    call = snippets.Call(compose.config.all_workflows[0], input, (answer,))
+    code = snippets.openai(compose, "http://x", call)
     assert code is not None
     body: dict[str, Any] = {}
     argument_list = code[code.index("create(") + len("create") : code.index("print(")]

@@ -298,21 +298,21 @@ async def page(with_page: Path) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_the_page_is_reached_by_its_names_only(page: httpx.AsyncClient) -> None:
-    assert (await page.get("/config")).status_code == 200
-    assert (await page.get("/config", headers={"Host": "chat.example.com"})).status_code == 200
-    assert (await page.get("/config", headers={"Host": "evil.test"})).status_code == 421
+    assert (await page.get("/page.json")).status_code == 200
+    assert (await page.get("/page.json", headers={"Host": "chat.example.com"})).status_code == 200
+    assert (await page.get("/page.json", headers={"Host": "evil.test"})).status_code == 421
 
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("chunked", [True, False])
-async def test_the_pages_queue_takes_no_large_bodies(page: httpx.AsyncClient, chunked: bool) -> None:
+async def test_the_page_takes_no_large_bodies(page: httpx.AsyncClient, chunked: bool) -> None:
     pieces = [b'{"data": ["', *60 * [b"x" * 1_000_000], b'"]}']
 
     async def stream() -> AsyncIterator[bytes]:
         for piece in pieces:
             yield piece
 
-    response = await page.post("/gradio_api/queue/join", content=stream() if chunked else b"".join(pieces))
+    response = await page.post("/runs", content=stream() if chunked else b"".join(pieces))
     assert response.status_code == 413
     assert "max_body_size" in response.json()["detail"]
 

@@ -3,7 +3,7 @@
 A new component type is one file here plus its line in COMPONENTS: a class with the methods of `Component` and `Options`.
 """
 
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -182,7 +182,7 @@ def one_or_many(one: T | None, many: tuple[T, ...]) -> Iterator[T]:
     yield from many
 
 
-def located(one: Any, many: Sequence[Any], key: str) -> list[tuple[Keys, Any]]:
+def located(one: Any, many: Collection[Any], key: str) -> list[tuple[Keys, Any]]:
     """What stands under a key of the dialect and under its plural, each with its path in the YAML."""
     alone = [] if one is None else [((key,), one)]
     return [*alone, *(((f"{key}s", number), each) for number, each in enumerate(many))]

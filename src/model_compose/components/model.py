@@ -101,10 +101,12 @@ class ModelComponent:
         self.options = options
         self.blends = options.to_blends()
         self.engine: Engine = ENGINES[options.driver](options, self.blends, base_dir)
+        self.adapters = dict(zip(options.adapter_names, options.peft_adapters, strict=True))
+        """What each adapter is, those that clients have loaded included."""
         self.meter: Meter
         """Counts requests for /metrics. Compose sets it before anything runs."""
         self._inputs = INPUTS[options.task]
-        self._base_dir = base_dir
+        self.base_dir = base_dir
         self._changing = asyncio.Lock()
         """Held while an adapter is loaded or unloaded. So of two loads under one name, the later one stays."""
 
@@ -145,6 +147,7 @@ class ModelComponent:
                     field="lora_name",
                 )
             await self.engine.load_adapter(options, report)
+            self.adapters[name] = options
             if name not in self.blends.adapters:
                 self.blends = replace(self.blends, adapters=(*self.blends.adapters, name))
 
@@ -156,6 +159,7 @@ class ModelComponent:
             if users := self.options.users(name):
                 raise Conflict(f"{users[0]} of the file uses the adapter '{name}'")
             self.blends = replace(self.blends, adapters=tuple(each for each in self.blends.adapters if each != name))
+            del self.adapters[name]
             await self.engine.unload_adapter(name)
 
     def check_runtime_adapters(self) -> None:
@@ -171,7 +175,7 @@ class ModelComponent:
         An adapter with a name of the file keeps the precision and device that the file says. Raises Forbidden, InputError.
         """
         self.check_runtime_adapters()
-        source = confine(reference, self.options.runtime_adapter_sources, self._base_dir, field="lora_path")
+        source = confine(reference, self.options.runtime_adapter_sources, self.base_dir, field="lora_path")
         files = dict(zip(self.options.adapter_names, self.options.peft_adapters, strict=True))
         given = files.get(name, AdapterOptions(type="lora", model=source))
         return given.model_copy(update={"name": name, "model": source})

@@ -3,11 +3,13 @@
 A field that an answer does not set is left out of it (`shown`); one that is set to None is null.
 """
 
+from dataclasses import asdict
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel
 
 from model_compose import generation
+from model_compose.compose import Compose
 from model_compose.generation import Finish
 from model_compose.lora.blend import Blend
 from model_compose.workflow.variables import Variable
@@ -100,6 +102,14 @@ class LoadProgress(BaseModel):
 class Health(BaseModel):
     status: Literal["ok", "loading", "shutting_down"]
     progress: LoadProgress | None = None
+
+    @classmethod
+    def of(cls, compose: Compose) -> Self:
+        if compose.ready:
+            return cls(status="ok")
+        if compose.progress is None:
+            return cls(status="shutting_down")
+        return cls(status="loading", progress=LoadProgress(**asdict(compose.progress)))
 
 
 class VariableInfo(BaseModel):

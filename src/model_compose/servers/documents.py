@@ -1,7 +1,7 @@
 """The OpenAPI document: what each route takes and answers, a page that lists the routes, and the root, which links to all
 of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from html import escape
 from typing import Any
 
@@ -78,7 +78,7 @@ def body_schema(model: type[BaseModel], *kinds: str) -> dict[str, Any]:
     return {"required": True, "content": {kind: {"schema": _ref(model)} for kind in kinds}}
 
 
-def add_documents(app: FastAPI, *, bodies: Sequence[type[BaseModel]], open_path: str, with_keys: bool) -> None:
+def add_documents(app: FastAPI, *, bodies: Collection[type[BaseModel]], open_path: str, with_keys: bool) -> None:
     """Adds /openapi.json and /docs. bodies: the models that `body_schema` refers to. open_path: the one without a key."""
     document: dict[str, Any] = {}
 
@@ -104,7 +104,7 @@ def add_index(app: FastAPI, links: Mapping[str, str]) -> None:
         return JSONResponse(shown(Index(name=app.title, version=app.version, links=dict(links))))
 
 
-def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]], open_path: str, *, with_keys: bool) -> dict[str, Any]:
+def _describe(app: FastAPI, bodies: Collection[type[BaseModel]], open_path: str, *, with_keys: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     models: Any = [(model, "validation") for model in (*ANSWERS, *bodies)]
@@ -136,8 +136,9 @@ def _ref(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": REFERENCE.format(model=model.__name__)}
 
 
-_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>model-compose</title><style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}
+_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"
+content="width=device-width"><title>model-compose</title><style>
+:root{color-scheme:light dark} body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}
 code{font-family:ui-monospace,monospace} h2{font-size:1.05rem;margin:2rem 0 0} td{padding:.1rem 1.2rem .1rem 0;
 vertical-align:top} p{margin:.3rem 0}</style>"""
 

@@ -7,7 +7,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -35,7 +35,7 @@ class Guard:
 
     def __init__(
         self, app: ASGIApp, hosts: "Hosts", max_body: int,
-        keys: "Keys | None" = None, open_paths: Iterable[str] = (), origins: Sequence[str] = (),
+        keys: "Keys | None" = None, open_paths: Iterable[str] = (), origins: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._app, self._hosts, self._allowance = app, hosts, Allowance(max_body)
         self._keys, self._open, self._origins = keys, frozenset(open_paths), origins
@@ -161,7 +161,7 @@ class Keys:
     recognised by its fast answer. Right keys that the client has used before still work.
     """
 
-    def __init__(self, keys: Sequence[SecretStr]) -> None:
+    def __init__(self, keys: Collection[SecretStr]) -> None:
         self._keys = [key.get_secret_value().encode() for key in keys]
         self._clients: dict[str, _Client] = {}
 

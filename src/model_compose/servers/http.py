@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from dataclasses import asdict
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, FastAPI, Path, Query, Request
@@ -23,7 +22,7 @@ from model_compose.metrics import MEDIA_TYPE
 from model_compose.schema import LONGEST_NAME, Options
 from model_compose.server_options import HttpServerOptions
 from model_compose.servers.access import REQUEST_ID
-from model_compose.servers.answers import Health, LoadProgress, RunState, VariableInfo, WorkflowInfo, shown
+from model_compose.servers.answers import Health, RunState, VariableInfo, WorkflowInfo, shown
 from model_compose.servers.callbacks import Callback
 from model_compose.servers.documents import (
     RUN_STREAM,
@@ -167,12 +166,9 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
     @router.get("/health", responses={200: {"model": Health}, 503: {"model": Health, "description": "Not yet ready"}})
     async def health() -> JSONResponse:
         """Whether the models are loaded. Needs no key."""
-        if compose.ready:
-            return JSONResponse(shown(Health(status="ok")))
-        if compose.progress is None:
-            return JSONResponse(shown(Health(status="shutting_down")), 503)
-        loading = Health(status="loading", progress=LoadProgress(**asdict(compose.progress)))
-        return JSONResponse(shown(loading), 503, {"Retry-After": "1"})
+        state = Health.of(compose)
+        later = {"Retry-After": "1"} if state.status == "loading" else None
+        return JSONResponse(shown(state), 200 if state.status == "ok" else 503, later)
 
     @router.get("/workflows", responses={200: {"model": list[WorkflowInfo]}, **problems(400)})
     async def workflows(include_schema: Annotated[bool, Query()] = False) -> JSONResponse:

@@ -6,7 +6,7 @@ none). ":" and a name may follow the id: a blend's or an adapter's. The field `l
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -274,7 +274,7 @@ class Reply:
 
     head: Mapping[str, Any]
     shape: Shape
-    explain: Callable[[Sequence[Text], Usage], tuple[str, ...]]
+    explain: Callable[[Collection[Text], Usage], tuple[str, ...]]
 
     def whole(self, done: Completion) -> dict[str, Any]:
         choices = [self.shape.choice(index, text) for index, text in enumerate(done.texts)]
@@ -302,7 +302,11 @@ class Reply:
         yield "data: [DONE]\n\n"
 
     def _document(
-        self, kind: tuple[type[BaseModel], str], choices: Sequence[BaseModel], notes: Sequence[str] = (), **more: Any
+        self,
+        kind: tuple[type[BaseModel], str],
+        choices: Collection[BaseModel],
+        notes: Collection[str] = (),
+        **more: Any,
     ) -> dict[str, Any]:
         model, name = kind
         if notes:
@@ -377,7 +381,7 @@ async def _answer(
     head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     past_template = isinstance(prompt, str) and component.engine.has_chat_template
 
-    def explain(texts: Sequence[Text], usage: Usage) -> tuple[str, ...]:
+    def explain(texts: Collection[Text], usage: Usage) -> tuple[str, ...]:
         chat = "use /v1/chat/completions" if past_template else None
         return empty([text.text for text in texts], [text.finish for text in texts], sampling, usage, chat=chat)
 

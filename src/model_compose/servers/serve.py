@@ -15,7 +15,6 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from model_compose.compose import Compose
-from model_compose.daemon import in_daemon_thread
 from model_compose.errors import AddressInUse
 from model_compose.progress import Report, silent
 from model_compose.server_options import HttpServerOptions
@@ -71,17 +70,14 @@ async def serve(
 
             app = create_app(compose, controller.server, address(page))
             await faces.enter_async_context(listening(app, api, connections, ending))
+        if page is not None:
+            from model_compose.servers.webui import create_page
+
+            await faces.enter_async_context(listening(create_page(compose, address(api)), page, connections, ending))
         announce(Addresses(address(api), address(page)))
         loading = asyncio.create_task(compose.load(report))
         stopping = asyncio.create_task(ending.begun.wait())
         try:
-            if page is not None:
-                # gradio takes seconds to import; the API's health already answers.
-                importing = asyncio.ensure_future(in_daemon_thread(_page_factory))
-                await asyncio.wait([importing, stopping], return_when=asyncio.FIRST_COMPLETED)
-                if importing.done():
-                    shown = importing.result()(compose, address(api))
-                    await faces.enter_async_context(listening(shown, page, connections, ending))
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
             if loading.done():
                 loading.result()
@@ -216,12 +212,6 @@ def _spare_the_collector() -> None:
     visiting them stops the whole process, health included, for 0.2 s."""
     gc.collect()
     gc.freeze()
-
-
-def _page_factory() -> Callable[[Compose, str | None], ASGIApp]:
-    from model_compose.servers.webui import create_page
-
-    return create_page
 
 
 def _warn_if_open(compose: Compose) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing, asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -162,7 +162,7 @@ def parse_body(model: type[M], data: Any) -> M:
         ) from None
 
 
-def _wrong(fields: Sequence[FieldError]) -> InputError:
+def _wrong(fields: Collection[FieldError]) -> InputError:
     return InputError("; ".join(f"{field.field}: {field.message}" for field in fields), fields)
 
 

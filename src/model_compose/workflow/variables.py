@@ -1,7 +1,7 @@
 """A workflow's inputs and outputs, found by reading its expressions. Forms, the API's schemas and checks of inputs use
 them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -51,7 +51,7 @@ class Variable:
         return low, high, step
 
 
-def inputs(workflow: WorkflowOptions, components: Sequence[ComponentOptions]) -> tuple[Variable, ...]:
+def inputs(workflow: WorkflowOptions, components: Collection[ComponentOptions]) -> tuple[Variable, ...]:
     """The workflow's inputs, in the order in which expressions read them. The first mention of a path describes it."""
     found: dict[Path, Variable] = {}
     of_jobs = (variable for job in workflow.all_jobs for variable in _job_inputs(job, components))
@@ -73,7 +73,7 @@ def outputs(workflow: WorkflowOptions) -> tuple[Variable, ...]:
     return tuple(found.values())
 
 
-def check(variables: Sequence[Variable], value: Any, *, hands_out_all: bool = False) -> None:
+def check(variables: Collection[Variable], value: Any, *, hands_out_all: bool = False) -> None:
     """Raises InputError that names every missing, unconvertible or unknown field. `value` is the workflow's input.
 
     hands_out_all: the whole input is part of the output, so it may hold any keys.
@@ -125,7 +125,7 @@ def _problem(variable: Variable, value: Any) -> FieldError | None:
     return None
 
 
-def _strays(known: Sequence[Path], value: Any, at: tuple[str, ...]) -> Iterator[FieldError]:
+def _strays(known: Collection[Path], value: Any, at: tuple[str, ...]) -> Iterator[FieldError]:
     """An error for each part of `value` that no path of `known` reads. `value` stands at `at`."""
     if value is None or any(not path or not isinstance(path[0], str) for path in known):
         return  # an expression reads all of the value, or reads it as a list
@@ -146,7 +146,7 @@ def _strays(known: Sequence[Path], value: Any, at: tuple[str, ...]) -> Iterator[
             yield FieldError(f"{field}.{key}", problem)
 
 
-def _job_inputs(job: JobOptions, components: Sequence[ComponentOptions]) -> Iterator[Variable]:
+def _job_inputs(job: JobOptions, components: Collection[ComponentOptions]) -> Iterator[Variable]:
     """The inputs that a job reads: by its own expressions, and by those of its action."""
     component = pick(tuple(components), job.component, "component")
     of_action = {v.path: v for v in _action_inputs(component, component.find_action(job.action))}

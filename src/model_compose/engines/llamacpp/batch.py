@@ -6,14 +6,13 @@ start alike; they give way when there is no room, then the youngest text does, w
 """
 
 from collections import deque
-from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from model_compose.engines.llamacpp.llama import Llama, Piece
 from model_compose.engines.prompts import common
-from model_compose.engines.stepping.scheduler import WORTH_WAITING, Scheduler, Work
+from model_compose.engines.stepping.scheduler import Scheduler, Work
 from model_compose.engines.stepping.sequence import Sequence
 
 TURN = 8
@@ -87,13 +86,9 @@ class Batch(Scheduler):
             self._llama.copy(donor, row, shared)
         return row, shared
 
-    def _is_worth_waiting(self, sequence: Sequence) -> bool:
-        return self._llama.can_copy and any(
-            other.pending > 1
-            and other.identity == sequence.identity
-            and common(other.tokens, sequence.tokens[:-1]) >= other.cached + WORTH_WAITING
-            for other in self.running
-        )
+    @property
+    def _shares_prefixes(self) -> bool:
+        return self._llama.can_copy
 
     def _donor(self, sequence: Sequence) -> tuple[int, int]:
         """The row of this blend that starts most alike, and how many tokens it shares; 0 where there is none."""
@@ -139,13 +134,13 @@ class Batch(Scheduler):
             work = [each for each in work if each[0] is not youngest]
         return work
 
-    def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
+    def _compute(self, work: list[Work]) -> tuple[Tensor, list[int]]:
         self._llama.use(work[0][0].blend.active)
         pieces = []
         for sequence, count in work:
             start = sequence.cached
             pieces.append(Piece(self._rows[sequence], sequence.tokens[start : start + count], start))
-        return self._llama.compute(pieces), range(len(work))
+        return self._llama.compute(pieces), list(range(len(work)))
 
     def _drop_done(self) -> None:
         """Takes out sequences that have ended, or that nobody reads any more."""

@@ -13,7 +13,6 @@ from typing import Any
 import httpx
 
 from model_compose.engines.served.connection import error_of
-from model_compose.engines.stepping.sampling import SMALLEST_TEMPERATURE
 from model_compose.errors import InputError, LoadError, RunError
 from model_compose.generation import Sampling
 
@@ -71,7 +70,7 @@ class Ask:
         presence and frequency penalties is the new text, and there is one for both kinds: see `refuse`.
         """
         sampling = self.sampling
-        greedy = not sampling.do_sample or sampling.temperature < SMALLEST_TEMPERATURE
+        greedy = sampling.greedy
         apart = sampling.presence_penalty or sampling.frequency_penalty
         biases: list[tuple[int, float | bool]] = [*sampling.logit_bias]
         if self.may_not_end:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LlamaModel:
     """token_bytes: of keys and values, for each token."""
 
     llama: "Llama"
@@ -46,7 +46,7 @@ class EmbeddedEngine(SteppingEngine):
         assert isinstance(own, LlamacppOptions)
         super().__init__(blends, base_dir, rows=own.max_batch_size, queue=own.max_queue)
         self._options, self._own = options, own
-        self._loaded: Loaded | None = None
+        self._loaded: LlamaModel | None = None
 
     async def open(self, report: Report) -> None:
         self._begin(await in_daemon_thread(lambda: self._load(report)))
@@ -74,7 +74,7 @@ class EmbeddedEngine(SteppingEngine):
             llama.close()
             raise
         batch = Batch(llama, max_rows=self._own.max_batch_size, tokens_per_step=self._own.n_batch)
-        self._loaded = Loaded(llama, batch, token_bytes)
+        self._loaded = LlamaModel(llama, batch, token_bytes)
 
         def attach(adapter: LoraAdapter, key: str, options: AdapterOptions | None) -> None:
             _attach(llama, base, base.check(adapter), key)

@@ -5,7 +5,7 @@ A context has numbered rows, each one text's keys and values. Knows nothing of r
 
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Piece:
     """Tokens of one row, which has `start` tokens already."""
 
     row: int
-    tokens: Sequence[int]
+    tokens: Collection[int]
     start: int
 
 
@@ -145,7 +145,7 @@ class Llama:
         self._lib.llama_set_adapters_lora(self._context, adapters, count, (ctypes.c_float * count)(*weights.values()))
         self._used = dict(weights)
 
-    def compute(self, pieces: Sequence[Piece]) -> Tensor:
+    def compute(self, pieces: Collection[Piece]) -> Tensor:
         """One pass. Logits of the last token of each piece: (pieces, vocabulary), float32.
 
         Raises RuntimeError; the rows then hold what they held before.

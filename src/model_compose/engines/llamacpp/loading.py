@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from model_compose.engines.adapters import fetch_adapters
-from model_compose.engines.devices import free_memory, size_text
+from model_compose.engines.devices import free_memory
 from model_compose.engines.llamacpp.base import Base, read_base
 from model_compose.engines.llamacpp.llama import Settings
 from model_compose.engines.llamacpp.options import LlamacppOptions
+from model_compose.engines.needs import limit_context
 from model_compose.engines.on_disk import check_kind
 from model_compose.engines.options import ModelOptions
 from model_compose.engines.tokenizer import load_tokenizer
-from model_compose.errors import LoadError
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.progress import Report
 from model_compose.sources import fetch
@@ -56,20 +56,7 @@ def room(options: ModelOptions, base: Base, *, rows: int = 1) -> tuple[int, int]
         budget = int(own.kv_cache)
     cells = budget // token_bytes // rows
     least = context if own.max_context is not None else 1
-    each = f" for each of {rows} texts" if rows > 1 else ""
-    fewer = ", a smaller max_batch_size" if rows > 1 else ""
-    if cells < least:
-        raise LoadError(
-            f"a KV cache of {size_text(budget)} holds {cells} tokens of this model{each}, which takes "
-            f"{size_text(token_bytes)} for each token, and one text needs {least}; set a larger kv_cache{fewer}, or a "
-            "smaller max_context"
-        )
-    if cells < context:
-        log.warning(
-            "the KV cache of %s holds %d tokens%s, so prompt and answer together are limited to these instead of %d",
-            size_text(budget), cells, each, context,
-        )  # fmt: skip
-    return min(context, cells), cells
+    return limit_context(budget, token_bytes, cells, context, least, rows=rows), cells
 
 
 def settings(options: ModelOptions, cells: int) -> Settings:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from model_compose.engines.llamacpp.writing import Job, Writing
 from model_compose.engines.options import AdapterOptions, ModelOptions
 from model_compose.engines.prompts import Prompts, check_logit_bias
 from model_compose.engines.served.child import Child, inherited
-from model_compose.engines.served.connection import Connection
+from model_compose.engines.served.connection import Connection, broken
 from model_compose.errors import ComposeError, Conflict, InputError, NotReady, RunError
 from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.adapter import LoraAdapter
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Loaded:
+class ServerParts:
     """What is known before the server starts. identity: of the base. adapters: of the file, by name. numbers: the server's,
     of these by name and of blends by a method by their identity. files: in that order. token_bytes: of keys and values, for
     each token. plain: a token of whole characters."""
@@ -75,7 +75,7 @@ class ServerEngine:
         self._options, self._own = options, options.options
         self._blends, self._base_dir = blends, base_dir
         self._slots = Slots(self._own.max_batch_size)
-        self._loaded: Loaded | None = None
+        self._loaded: ServerParts | None = None
         self._connection: Connection | None = None
         self._child: Child | None = None
         self._folder: Path | None = None
@@ -98,8 +98,8 @@ class ServerEngine:
             self._connection = Connection("http://llama-server", socket=folder / SOCKET)
             variables = inherited(os.environ) | self._own.env
             self._child = Child(
-                self._options.public_name, command(binary, loaded, folder / SOCKET), variables, self._connection.is_ready,
-                self._start_afresh, patience=self._own.start_timeout,
+                self._options.public_name, command(binary, loaded, folder / SOCKET), variables, folder / SOCKET,
+                self._connection.is_ready, self._slots.forget, patience=self._own.start_timeout,
             )  # fmt: skip
             report(Progress("starting llama-server", 0, 1, "servers"))
             await self._child.start()
@@ -110,7 +110,7 @@ class ServerEngine:
             await self.close()
             raise
 
-    def _load(self, folder: Path, report: Report) -> Loaded:
+    def _load(self, folder: Path, report: Report) -> ServerParts:
         from model_compose.engines.llamacpp.loading import kv_bytes_per_token, read, room, settings
         from model_compose.lora.gguf import write_gguf
 
@@ -126,18 +126,12 @@ class ServerEngine:
             files.append(folder / f"{number}.gguf")
             write_gguf(adapter, base.architecture, files[-1])
             report(Progress("converting adapters", number + 1, len(served), "adapters"))
-        return Loaded(
+        return ServerParts(
             base.file, base.identity, tokenizer, base.vocabulary,
             () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,), context, settings(self._options, cells),
             by_name, {key: number for number, key in enumerate(served)}, tuple(files),
             kv_bytes_per_token(self._options, base), tokenizer("a", add_special_tokens=False)["input_ids"][-1],
         )  # fmt: skip
-
-    def _start_afresh(self) -> None:
-        """A server that is started again has empty slots, and would not listen at a socket that is there."""
-        assert self._folder is not None
-        (self._folder / SOCKET).unlink(missing_ok=True)
-        self._slots.forget()
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         loaded, connection, prompts, sampling = self._loaded, self._connection, self._prompts, request.sampling
@@ -164,7 +158,7 @@ class ServerEngine:
                         chunk = replace(chunk, usage=usage)
                     yield chunk
 
-    async def _chunks(self, writings: Sequence[Writing]) -> AsyncGenerator[Chunk]:
+    async def _chunks(self, writings: Collection[Writing]) -> AsyncGenerator[Chunk]:
         """Those of all texts as they come."""
         items: asyncio.Queue[Chunk | ComposeError] = asyncio.Queue()
 
@@ -190,11 +184,9 @@ class ServerEngine:
             self._prefix_hits += sum(writing.cached for writing in begun)
 
     def _failure(self, error: Exception) -> ComposeError:
-        """What a broken connection means for the caller."""
-        if self._closed:
-            return NotReady("the service is shutting down")
-        if isinstance(error, httpx.HTTPError | httpx.StreamError):
-            return RunError("llama-server ended while it was generating; it is being started again")
+        """What the caller is told about an error."""
+        if self._closed or isinstance(error, httpx.HTTPError | httpx.StreamError):
+            return broken("llama-server", closed=self._closed, restarts=True)
         if isinstance(error, ComposeError):
             return error
         log.error("a text failed", exc_info=error)
@@ -243,7 +235,7 @@ class ServerEngine:
         self._child = self._connection = self._folder = None
 
 
-def _weights(loaded: Loaded, blend: Blend, identity: str) -> tuple[float, ...]:
+def _weights(loaded: ServerParts, blend: Blend, identity: str) -> tuple[float, ...]:
     """Of all adapters of the server. Raises InputError for a blend by a method that is not in the file."""
     weights = [0.0] * len(loaded.files)
     if blend.low_rank and identity not in loaded.numbers:
@@ -256,7 +248,7 @@ def _weights(loaded: Loaded, blend: Blend, identity: str) -> tuple[float, ...]:
     return tuple(weights)
 
 
-def command(binary: Path, loaded: Loaded, socket: Path) -> list[str]:
+def command(binary: Path, loaded: ServerParts, socket: Path) -> list[str]:
     """The command line. What could give a text another blend's keys and values is off: --cache-ram keeps those of past
     prompts without their adapters, and loads them into any slot (server_prompt_cache)."""
     settings = loaded.settings

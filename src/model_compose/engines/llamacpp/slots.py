@@ -5,7 +5,7 @@ wait for ever. So a text asks for a turn for every few tokens, and the blend tha
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -42,7 +42,7 @@ class Slots:
             slot.identity = ""
 
     @asynccontextmanager
-    async def take(self, identity: str, tokens: Sequence[int]) -> AsyncGenerator[Slot]:
+    async def take(self, identity: str, tokens: Collection[int]) -> AsyncGenerator[Slot]:
         """A slot for a text: of the free ones that which starts most alike under the same blend."""
 
         def shared(slot: Slot) -> int:

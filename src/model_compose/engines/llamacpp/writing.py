@@ -13,10 +13,7 @@ from model_compose.engines.llamacpp.completion import Ask, LeftOut, Told, distri
 from model_compose.engines.llamacpp.slots import Slot, Slots
 from model_compose.engines.served.text import ServedText
 from model_compose.errors import NotReady
-from model_compose.generation import Chunk, Sampling, TokenLogprob
-
-LEAST_LOGPROB = -9999.0
-"""What stands for a token that cannot occur, as in the embedded engine."""
+from model_compose.generation import LEAST_LOGPROB, Chunk, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, STDOUT, Process
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from model_compose.engines.served import watcher
@@ -57,16 +57,17 @@ def inherited(own: Mapping[str, str]) -> dict[str, str]:
 class Child:
     """One server. name: of the component, in its log lines. command, environment: of the process, which inherits none.
 
-    is_ready: whether it answers, which must come true within `patience` seconds. before_start: called before every start,
-    the first one too.
+    socket: the Unix socket at which it listens; removed before every start, since a server does not listen at one that is
+    there. is_ready: whether it answers, which must come true within `patience` seconds. before_start: called before every
+    start, the first one too.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], is_ready: Callable[[], Awaitable[bool]],
-        before_start: Callable[[], None], *, patience: float,
+        self, name: str, command: list[str], environment: Mapping[str, str], socket: Path,
+        is_ready: Callable[[], Awaitable[bool]], before_start: Callable[[], None], *, patience: float,
     ) -> None:  # fmt: skip
         self.ready = False
-        self._name, self._command, self._environment = name, command, environment
+        self._name, self._command, self._environment, self._socket = name, command, environment, socket
         self._is_ready, self._before_start, self._patience = is_ready, before_start, patience
         self._log = logging.getLogger(f"model_compose.component.{name}")
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
@@ -90,6 +91,7 @@ class Child:
 
     async def _start(self) -> None:
         self._lines.clear()
+        self._socket.unlink(missing_ok=True)
         self._before_start()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", str(Path(watcher.__file__)), str(STOP_SECONDS), *self._command,

@@ -1,6 +1,6 @@
 """A text whose tokens another server decides: what they say, and where it ends. By the embedded engine's code for both."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from model_compose.engines.text import Transcript, token_bytes
@@ -11,7 +11,7 @@ class ServedText:
     """Sequence `index` of a request. budget: the most tokens that it may have; eos: those that end it."""
 
     def __init__(
-        self, index: int, tokenizer: Any, prompt: Sequence[int], sampling: Sampling, budget: int, eos: Sequence[int]
+        self, index: int, tokenizer: Any, prompt: list[int], sampling: Sampling, budget: int, eos: Collection[int]
     ) -> None:
         self.index, self.budget, self.eos = index, budget, eos
         self.tokens: list[int] = []

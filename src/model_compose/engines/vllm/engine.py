@@ -24,10 +24,11 @@ from model_compose.engines.options import AdapterOptions, ModelOptions
 from model_compose.engines.prompts import Prompts, check_logit_bias
 from model_compose.engines.served.child import Child
 from model_compose.engines.served.compiled import Compiled
+from model_compose.engines.served.connection import broken
 from model_compose.engines.sizes import context_length
 from model_compose.engines.vllm.connection import Connection, Served
 from model_compose.engines.vllm.loading import (
-    Loaded,
+    BaseDescription,
     check_adapter,
     check_rank,
     choose_rank,
@@ -82,7 +83,7 @@ class VllmEngine:
         assert isinstance(options.options, VllmOptions)
         self._options, self._own = options, options.options
         self._blends, self._base_dir = blends, base_dir
-        self._loaded: Loaded | None = None
+        self._loaded: BaseDescription | None = None
         self._adapters: dict[str, LoraAdapter] = {}
         self._connection: Connection | None = None
         self._child: Child | None = None
@@ -137,11 +138,11 @@ class VllmEngine:
             await self.close()
             raise
 
-    def _load(self, report: Report) -> tuple[Loaded, dict[str, LoraAdapter]]:
+    def _load(self, report: Report) -> tuple[BaseDescription, dict[str, LoraAdapter]]:
         own = self._own
         return load(self._options, self._base_dir, report, weights=own.base_url is None)
 
-    async def _start(self, installed: Installed, loaded: Loaded, folder: Path, report: Report) -> None:
+    async def _start(self, installed: Installed, loaded: BaseDescription, folder: Path, report: Report) -> None:
         own, options = self._own, self._options
         limits = [limit for limit in (own.max_context, options.max_seq_length) if limit is not None]
         socket = folder / SOCKET
@@ -160,14 +161,15 @@ class VllmEngine:
         self._connection = Connection("http://vllm", socket=socket)
         variables = environment(installed, os.environ, cores(), own.env)
         self._child = Child(
-            options.public_name, command(installed, settings), variables, self._connection.is_ready, self._start_afresh,
+            options.public_name, command(installed, settings), variables, socket, self._connection.is_ready,
+            self._forget_adapters,
             patience=own.start_timeout,
         )  # fmt: skip
         report(Progress("starting vLLM", 0, 1, "servers"))
         await self._child.start()
         report(Progress("starting vLLM", 1, 1, "servers"))
 
-    async def _attach(self, loaded: Loaded, report: Report) -> None:
+    async def _attach(self, loaded: BaseDescription, report: Report) -> None:
         """Every adapter is tried once, so that what vLLM does not take is known before the first request."""
         connection, own = self._connection, self._own
         assert connection is not None
@@ -254,13 +256,10 @@ class VllmEngine:
                 raise
 
     def _failure(self, error: Exception) -> ComposeError:
-        """What a broken connection, or an answer that vLLM gave up, means for the caller."""
-        if self._closed:
-            return NotReady("the service is shutting down")
-        if isinstance(error, RunError):
+        """What the caller is told about a broken connection, or about an answer that vLLM gave up."""
+        if isinstance(error, RunError) and not self._closed:
             return error
-        again = "it is being started again" if self._child is not None else "is it still up?"
-        return RunError(f"vLLM ended while it was generating; {again}")
+        return broken("vLLM", closed=self._closed, restarts=self._child is not None)
 
     def identity(self, blend: Blend) -> str:
         return self._identity(blend, self._adapters)
@@ -278,13 +277,13 @@ class VllmEngine:
     def stats(self) -> Stats | None:
         return self._stats
 
-    async def _keep_measuring(self, loaded: Loaded) -> None:
+    async def _keep_measuring(self, loaded: BaseDescription) -> None:
         while True:
             await asyncio.sleep(METRICS_SECONDS)
             if self.up:
                 await self._measure(loaded)
 
-    async def _measure(self, loaded: Loaded) -> None:
+    async def _measure(self, loaded: BaseDescription) -> None:
         assert self._connection is not None
         with suppress(httpx.HTTPError, ValueError):  # the last ones stand
             per_token = kv_bytes_per_token(loaded.config, self._dtype)
@@ -329,10 +328,8 @@ class VllmEngine:
             await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
         self._child = self._connection = self._folder = self._measuring = None
 
-    def _start_afresh(self) -> None:
-        """A server that is started again has no adapters, and would not listen at a socket that is there."""
-        assert self._folder is not None
-        (self._folder / SOCKET).unlink(missing_ok=True)
+    def _forget_adapters(self) -> None:
+        """A server that is started again has none."""
         if self._compiled is not None:
             self._compiled.clear()
 

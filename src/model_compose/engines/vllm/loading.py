@@ -21,7 +21,7 @@ SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 @dataclass(frozen=True)
-class Loaded:
+class BaseDescription:
     """Everything of the base but its weights. eos: ids that end a text; vocabulary: the width of the logits."""
 
     base: Fetched
@@ -37,7 +37,7 @@ class Loaded:
 
 def load(
     options: ModelOptions, base_dir: Path, report: Report, *, weights: bool
-) -> tuple[Loaded, dict[str, LoraAdapter]]:
+) -> tuple[BaseDescription, dict[str, LoraAdapter]]:
     """weights: whether the base's are needed here. Raises SourceError, AdapterError, LoadError."""
     import torch
     from transformers.utils import logging as transformers_logging
@@ -57,7 +57,7 @@ def load(
         eos = _eos(base, blueprint.config, tokenizer)
     if weights and small is not None:
         base = fetch(options.model, base_dir=base_dir, report=report)
-    return Loaded(base, blueprint.config, tokenizer, eos, blueprint.shapes), adapters
+    return BaseDescription(base, blueprint.config, tokenizer, eos, blueprint.shapes), adapters
 
 
 def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> LoraAdapter:

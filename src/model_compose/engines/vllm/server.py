@@ -6,7 +6,7 @@ vLLM pins its own torch, so it lives in an environment of its own and is never i
 import asyncio
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,7 +111,7 @@ def command(installed: Installed, settings: Settings) -> list[str]:
 
 
 def environment(
-    installed: Installed, own: Mapping[str, str], cores: Sequence[int], further: Mapping[str, str]
+    installed: Installed, own: Mapping[str, str], cores: Collection[int], further: Mapping[str, str]
 ) -> dict[str, str]:
     """The server's variables: what it inherits of this process's own, what is not set among them, and `further` ones.
     cores: those that it may use.

@@ -4,7 +4,7 @@ Text, stop strings and the end of a text are decided here, by the embedded engin
 """
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,6 @@ from model_compose.engines.served.text import ServedText
 from model_compose.errors import InputError, NotReady, RunError
 from model_compose.generation import Chunk, Finish, ResponseFormat, Sampling, TokenLogprob
 
-GREEDY_BELOW = 1e-5
-"""Temperatures that the embedded engine takes for 0."""
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -40,7 +38,7 @@ class Prompt:
 def body(prompt: Prompt) -> dict[str, Any]:
     """The request's JSON. All of the sampling is said, so that no default of the server's applies."""
     sampling = prompt.sampling
-    greedy = not sampling.do_sample or sampling.temperature < GREEDY_BELOW
+    greedy = sampling.greedy
     least = sampling.min_output_length if sampling.min_output_length > 1 else 0
     said: dict[str, Any] = {
         "model": prompt.model,
@@ -110,7 +108,7 @@ def _finish(reason: str) -> Finish:
     raise RunError(f"vLLM gave the request up ({reason}); its log has the details")
 
 
-async def complete(client: httpx.AsyncClient, prompt: Prompt, texts: Sequence[Text]) -> AsyncGenerator[Chunk | int]:
+async def complete(client: httpx.AsyncClient, prompt: Prompt, texts: list[Text]) -> AsyncGenerator[Chunk | int]:
     """The chunks of all texts, at last how many tokens of the prompt came out of vLLM's prefix cache.
 
     Closing the iterator closes the connection, which makes vLLM stop. Raises InputError, NotReady, RunError, and httpx's

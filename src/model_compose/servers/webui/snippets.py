@@ -1,4 +1,4 @@
-"""The calls that would do what the page just did: curl for the workflow API, Python for OpenAI's client."""
+"""Calls that do the same as a run of the page: curl for the workflow API, Python for OpenAI, YAML for a blend."""
 
 import json
 import shlex
@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from model_compose.components import Answer, pick
+from model_compose.components.model_actions import SamplingOverrides
 from model_compose.components.response_format import on_the_wire
 from model_compose.compose import Compose
 from model_compose.generation import Message, Sampling
@@ -23,6 +26,17 @@ class Call:
     workflow: WorkflowOptions
     input: Any
     answers: tuple[Answer, ...]
+    sampling: SamplingOverrides | None = None
+
+
+def all_of(compose: Compose, api_address: str, call: Call) -> list[dict[str, str]]:
+    """All there is to copy, each with its title."""
+    shown = {
+        "curl": curl(compose, api_address, call),
+        "Python, with the openai package": openai(compose, api_address, call),
+        "YAML, to keep this blend in the file": named_blend(compose, call.answers),
+    }
+    return [{"title": title, "code": code} for title, code in shown.items() if code is not None]
 
 
 def curl(compose: Compose, api_address: str, call: Call) -> str:
@@ -35,6 +49,8 @@ def curl(compose: Compose, api_address: str, call: Call) -> str:
     blend = _blend(compose, call.answers)
     if blend is not None:
         body["blend"] = blend
+    if call.sampling is not None:
+        body["sampling"] = call.sampling.model_dump(exclude_none=True)
     lines = [f"curl {api_address}{server.base_path}/workflows/runs", "-H 'Content-Type: application/json'"]
     if server.api_keys:
         lines.append(f'-H "Authorization: Bearer ${KEY}"')
@@ -56,7 +72,8 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
     if len(prompts) != 1:
         return None
     route, prompt, shown = _asking(prompts[0])
-    plain, extra = _sampling(asked.sampling, model.sampling())
+    drawn = asked.sampling if call.sampling is None else call.sampling.over(asked.sampling)
+    plain, extra = _sampling(drawn, model.sampling())
     lora = [{"name": name, "scale": weight} for name, weight in answer.blend.weights.items() if weight]
     id = public_name(answer.component)
     if answer.blend.method is not None:  # `lora` would be the sum
@@ -80,6 +97,21 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
             else f"print(answer.choices[0].{shown})",
             *([f"    print(choice.{shown})"] if asked.sampling.num_return_sequences > 1 else []),
         ]
+    )
+
+
+def named_blend(compose: Compose, answers: Sequence[Answer]) -> str | None:
+    """The `blends` of a component that would give the answer's blend a name; None where it has one, or several models
+    answered."""
+    if (
+        len(answers) != 1
+        or answers[0].blend.name is not None
+        or not compose.models[answers[0].component].blends.adapters
+    ):
+        return None
+    weights = {name: weight for name, weight in answers[0].blend.weights.items() if weight}
+    return yaml.safe_dump(
+        {"blends": {"my-blend": weights}}, sort_keys=False, default_flow_style=None, allow_unicode=True
     )
 
 

@@ -1,22 +1,21 @@
-"""What the page asks and shows, without a browser: widgets, blends, texts, and the calls for chains of models."""
+"""What the page asks and is told, without a browser: fields, models, blends, and the calls for chains of models."""
 
-import re
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
+import httpx
 import pytest
 
+from model_compose.components.model_actions import SamplingOverrides
 from model_compose.compose import Compose
 from model_compose.errors import InputError
 from model_compose.expressions import Type
 from model_compose.loading import load
 from model_compose.lora.blend import Blend, Blends
 from model_compose.lora.methods.ties import Ties
-from model_compose.servers import webui_runs, webui_snippets
 from model_compose.servers.tasks import usage_and_blend
-from model_compose.servers.webui_form import Field, Form, _draw_mixer, draw_form
-from model_compose.servers.webui_snippets import Call
+from model_compose.servers.webui import create_page, form, snippets
+from model_compose.servers.webui.snippets import Call
 from model_compose.workflow.variables import Variable, as_messages
 from tests import tiny
 
@@ -68,58 +67,69 @@ def chain(path: Path) -> Compose:
     return Compose(load([path], None))
 
 
-@pytest.fixture
-def form(chain: Compose) -> Form:
-    with gr.Blocks(analytics_enabled=False):
-        return draw_form(chain, chain.config.all_workflows[0])
+def described(compose: Compose) -> dict[str, Any]:
+    """The first workflow, as the page gets it."""
+    return form.describe_workflow(compose, compose.config.all_workflows[0])
 
 
-def test_each_variable_has_its_widget_and_the_blends_have_sliders(form: Form) -> None:
-    drawn = {field.variable.name: type(field.widget) for field in form.fields}
-    assert drawn == {
-        "prompt": gr.Textbox, "length": gr.Number, "heat": gr.Slider, "draw": gr.Checkbox, "how.hints": gr.Textbox,
+def test_each_variable_has_its_widget_and_each_model_its_blends(chain: Compose) -> None:
+    shown = described(chain)
+    assert {field["name"]: field["kind"] for field in shown["fields"]} == {
+        "prompt": "text", "length": "integer", "heat": "slider", "draw": "boolean", "how.hints": "json",
     }  # fmt: skip
-    assert [(mixer.component, mixer.adapters) for mixer in form.mixers] == [
-        ("writer", ("alpaca",)),
-        ("editor", ("pirate",)),
-    ]
+    heat = next(field for field in shown["fields"] if field["name"] == "heat")
+    assert [heat[key] for key in ("minimum", "maximum", "step", "default")] == [0, 2, 0.1, 0.5]
+    writer, editor = shown["models"]
+    assert writer["base"] == {"source": "./base", "driver": "huggingface", "precision": "float32"}
+    assert writer["adapters"] == [{"name": "alpaca", "source": "./alpaca", "weight": -0.5, "ranks": [4]}]
+    assert writer["choices"][0] == {
+        "label": "Default · alpaca -0.5", "value": None, "weights": [-0.5], "method": None,
+    }  # fmt: skip
+    assert editor["choices"][0]["weights"] == [2]  # what the editor's action says
+    assert (shown["by_component"], shown["markdown"]) == (True, True)
 
 
-def test_input_nests_and_leaves_out_what_is_empty(form: Form) -> None:
-    values = {"prompt": "Ahoy", "length": None, "heat": 0.5, "draw": False, "how.hints": '{"a": [1]}'}
-    given = [values[field.variable.name] for field in form.fields]
-    assert form.read_input(given) == {"prompt": "Ahoy", "heat": 0.5, "draw": False, "how": {"hints": {"a": [1]}}}
+def test_sampling_that_the_input_decides_has_no_second_box(chain: Compose, project: Path) -> None:
+    assert described(chain)["sampling"] == {"seed": None}
+    tiny_one = described(Compose(load([project])))
+    assert tiny_one["sampling"] == {"temperature": 0, "max_output_length": 12, "seed": None}
 
 
-def test_untouched_sliders_leave_the_blend_to_the_file(form: Form) -> None:
-    fields = [None] * len(form.fields)
-    presets = [widget.value for mixer in form.mixers for widget in mixer.widgets]
-    assert presets == [-0.5, "0", 2.0, "0"]  # 2 is what the editor's action says
-    assert form.read_blend([*fields, *presets]) is None
-    assert form.read_blend([*fields, -0.5, "0", 0.3, "custom"]) == {"editor": {"pirate": 0.3}}
-    assert form.read_blend([*fields, 0, "custom", 1, "custom"]) == {"writer": {}, "editor": "pirate"}
-    with pytest.raises(InputError, match="weight of alpaca is empty"):
-        form.read_blend([*fields, None, "0", 2.0, "0"])
+def test_an_adapter_that_cannot_be_read_still_has_a_slider(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "model-compose.yml").write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    writer, _ = described(Compose(load([tmp_path / "model-compose.yml"])))["models"]
+    assert writer["adapters"] == [{"name": "alpaca", "source": "./alpaca", "weight": -0.5, "ranks": []}]
+
+
+def test_input_nests_and_leaves_out_what_is_empty(chain: Compose) -> None:
+    fields = form.asked(chain.inputs(chain.config.all_workflows[0].id))
+    typed = {"prompt": "Ahoy", "length": "", "heat": "0.5", "draw": False, "how.hints": '{"a": [1]}'}
+    given = form.read_input(fields, typed)
+    assert given == {"prompt": "Ahoy", "heat": "0.5", "draw": False, "how": {"hints": {"a": [1]}}}
+    chain.prepare(given)
 
 
 @pytest.mark.parametrize("value", ["[" * 100_000, '{"a": 1, "a": 2}', "{"])
 def test_json_that_cannot_be_read_is_left_to_the_workflow(value: str) -> None:
-    assert Field(Variable(("x",), Type("json")), None).read(value) == value
+    assert form.read_input([Variable(("x",), Type("json"))], {"x": value}) == {"x": value}
 
 
-def test_weights_mean_their_sum_and_the_picker_alone_means_a_method() -> None:
+def test_the_picker_has_each_function_once_and_names_its_method() -> None:
     ties = Ties(density=0.3)
-    named = {"merged": Blend({"a": 1.0, "b": 0.5}, "merged", ties), "mix": Blend({"a": 2.0}, "mix")}
-    with gr.Blocks(analytics_enabled=False):
-        mixer = _draw_mixer("llm", Blends(("a", "b"), named, Blend({"a": 0.7}, "default")), None, titled=False)
-    labels = [choice.label for choice in mixer.choices]
-    assert labels == ["Default (YAML)", "merged (ties)", "mix", "a alone", "b alone", "Bare base"]
-    assert mixer.read([1, 0.5, "1"]) == "merged"
-    assert mixer.shown([1, 0.5, "1"]) == "a 1 · b 0.5 (ties)"
-    assert mixer.read([1, 0.5, "custom"]) == {"a": 1.0, "b": 0.5}
-    assert mixer.shown([1, 0.5, "custom"]) == "a 1 · b 0.5"
-    assert mixer.read([1, 0.6, "1"]) == {"a": 1.0, "b": 0.6}
-    assert mixer.read([2, 0, "1"]) == "mix"
+    named = {
+        "merged": Blend({"a": 1.0, "b": 0.5}, "merged", ties),
+        "mix": Blend({"a": 2.0}, "mix"),
+        "b1": Blend({"b": 1}),
+    }
+    choices = form._choices(Blends(("a", "b"), named, Blend({"a": 0.7, "b": 0}, "default")), None)
+    assert [(choice["label"], choice["value"], choice["weights"], choice["method"]) for choice in choices] == [
+        ("Default · a 0.7", {"a": 0.7, "b": 0}, [0.7, 0], None),
+        ("merged (ties) · a 1 · b 0.5", "merged", [1, 0.5], "ties"),
+        ("mix · a 2", "mix", [2, 0], None),
+        ("b1 · b 1", "b1", [0, 1], None),  # so "b alone" is not there again
+        ("a alone", "a", [1, 0], None),
+        ("Bare base", {}, [0, 0], None),
+    ]
 
 
 async def test_two_models_are_labelled_and_called_by_component(chain: Compose) -> None:
@@ -129,15 +139,11 @@ async def test_two_models_are_labelled_and_called_by_component(chain: Compose) -
         done = await chain.answer(input, blend={"writer": {"alpaca": 1.5}})
     finally:
         await chain.close()
-    run = webui_runs.Run("", webui_runs.texts(done.output), "done", 1.0, done.answers)
-    shown = webui_runs.current(run)
-    assert "<h4>draft</h4>" in shown
-    assert "<h4>final</h4>" in shown
-    assert "writer — blend: <b>alpaca 1.5 (custom)</b>" in shown
-    assert "editor — blend: <b>pirate 2 (loud)</b>" in shown
-    call = Call(chain.config.all_workflows[0], input, done.answers)
-    assert '"blend": {"writer": {"alpaca": 1.5}, "editor": "loud"}' in webui_snippets.curl(chain, "http://x", call)
-    assert webui_snippets.openai(chain, "http://x", call) is None
+    call = Call(chain.config.all_workflows[0], input, done.answers, SamplingOverrides(temperature=0, seed=3))
+    assert '"blend": {"writer": {"alpaca": 1.5}, "editor": "loud"}' in snippets.curl(chain, "http://x", call)
+    assert '"sampling": {"temperature": 0.0, "seed": 3}' in snippets.curl(chain, "http://x", call)
+    assert snippets.openai(chain, "http://x", call) is None
+    assert snippets.named_blend(chain, done.answers) is None
 
 
 async def test_answers_and_calls_tell_the_method(project: Path, tmp_path: Path) -> None:
@@ -155,21 +161,14 @@ async def test_answers_and_calls_tell_the_method(project: Path, tmp_path: Path) 
         "options": {"density": 0.4, "majority_sign_method": "total"}, "identity": answer.identity,
     }  # fmt: skip
     assert usage_and_blend(other)["blend"].keys() == {"name", "weights", "identity"}
-    assert webui_runs.blend_shown(answer) == "alpaca 2 (merged, ties)"
     assert answer.identity != other.identity
     assert done.output != exact.output
     call = Call(compose.config.all_workflows[0], {"prompt": "Ahoy"}, done.answers)
-    assert '"blend": "merged"' in webui_snippets.curl(compose, "http://x", call)
-    shown = webui_snippets.openai(compose, "http://x", call)
+    assert '"blend": "merged"' in snippets.curl(compose, "http://x", call)
+    shown = snippets.openai(compose, "http://x", call)
     assert shown is not None
     assert 'model="default:merged"' in shown
     assert "lora" not in shown
-
-
-def test_text_is_never_markup() -> None:
-    run = webui_runs.Run("<i>asked</i>", {"": "<script>alert(1)</script>"}, "failed", 1.0, (), "<b>bad</b>")
-    for shown in (webui_runs.current(run), webui_runs.earlier([run]), webui_runs.snippet("<i>", "<b>")):
-        assert not re.search(r"<(script|b|i)>", shown)
 
 
 CHAT = tiny.YAML.replace("task: text-generation", "task: chat-completion").replace(
@@ -192,15 +191,24 @@ def test_a_message_is_typed_as_it_is_and_a_conversation_as_json(project: Path, t
     path = project.with_name("chat.yml")
     path.write_text(CHAT, encoding="utf-8")
     compose = Compose(load([path]))
-    with gr.Blocks(analytics_enabled=False):
-        form = draw_form(compose, compose.config.all_workflows[0])
-    messages, format = form.fields
-    assert (messages.variable.name, messages.variable.role, messages.widget.lines) == ("messages", "messages", 7)
-    assert format.widget.placeholder == "JSON"  # no plain text would do there either
-    given = form.read_input([typed, '{"type": "json_object"}'])
+    fields = form.asked(compose.inputs(compose.config.all_workflows[0].id))
+    kinds = {field["name"]: field["kind"] for field in described(compose)["fields"]}
+    assert kinds == {"messages": "messages", "format": "json"}
+    given = form.read_input(fields, {"messages": typed, "format": '{"type": "json_object"}'})
     assert given == {"format": {"type": "json_object"}} | ({} if sent is None else {"messages": sent})
     if sent is not None:
         compose.prepare(given)
+
+
+async def test_what_the_page_is_told_of_a_file(project: Path) -> None:
+    compose = Compose(load([project]))
+    transport = httpx.ASGITransport(create_page(compose, "http://127.0.0.1:8080"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8081") as client:
+        told = (await client.get("/page.json")).json()
+        state = (await client.get("/state")).json()
+    assert told["api"] == "http://127.0.0.1:8080"
+    assert told["workflows"] == [described(compose)]
+    assert state == {"status": "loading", "progress": {"what": "starting", "done": 0, "total": None, "unit": "B"}}
 
 
 def test_a_conversation_with_a_mistake_in_it_is_not_sent_as_a_message(project: Path) -> None:
@@ -209,20 +217,3 @@ def test_a_conversation_with_a_mistake_in_it_is_not_sent_as_a_message(project: P
     compose = Compose(load([path]))
     with pytest.raises(InputError, match=r"^input\.messages: expected a list of messages, such as \[\{"):
         compose.prepare({"messages": as_messages('[{"role": "user", "content": "Hi"}')})
-
-
-def test_an_empty_text_is_told_once() -> None:
-    """By the note, which says why; where there are several texts, each empty one is marked too."""
-    note = "the text is empty: the model ended at once"
-    alone = webui_runs.current(webui_runs.Run("", {"": ""}, "done", notes=[note]))
-    assert "empty text" not in alone
-    assert '<div class="mc-notice">The text is empty: the model ended at once.</div>' in alone
-    assert "empty text" in webui_runs.current(webui_runs.Run("", {"": ""}, "done"))
-    several = webui_runs.current(webui_runs.Run("", {"a": "", "b": "x"}, "done", notes=[note]))
-    assert several.count("empty text") == 1
-
-
-def test_one_message_is_shown_as_it_was_asked() -> None:
-    turn = {"role": "user", "content": "Hi"}
-    assert webui_runs.asked({"messages": [turn]}) == "Hi"
-    assert webui_runs.asked({"messages": [turn, turn]}).startswith('[{"role": "user"')

@@ -19,7 +19,7 @@ from model_compose.errors import ComposeError
 from model_compose.servers.guard import Keys
 
 SESSION_SECONDS = 12 * 3600.0
-FORM = Path(__file__).parent / "webui_login.html"
+ASSETS = Path(__file__).parent / "assets"
 MAX_FORM_BYTES = 8192
 
 
@@ -84,7 +84,9 @@ class Door:
     def _form(self, message: str = "", status: int = 200) -> Response:
         shown = f'<p role="alert">{escape(message)}</p>' if message else ""
         page = (
-            FORM.read_text(encoding="utf-8")
+            (ASSETS / "login.html")
+            .read_text(encoding="utf-8")
+            .replace("{{style}}", (ASSETS / "page.css").read_text(encoding="utf-8"))
             .replace("{{title}}", escape(self._title))
             .replace("{{message}}", shown)
             .replace("{{icon}}", ICON)

@@ -8,7 +8,7 @@ import pytest
 from pydantic import SecretStr
 from starlette.responses import PlainTextResponse
 
-from model_compose.servers.webui_auth import Door
+from model_compose.servers.webui.auth import Door
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ async def outside() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-@pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/queue/join", "/static/x.js", "/login/", "/theme.css"])
+@pytest.mark.parametrize("path", ["/", "/page.json", "/runs", "/state", "/assets/page.js", "/login/"])
 async def test_nothing_passes_the_door_without_a_key(outside: httpx.AsyncClient, path: str) -> None:
     assert (await outside.get(path)).status_code == 401
     assert (await outside.post(path)).status_code == 401
@@ -44,7 +44,7 @@ async def test_signing_in_gives_a_session_that_is_not_the_key(outside: httpx.Asy
     assert "HttpOnly" in cookie
     assert "SameSite=strict" in cookie
     assert "sesame" not in cookie
-    assert (await outside.get("/config")).text == "inside"
+    assert (await outside.get("/page.json")).text == "inside"
 
 
 async def test_another_site_cannot_sign_a_browser_in(outside: httpx.AsyncClient) -> None:

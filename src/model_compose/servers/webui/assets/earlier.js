@@ -1,0 +1,59 @@
+// Runs before the newest, close enough together to compare, and as files.
+import { announce, button, copyButton, download, h } from "./dom.js";
+import { asMarkdown, toLink } from "./history.js";
+import { allText, blendShown, endedRun } from "./output.js";
+
+/** {element, draw}. kept: the workflow's history. onOpen: goes on with a conversation; undefined where there is none. */
+export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
+  const element = h("section", { className: "earlier" });
+  let shown = null;
+  const save = {
+    json: () => download("runs.json", "application/json", JSON.stringify(kept.all(), null, 2)),
+    markdown: () => download("runs.md", "text/markdown", asMarkdown(workflow.name, kept.all(), { asked, blend })),
+  };
+  function clear() {
+    kept.clear();
+    draw(shown);
+  }
+  function use(run) {
+    onWeights(run);
+    announce("The weights are set");
+  }
+
+  /** current: the run that stands above. */
+  function draw(current) {
+    shown = current;
+    const runs = kept.all().filter((run) => run.id !== current?.id);
+    const head = h("div", { className: "bar" },
+      h("h2", {}, onOpen ? "Earlier chats" : "Earlier runs"),
+      button("Download JSON", save.json), button("Download Markdown", save.markdown), button("Clear", clear),
+    );
+    element.replaceChildren(...(runs.length ? [head, ...runs.map(card)] : []));
+  }
+  const card = (run) => h("article", { className: "card run" },
+    h("p", { className: "question" }, asked(run)),
+    h("div", { className: "scrolled", tabIndex: 0 }, endedRun(run, workflow.markdown)),
+    h("div", { className: "bar" },
+      onOpen ? button("Continue", () => onOpen(run)) : null,
+      button("Use these weights", () => use(run)),
+      copyButton(() => allText(run)),
+      copyButton(() => toLink(run), "Copy link"),
+    ),
+  );
+  addEventListener("storage", () => draw(shown)); // another tab has run something
+  return { element, draw };
+}
+
+const blend = (run) => run.answers.map((answer) => blendShown(answer.blend)).join("; ");
+
+/** What was asked, in a few words: the text itself where there is just one, else a line for each field. */
+function asked(run) {
+  const given = Object.entries(run.values).filter(([, value]) => value !== "");
+  return given.length === 1 ? words(given[0][1]) : given.map(([name, value]) => `${name}: ${words(value)}`).join("\n");
+}
+
+/** A value in words; of a conversation, its last message. */
+function words(value) {
+  if (typeof value === "string") return value;
+  return Array.isArray(value) && value.at(-1)?.content ? value.at(-1).content : JSON.stringify(value);
+}

@@ -1,0 +1,83 @@
+// Runs that a browser keeps, links to a run's input, and runs as files. Nothing of it leaves the browser.
+
+const MOST_RUNS = 100;
+const MOST_CHARACTERS = 2_000_000; // browsers give a site about five million
+const SAMPLING = ["temperature", "max_output_length", "seed"];
+const UNNAMED = "__component__";
+
+/** The runs of one workflow, newest first: {all, save, clear}. Other tabs of the page write to the same list. */
+export function history(workflow) {
+  const key = `runs:${workflow}`;
+  function all() {
+    try {
+      return JSON.parse(localStorage.getItem(key)) ?? [];
+    } catch {
+      return []; // the browser keeps nothing, or somebody wrote something else there
+    }
+  }
+  function isStored(runs) {
+    const text = JSON.stringify(runs);
+    if (text.length > MOST_CHARACTERS) return false;
+    try {
+      localStorage.setItem(key, text);
+      return true;
+    } catch {
+      return false; // the site's share is full
+    }
+  }
+  return {
+    all,
+    /** Adds a run, or puts it in the place of the one with its id. The oldest go where there are too many. */
+    save(run) {
+      let runs = [run, ...all().filter((each) => each.id !== run.id)].slice(0, MOST_RUNS);
+      while (runs.length && !isStored(runs)) runs = runs.slice(0, Math.floor(runs.length / 2));
+    },
+    clear: () => localStorage.removeItem(key),
+  };
+}
+
+/** An address that opens the page with this state: {workflow, values, blend, sampling}. */
+export function toLink({ workflow, values, blend, sampling }) {
+  const parts = new URLSearchParams(workflow.startsWith("__") ? {} : { workflow });
+  for (const [name, value] of Object.entries(values)) {
+    if (value !== "") parts.set(`input.${name}`, typeof value === "string" ? value : JSON.stringify(value));
+  }
+  for (const [component, chosen] of Object.entries(blend)) {
+    parts.set(component === UNNAMED ? "blend" : `blend.${component}`, JSON.stringify(chosen));
+  }
+  for (const [name, value] of Object.entries(sampling)) parts.set(name, value);
+  return `${location.href.split("#")[0]}#${parts}`;
+}
+
+/** The state that a link's fragment says. A blend is JSON, or a bare name; "" stands for the only component that has
+    one. `prompt=…` may stand for `input.prompt=…`. */
+export function fromLink(fragment) {
+  const state = { workflow: null, values: {}, blend: {}, sampling: {} };
+  for (const [name, value] of new URLSearchParams(fragment.replace(/^#/, ""))) {
+    const [, head, rest] = name.match(/^(input|blend)(?:\.(.*))?$/) ?? [];
+    if (name === "workflow") state.workflow = value;
+    else if (head === "blend") state.blend[rest ?? ""] = readBlend(value);
+    else if (head === "input") state.values[rest ?? ""] = value;
+    else if (SAMPLING.includes(name)) state.sampling[name] = value;
+    else state.values[name] = value;
+  }
+  return state;
+}
+
+function readBlend(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return text;
+  }
+}
+
+/** Runs as Markdown, to read. asked, blend: say these of a run in words. */
+export function asMarkdown(title, runs, { asked, blend }) {
+  const parts = runs.map((run) => {
+    const texts = Object.entries(run.texts).map(([label, text]) => (label ? `**${label}**\n\n${text}` : text));
+    const head = [`## ${new Date(run.time).toLocaleString()}`, `> ${asked(run).replaceAll("\n", "\n> ")}`];
+    return [...head, ...texts, `*${blend(run)}*`].join("\n\n");
+  });
+  return `# ${title}\n\n${parts.join("\n\n")}\n`;
+}

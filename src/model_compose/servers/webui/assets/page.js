@@ -1,0 +1,88 @@
+// The page: a panel for each workflow, how far the models are loaded, and what a link asks for.
+import { h, newId } from "./dom.js";
+import { fromLink } from "./history.js";
+import { panel } from "./panel.js";
+
+const LOOK_MS = 500;
+
+async function open() {
+  const main = document.getElementById("main");
+  const page = await fetched("page.json");
+  const panels = page.workflows.map((workflow) => panel(workflow, page));
+  const loading = loadingBar();
+  const choose = page.workflows.length > 1 ? tabs(page.workflows, panels) : null;
+  main.replaceChildren(loading.element, choose?.element ?? panels[0]?.element ?? "All workflows of this file are private.");
+
+  function follow() {
+    if (!location.hash || !panels.length) return;
+    const state = fromLink(location.hash);
+    const at = Math.max(page.workflows.findIndex((workflow) => workflow.id === state.workflow), 0);
+    choose?.show(at);
+    panels[at].write(state);
+  }
+  addEventListener("hashchange", follow);
+  follow();
+
+  async function look() {
+    const state = await fetched("state").catch(() => null);
+    loading.show(state);
+    panels.forEach((each) => each.setReady(isReady(state)));
+    if (!isReady(state)) setTimeout(look, LOOK_MS);
+  }
+  await look();
+}
+
+async function fetched(path) {
+  const answer = await fetch(path);
+  if (answer.status === 401) location.reload(); // to the login
+  return answer.json();
+}
+
+const isReady = (state) => state?.status === "ok";
+
+/** How far the loading is: {element, show(state)}. A bar of unknown length moves too. */
+function loadingBar() {
+  const bar = h("progress", { max: 100, "aria-label": "Loading" });
+  const said = h("p", { role: "status" });
+  const percent = h("b");
+  const element = h("section", { className: "card loading", hidden: true }, h("p", {}, percent), said, bar);
+  return {
+    element,
+    show(state) {
+      element.hidden = isReady(state);
+      const { what, done, total } = state?.progress ?? {};
+      const share = total ? Math.round((100 * done) / total) : null;
+      percent.textContent = state ? `Loading…${share === null ? "" : ` ${share} %`}` : "Waiting for the server…";
+      if (share === null) bar.removeAttribute("value");
+      else bar.value = share;
+      if (said.textContent !== (what ?? "")) said.textContent = what ?? "";
+    },
+  };
+}
+
+/** Tabs as screen readers know them; the arrow keys go from one to the next. */
+function tabs(workflows, panels) {
+  const buttons = workflows.map((workflow, at) =>
+    h("button", { type: "button", role: "tab", id: newId(), onclick: () => show(at) }, workflow.name));
+  const bodies = panels.map((each, at) =>
+    h("div", { role: "tabpanel", id: newId(), "aria-labelledby": buttons[at].id }, each.element));
+  buttons.forEach((button, at) => {
+    button.setAttribute("aria-controls", bodies[at].id);
+    button.addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (step) show((at + step + buttons.length) % buttons.length, true);
+    });
+  });
+  function show(chosen, isFocused = false) {
+    buttons.forEach((button, at) => {
+      button.setAttribute("aria-selected", String(at === chosen));
+      button.tabIndex = at === chosen ? 0 : -1;
+      bodies[at].hidden = at !== chosen;
+    });
+    if (isFocused) buttons[chosen].focus();
+  }
+  show(0);
+  return { element: h("div", {}, h("div", { role: "tablist", className: "tabs" }, buttons), bodies), show };
+}
+
+open();
