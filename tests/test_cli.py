@@ -8,6 +8,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -224,12 +225,28 @@ def test_version_and_help(folder: Path) -> None:
         assert all(f"\n  {command} " in out for command in ("up", "down", "run", "validate", "schema"))
 
 
-def test_narrow_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+COMMANDS = [
+    "init", "up", "down", "run", "ps", "status", "logs", "validate", "plan", "schema", "export", "setup",
+    "adapters list", "adapters inspect",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_a_sentence_an_example_that_is_taken_and_fits_a_narrow_terminal(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = called(*command.split(), "--help", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    sentence = out.split("\n\n")[1].strip()
+    group, _, name = command.rpartition(" ")
+    listing = called(*group.split(), "--help", cwd=tmp_path)[1]
+    assert re.search(rf"^  {name} +{re.escape(sentence)}$", listing, re.MULTILINE), "the list cuts the sentence"
+    program, *arguments = shlex.split(" ".join(out.rpartition("Example: ")[2].split()).partition(" > ")[0])
+    assert (program, " ".join(arguments[: len(command.split())])) == ("model-compose", command)
+    assert called(*arguments, "--help", cwd=tmp_path)[0] == 0
     monkeypatch.setenv("COLUMNS", "40")
-    for command in ((), ("run",), ("up",), ("validate",)):
-        code, out, _ = called(*command, "--help", cwd=folder)
-        assert code == 0
-        assert max(map(len, out.splitlines())) <= 52  # click wraps at 50 at the least
+    narrow = called(*command.split(), "--help", cwd=tmp_path)[1]
+    assert max(map(len, narrow.splitlines())) <= 52  # typer wraps at 50 columns at the least
 
 
 def test_reader_that_leaves_is_no_traceback(folder: Path) -> None:
@@ -247,7 +264,10 @@ def test_terminal_without_unicode(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert cli("validate", "-f", "nope.yml", cwd=folder)[::2] == (1, "? nope.yml: there is no such file\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["validate"], ["schema"], ["run", "--help"], ["down"]])
+QUICK = ["--help", "validate", "schema", "run --help", "down", "ps", "status", "init --list", "logs"]
+
+
+@pytest.mark.parametrize("arguments", map(str.split, QUICK), ids=QUICK)
 def test_quick_commands_import_nothing_heavy(folder: Path, arguments: list[str]) -> None:
     script = (
         "import os, sys\n"
