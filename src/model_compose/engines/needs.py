@@ -119,8 +119,9 @@ def limit_context(budget: int, token_bytes: int, holds: int, context: int, least
     """The longest context in tokens: `context`, or fewer if a KV cache of `budget` bytes cannot hold that many for one text
     (this logs a warning).
 
-    token_bytes: the bytes of one token's keys and values. holds: the tokens that the cache can hold for one text. least: the
-    tokens that one text needs. rows: into how many equal parts the cache is divided. Raises LoadError if holds < least.
+    token_bytes: the bytes of one token's keys and values. holds: the tokens that the cache can hold for one text.
+    least: the tokens that one text needs. rows: into how many equal parts the cache is divided. Raises LoadError if
+    holds < least.
     """
     each = f" for each of {rows} texts" if rows > 1 else ""
     if holds < least:
