@@ -235,7 +235,7 @@ async def test_a_running_server_is_used_and_left_as_it_was(python: str, project:
         ({"options": {"api_key": "x"}}, "'api_key' is for a server at 'base_url'"),
         (
             {"options": {"base_url": "http://x"}, "precision": "float16"},
-            "'precision': the server at base_url has its own",
+            "'precision': the server at base_url decides",
         ),
         ({"model": "./m.gguf"}, r"'model': ./m.gguf is a single file.*driver: llamacpp"),
         ({"quantization": "int8"}, "'quantization': use a checkpoint that is quantised"),
