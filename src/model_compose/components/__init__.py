@@ -1,4 +1,4 @@
-"""Components: what a job runs. The protocol, the options that all share, and the registry.
+"""Components are what jobs run. Here: their protocol, the options that all of them have, and their registry.
 
 A new component type is one file here plus its line in COMPONENTS: a class with the methods of `Component` and `Options`.
 """
@@ -26,7 +26,7 @@ DEFAULT_ID = "__default__"
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of text that belongs at `path` of the value that is being made."""
+    """The next piece of the text that stands at `path` of the component's value."""
 
     path: ValuePath
     text: str
@@ -36,7 +36,7 @@ class Delta:
 class Answer:
     """Which model component answered, under which blend, at what cost, and how its text ended.
 
-    finish_reason: of each text, where the component's value is a list of texts. notes: sentences for a person.
+    finish_reason: one for each text if the component's value is a list of texts. notes: sentences for a person.
     """
 
     component: str
@@ -58,8 +58,8 @@ class Result:
 class ActionOptions(Options):
     """What every action has. `output` maps the component's `result`.
 
-    needs: fields (any one of them) without which the action cannot run; input that feeds only other fields is optional.
-    structured: fields, dotted, that plain text cannot fill, so that a form asks for JSON.
+    needs: fields of which the action needs one; an input that only other fields read is optional. structured: dotted
+    fields that plain text cannot fill, so a form asks for JSON.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -119,7 +119,7 @@ class ComponentOptions(Named):
 
 
 class Component(Protocol):
-    """Opened once, then runs any number of jobs at once."""
+    """What a component does. It is opened once and then runs any number of jobs at the same time."""
 
     Options: ClassVar[Any]
 
@@ -146,7 +146,7 @@ COMPONENTS: Registry[type[Component]] = Registry(
 
 
 class Picked(Protocol):
-    """Something with an id that can be the default."""
+    """Something that has an id and may be marked as the default."""
 
     @property
     def id(self) -> str: ...
@@ -159,7 +159,10 @@ T = TypeVar("T")
 
 
 def pick(items: tuple[P, ...], id: str, what: str) -> P:
-    """The item with the id; for "__default__" the only one, else the one marked default. Raises NotFound."""
+    """The item with the id. "__default__" stands for the only item, or else for the one that is marked as the default.
+
+    Raises NotFound.
+    """
     found = _default(items) if id == DEFAULT_ID else next((item for item in items if item.id == id), None)
     if found is None:
         known = ", ".join(item.id for item in items) or "none"

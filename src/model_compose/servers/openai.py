@@ -1,7 +1,7 @@
 """OpenAI's API at /v1, as the official client speaks it: models, completions, chat completions.
 
-It goes past workflows straight to a model component. A model id is the component's id ("default" for one without), with
-":" and a blend's or an adapter's name behind it where one is meant; `lora` mixes freely.
+Requests go straight to a model component, past workflows. A model id is the component's id ("default" if the file gives
+none). ":" and a name may follow the id: a blend's or an adapter's. The field `lora` mixes adapters freely.
 """
 
 import time
@@ -44,7 +44,7 @@ from model_compose.servers.openai_fields import UNSUPPORTED, ClientOptions, Neut
 from model_compose.servers.wire import attended, event, openai_error, read_body, start_stream
 
 MOST_ADAPTERS = 256
-"""Of one request."""
+"""The most adapters that one request may name."""
 
 
 class LoraWeight(Options):
@@ -65,7 +65,8 @@ class StreamOptions(ClientOptions):
 
 
 class Body(ClientOptions):
-    """What completions and chat share. Fields without effect here are accepted; unknown ones are refused by name."""
+    """The fields that completions and chat share. Fields without effect here are accepted; unknown ones are refused by
+    name."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = UNSUPPORTED
     model: str = Field(max_length=LONGEST_NAME, description="A component, or component:blend, or component:adapter")
@@ -134,7 +135,7 @@ class Body(ClientOptions):
         return self
 
     def sampling(self, default: Sampling) -> Sampling:
-        """The request's sampling; what it leaves out comes from the component's action, the response_format apart."""
+        """The request's sampling. Fields that it leaves out come from the component's action, except response_format."""
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
         given: dict[str, Any] = {
             "max_output_length": self.max_tokens,
@@ -166,12 +167,12 @@ class CompletionBody(Body):
         le=20,
         description="Log-probabilities of the tokens, and of this many of the most likely ones",
     )
-    best_of: int | None = Field(default=None, ge=1, description="As many as n: every text that is drawn is answered")
+    best_of: int | None = Field(default=None, ge=1, description="Must equal n: every text that is drawn is answered")
 
     @model_validator(mode="before")
     @classmethod
     def _false_is_none(cls, data: Any) -> Any:
-        """The chat route's way to want no logprobs."""
+        """Takes `logprobs: false`, as the chat route does, for no logprobs."""
         return {**data, "logprobs": None} if isinstance(data, dict) and data.get("logprobs") is False else data
 
     @model_validator(mode="after")
@@ -200,7 +201,7 @@ Content = Annotated[Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")]
 
 
 class ChatMessage(ClientOptions):
-    """One turn. The assistant's may be null, which is an empty text: clients send that for a turn that was broken off."""
+    """One turn. The assistant's content may be null, which means an empty text; clients send that for an aborted turn."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = {
         "this server calls no tools": {"tool_calls": ([],), "tool_call_id": (), "function_call": ()},
@@ -426,7 +427,7 @@ CHAT = Shape(
 
 
 def _model_ids(compose: Compose) -> list[tuple[str, str | None]]:
-    """Model ids, each with its parent: what lists of known models show."""
+    """All model ids, each with its parent's id."""
     ids: list[tuple[str, str | None]] = []
     for component in compose.models.values():
         own = component.options.public_name
