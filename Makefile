@@ -84,4 +84,4 @@ measure: .venv/installed  ## What each weight of the quickstart does
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm .venv-recording docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .venv-vllm .venv-recording docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache dist
