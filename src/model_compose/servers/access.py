@@ -50,7 +50,8 @@ class Access:
             left = "" if complete or status == LEFT else ", not read to the end"
             # raw_path is still percent-encoded, so it cannot contain a newline.
             path = scope.get("raw_path", b"").decode("ascii", "replace")
-            log.info(
+            log.log(
+                logging.DEBUG if ongoing.is_routine and status < 400 else logging.INFO,
                 "%s %s %s %d %.0f ms%s%s", client_of(scope), scope["method"], path, status, milliseconds,
                 _generated(ongoing), left,
             )  # fmt: skip
