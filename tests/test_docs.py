@@ -1,7 +1,7 @@
 """What the documents say is true: their code runs, their links lead somewhere, and the generated pages are the code's.
 
 Each page is one test, since its blocks build on each other. They run in a copy of the repository's root, against one
-service of the quickstart. docs/contributing/documents.md says what a block of each language must do, and how a block that
+service of the quickstart. docs/contributing.md says what a block of each language must do, and how a block that
 cannot run is marked.
 """
 
@@ -131,6 +131,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
     made.shell(f"model-compose down -f {QUICKSTART}", "down")
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_code_of_a_page_runs(page: Path, clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:

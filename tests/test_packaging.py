@@ -120,6 +120,7 @@ def test_the_sdist_holds_the_sources_and_no_downloads(release: Release) -> None:
     with tarfile.open(release.sdist) as archive:
         members = {name.partition("/")[2]: archive.getmember(name).size for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "Makefile", "constraints.txt", "src/model_compose/py.typed"} <= set(members)
+    assert "examples/quickstart/adapters/alpaca/adapter_model.safetensors" in members
     assert {name.partition("/")[0] for name in members} - {
         *("src", "tests", "examples", "benchmarks", "docs", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml"),
         *(path.name for path in ROOT.glob("*.md")), "PKG-INFO", ".gitignore",

@@ -22,7 +22,7 @@ from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, con
 from model_compose.nodes import FILE_NAMES, at, child, compose, file_of, merge, typed
 from model_compose.schema import Options, RelativeToFile, Secret, nearest
 
-# What other languages call our types.
+# The names that other languages have for our types.
 _OTHER_NAMES = {
     "int": "integer", "float": "number", "double": "number", "bool": "boolean", "str": "string", "dict": "object",
     "map": "object", "array": "list",

@@ -11,6 +11,7 @@ from model_compose.errors import ComposeError, FieldError, InputError, RunError
 from model_compose.loading import ComposeFile
 from model_compose.progress import Report
 from model_compose.running import Mix, Record
+from model_compose.schema import public_name
 from model_compose.terminal import Answered
 from model_compose.workflow.runner import Done
 
@@ -60,7 +61,7 @@ def _answered(answers: Collection[Answer]) -> list[Answered]:
         Answered(
             Mix.of(each.blend), each.usage.completion_tokens, each.usage.tokens_per_second,
             [each.finish_reason] if isinstance(each.finish_reason, str) else each.finish_reason,
-            each.component if len(answers) > 1 else None,
+            public_name(each.component) if len(answers) > 1 else None,
         )
         for each in answers
     ]  # fmt: skip

@@ -60,10 +60,13 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class Plan:
+    """What a file needs, component by component, in the order of loading."""
+
     models: tuple[ModelPlan, ...]
 
     @property
     def problems(self) -> list[str]:
+        """The reasons why components do not fit, one sentence each."""
         return [model.problem for model in self.models if model.problem is not None]
 
 
@@ -219,6 +222,7 @@ def _adapter_size(name: str, found: Survey, model: Any) -> "AdapterSize | None":
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan for `--json`. Sizes are in bytes."""
     return {
         "fits": not plan.problems,
         "components": [
@@ -233,7 +237,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _device_json(needs: Needs) -> dict[str, Any]:
-    """All in bytes, but for context and kv_tokens."""
+    """The numbers of one device: all in bytes, except context and kv_tokens, which are in tokens."""
     inner = ("model", "adapters_at_once", "kv_least", "kv_given", "smaller")
     fields = {key: value for key, value in vars(needs).items() if key not in inner}
     derived = {"weights": needs.weights, "least": needs.least, "kv_tokens": needs.tokens, "missing": needs.missing}
@@ -287,7 +291,7 @@ def _rows(model: ModelPlan) -> list[tuple[str, str, str]]:
 
 
 def _parts(model: ModelPlan, needs: Needs) -> list[tuple[str, int, str]]:
-    """What, how many bytes, how they come about."""
+    """Rows of (what, bytes, note). Rows with 0 bytes are not shown."""
     packed = f", Linear weights in {model.quantization}" if model.quantization else ""
     mapped = ", mapped from the files" if needs.mapped else ""
     per_token = f"{needs.tokens:,} tokens of {needs.kv_per_token:,} B"

@@ -283,7 +283,7 @@ async def test_what_it_cannot_do_exactly_is_the_requests_fault(engine: ServerEng
         ({"options": {"env": {"A": "1"}}}, "'env' is for a llama-server"),
         (
             {"options": {"server": "x"}, "allow_runtime_adapters": True},
-            "'allow_runtime_adapters': llama-server loads adapters when it starts",
+            "'allow_runtime_adapters': llama-server loads adapters only when it starts",
         ),
         ({"options": {"server": "x", "base_url": "http://x"}}, "unknown key 'base_url'"),
     ],

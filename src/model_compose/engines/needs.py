@@ -116,22 +116,23 @@ def _remedy(needs: Needs) -> str:
 
 
 def limit_context(budget: int, token_bytes: int, holds: int, context: int, least: int, *, rows: int = 1) -> int:
-    """The longest context in tokens: `context`, or what a KV cache of `budget` bytes holds for a text, with a warning.
+    """The longest context in tokens: `context`, or fewer if a KV cache of `budget` bytes cannot hold that many for one text
+    (this logs a warning).
 
-    token_bytes: of keys and values, for each token. holds: how many tokens the cache has for one text. least: how many one
-    text needs. rows: into how many equal parts the cache is divided. Raises LoadError if it holds fewer than `least`.
+    token_bytes: the bytes of one token's keys and values. holds: the tokens that the cache can hold for one text.
+    least: the tokens that one text needs. rows: into how many equal parts the cache is divided. Raises LoadError if
+    holds < least.
     """
     each = f" for each of {rows} texts" if rows > 1 else ""
     if holds < least:
         fewer = ", a smaller max_batch_size" if rows > 1 else ""
         raise LoadError(
-            f"a KV cache of {size_text(budget)} holds {holds} tokens of this model{each}, which takes "
-            f"{size_text(token_bytes)} for each token, and one text needs {least}; set a larger kv_cache{fewer}, or a "
-            "smaller max_context"
+            f"a KV cache of {size_text(budget)} holds {holds} tokens of this model{each} ({size_text(token_bytes)} per "
+            f"token), but one text needs {least}; set a larger kv_cache{fewer}, or a smaller max_context"
         )
     if holds < context:
         log.warning(
-            "the KV cache of %s holds %d tokens%s, so prompt and answer together are limited to these instead of %d",
+            "the KV cache of %s holds %d tokens%s, so a prompt with its answer can have only this many, instead of %d",
             size_text(budget), holds, each, context,
         )  # fmt: skip
     return min(context, holds)

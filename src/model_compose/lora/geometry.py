@@ -80,6 +80,7 @@ class Geometry:
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """The target modules that any adapter touches, in the order of the model."""
         return tuple(dict.fromkeys(place.target for place in sorted(self.grams)))
 
     def gram(self, *, layer: str | None = None, target: str | None = None) -> Matrix:

@@ -51,6 +51,7 @@ def choose(
 
 
 def has_weights(names: Iterable[str]) -> bool:
+    """Whether any of the names is that of a file of weights (safetensors, GGUF or a pickle)."""
     return any(name.endswith((".safetensors", ".gguf", *_PICKLED)) for name in names)
 
 

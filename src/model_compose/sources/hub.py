@@ -328,7 +328,7 @@ def _sizes_on_disk(folder: Path) -> dict[str, int]:
 
 
 def _names_on_disk(folder: Path) -> set[str]:
-    """The files that a complete snapshot should have, as far as the disk tells: those there, and the shards that an
+    """The files that a complete snapshot should have, as far as we can tell: those on the disk, and the shards that an
     index file lists. For snapshots of tools that store no listing in the cache."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for index in folder.glob("*.index.json"):

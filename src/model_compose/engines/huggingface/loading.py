@@ -210,9 +210,9 @@ def _holds(base: Fetched, model: Any) -> Callable[[str, torch.Tensor], bool | No
 
     It reads the base's files, since the model's own weights may be packed or folded.
     """
-    from model_compose.checkpoint.reading import holder
+    from model_compose.checkpoint.reading import copy_checker
 
-    stored = holder(base, model)
+    stored = copy_checker(base, model)
 
     def holds(name: str, tensor: torch.Tensor) -> bool | None:
         try:

@@ -1,4 +1,4 @@
-"""What is known before llama.cpp computes, here or in another process: base, adapters, tokenizer, what fits. Blocking."""
+"""What both ways of running llama.cpp do first: read base, adapters and tokenizer, and compute what fits. Blocks."""
 
 import logging
 from pathlib import Path
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def read(options: ModelOptions, base_dir: Path, report: Report) -> tuple[list[LoraAdapter], Base, Any]:
-    """The adapters, the base that they fit, and its tokenizer. Raises SourceError, AdapterError, LoadError."""
+    """The adapters, the base (which they fit), and its tokenizer. Raises SourceError, AdapterError or LoadError."""
     adapters = fetch_adapters(options, base_dir, report)
     fetched = fetch(options.model, base_dir=base_dir, report=report)
     check_kind(fetched, "llamacpp")
@@ -34,15 +34,16 @@ def read(options: ModelOptions, base_dir: Path, report: Report) -> tuple[list[Lo
 
 
 def kv_bytes_per_token(options: ModelOptions, base: Base) -> int:
-    """Keys and values of one token, of which `precision` decides the size."""
+    """The bytes of one token's keys and values: float32 with precision: float32, else float16."""
     return base.kv_bytes_per_token(4 if options.precision == "float32" else 2)
 
 
 def room(options: ModelOptions, base: Base, *, rows: int = 1) -> tuple[int, int]:
-    """The longest context, and how many tokens each row of the KV cache holds; if it is unset, a context for each, or a
-    quarter of what is free. rows: into which it is divided; 1 where all texts share it.
+    """The longest context, and how many tokens each row of the KV cache holds. rows: into how many rows the cache is
+    divided; 1 if all texts share it.
 
-    Raises LoadError where it is too small for max_context, or for any text.
+    If kv_cache is not set, the cache holds a full context for each row, but takes at most a quarter of the free memory.
+    Raises LoadError if the cache is too small for max_context, or for any text.
     """
     own = options.options
     assert isinstance(own, LlamacppOptions)
@@ -60,6 +61,7 @@ def room(options: ModelOptions, base: Base, *, rows: int = 1) -> tuple[int, int]
 
 
 def settings(options: ModelOptions, cells: int) -> Settings:
+    """The settings for llama.cpp. cells: tokens in the KV cache, from `room`."""
     own = options.options
     assert isinstance(own, LlamacppOptions)
     float32 = options.precision == "float32"

@@ -1,7 +1,7 @@
-"""llama-server in a process of its own: `driver: llamacpp` with `options.server`.
+"""The engine of `driver: llamacpp` with `options.server`: llama-server in a process of its own.
 
-llama-server computes and draws; prompts, text and the end of a text are the embedded engine's own code. Its adapters are
-those of the file, each loaded once; a request says their weights.
+llama-server computes and samples tokens. Prompts, text and the end of a text are handled by the same code as in the
+embedded engine. llama-server loads each adapter of the file once, when it starts; every request gives their weights.
 """
 
 import asyncio
@@ -40,18 +40,22 @@ if TYPE_CHECKING:
     from model_compose.engines.llamacpp.llama import Settings
 
 SOCKET = "llama.sock"
-"""llama-server takes a host that ends like this for a Unix socket, which only this user can open."""
+"""A host that ends with .sock makes llama-server listen on a Unix socket. Only this user can open it."""
 UBATCH = 512
-"""Tokens that llama.cpp computes at once; its buffers grow with it."""
+"""The most tokens that llama.cpp computes at once. Its buffers grow with this number."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ServerParts:
-    """What is known before the server starts. identity: of the base. adapters: of the file, by name. numbers: the server's,
-    of these by name and of blends by a method by their identity. files: in that order. token_bytes: of keys and values, for
-    each token. plain: a token of whole characters."""
+    """What is known before the server starts.
+
+    identity: of the base's content. eos: the tokens that end a text. adapters: the file's adapters, by name. files: the
+    GGUF files of adapters that the server loads. numbers: an adapter's number on the server, which is its place in `files`;
+    by the adapter's name, or by the blend's identity for a blend by a low-rank method, which is loaded as one adapter.
+    token_bytes: the bytes of one token's keys and values. plain: a token of complete characters.
+    """
 
     base: Path
     identity: str
@@ -68,7 +72,7 @@ class ServerParts:
 
 
 class ServerEngine:
-    """Hands out llama-server's slots and turns, asks it for tokens, and keeps its process running."""
+    """Assigns llama-server's slots and turns to texts, asks it for tokens, and keeps its process running."""
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         assert isinstance(options.options, LlamacppOptions)
@@ -86,7 +90,7 @@ class ServerEngine:
 
     @property
     def up(self) -> bool:
-        """Whether the server answers, as far as this knows."""
+        """Whether the server answers, as far as we know."""
         return self._child is not None and self._child.ready
 
     async def open(self, report: Report) -> None:
@@ -159,7 +163,7 @@ class ServerEngine:
                     yield chunk
 
     async def _chunks(self, writings: Collection[Writing]) -> AsyncGenerator[Chunk]:
-        """Those of all texts as they come."""
+        """Yield the chunks of all texts as they come."""
         items: asyncio.Queue[Chunk | ComposeError] = asyncio.Queue()
 
         async def run(writing: Writing) -> None:
@@ -184,7 +188,7 @@ class ServerEngine:
             self._prefix_hits += sum(writing.cached for writing in begun)
 
     def _failure(self, error: Exception) -> ComposeError:
-        """What the caller is told about an error."""
+        """The caller's error for an error while a text was generated."""
         if self._closed or isinstance(error, httpx.HTTPError | httpx.StreamError):
             return broken("llama-server", closed=self._closed, restarts=True)
         if isinstance(error, ComposeError):
@@ -217,10 +221,10 @@ class ServerEngine:
         )  # fmt: skip
 
     async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
-        raise Conflict("llama-server loads adapters when it starts, and no others; name them in the file")
+        raise Conflict("llama-server loads adapters only when it starts; list them in the file")
 
     async def unload_adapter(self, name: str) -> None:
-        """There is none but those of the file, which stay."""
+        """Nothing to do: adapters cannot be loaded while the server runs, and those of the file stay."""
 
     async def close(self) -> None:
         if self._prompts is not None:
@@ -236,11 +240,12 @@ class ServerEngine:
 
 
 def _weights(loaded: ServerParts, blend: Blend, identity: str) -> tuple[float, ...]:
-    """Of all adapters of the server. Raises InputError for a blend by a method that is not in the file."""
+    """The weights of all adapters of the server, by number. Raises InputError for a blend by a method that is not one
+    of the file's."""
     weights = [0.0] * len(loaded.files)
     if blend.low_rank and identity not in loaded.numbers:
         raise InputError(
-            f"the blend {blend.described} is none of the file's, and llama-server has only those that it was started with",
+            f"the blend {blend.described} is none of the file's, and llama-server has only those with which it started",
             field="blend",
         )
     for name, weight in {identity: 1.0}.items() if blend.low_rank else blend.active.items():
@@ -249,8 +254,8 @@ def _weights(loaded: ServerParts, blend: Blend, identity: str) -> tuple[float, .
 
 
 def command(binary: Path, loaded: ServerParts, socket: Path) -> list[str]:
-    """The command line. What could give a text another blend's keys and values is off: --cache-ram keeps those of past
-    prompts without their adapters, and loads them into any slot (server_prompt_cache)."""
+    """The server's command line. --cache-ram is off: it stores keys and values of past prompts without noting their
+    adapters and loads them into any slot (server_prompt_cache), so a text could get those of another blend."""
     settings = loaded.settings
     flash = {None: "auto", False: "off", True: "on"}[settings.flash_attention]
     kind = "f32" if settings.kv_float32 else "f16"

@@ -1,6 +1,6 @@
-"""vLLM in a process of its own, or a server of it that is already there. `driver: vllm`.
+"""The engine of `driver: vllm`: vLLM in a process of its own, or a vLLM server that already runs.
 
-Every blend is one stacked adapter to vLLM: compiled on first use, then a request like any other.
+vLLM gets every blend as one stacked adapter, which is written and loaded when a request first uses the blend.
 """
 
 import asyncio
@@ -60,11 +60,11 @@ from model_compose.sources.local import absolute
 METRICS_SECONDS = 2.0
 SOCKET = "server"
 DEFAULT_KV_CACHE = 4 << 30
-"""On the CPU, where vLLM would take nearly all memory; or half of what is free if that is less."""
+"""Bytes of the KV cache on a CPU, where vLLM would take nearly all memory; half of the free memory if that is less."""
 
 
 class VllmEngine:
-    """Tokenizes, has blends compiled, asks vLLM, and keeps its process running."""
+    """Tokenizes prompts, has blends loaded as stacked adapters, asks vLLM for tokens, and keeps its process running."""
 
     Options: ClassVar[type[Options]] = VllmOptions
     needs = None  # vLLM divides its own memory
@@ -90,8 +90,8 @@ class VllmEngine:
         self._compiled: Compiled | None = None
         self._served = Served("", 0)
         self._zero: LoraAdapter | None = None
-        """What stands for no adapter. On a CPU vLLM (0.32) gives rows that have none the adapter of its last slot where a
-        batch mixes both, so none may be without."""
+        """An adapter of zeros, for requests without an adapter. On a CPU, vLLM (0.32) wrongly applies the last slot's
+        adapter to rows that have none, if other rows of the batch have one."""
         self._max_rank = 0
         self._dtype = ""
         self._folder: Path | None = None
@@ -103,17 +103,17 @@ class VllmEngine:
 
     @property
     def up(self) -> bool:
-        """Whether the server answers, as far as this knows."""
+        """Whether the server answers, as far as we know."""
         return self._connection is not None and (self._child is None or self._child.ready)
 
     @property
     def _takes_adapters(self) -> bool:
-        """Without any, vLLM is started without the room and the time that they take."""
+        """Whether vLLM is started with LoRA, which takes memory and time."""
         return bool(self._options.peft_adapters or self._own.max_lora_rank or self._own.base_url)
 
     @property
     def _slots(self) -> int:
-        """Adapters that vLLM has at once: the blends', and the one that stands for none."""
+        """The number of adapters that vLLM must hold at once: max_loras, and the adapter of zeros if there is one."""
         return self._own.max_loras + (self._zero is not None)
 
     async def open(self, report: Report) -> None:
@@ -122,7 +122,7 @@ class VllmEngine:
         try:
             loaded, self._adapters = await in_daemon_thread(lambda: self._load(report))
             self._loaded = loaded
-            unset = None if installed else RANKS[-1]  # nobody tells what another server allows
+            unset = None if installed else RANKS[-1]  # another server does not tell its limit
             if self._takes_adapters and (installed is None or installed.on_cpu):
                 self._zero = zero_adapter(self._adapters.values(), loaded.shapes)
             self._max_rank = choose_rank(self._blends, self._adapters, own.max_lora_rank or unset)
@@ -170,7 +170,10 @@ class VllmEngine:
         report(Progress("starting vLLM", 1, 1, "servers"))
 
     async def _attach(self, loaded: BaseDescription, report: Report) -> None:
-        """Every adapter is tried once, so that what vLLM does not take is known before the first request."""
+        """Connect to the running server, and load every adapter once, so that one that vLLM refuses is found now.
+
+        Raises LoadError or AdapterError.
+        """
         connection, own = self._connection, self._own
         assert connection is not None
         assert self._folder is not None
@@ -190,7 +193,7 @@ class VllmEngine:
         self._measuring = asyncio.create_task(self._keep_measuring(loaded))
 
     async def _try(self, name: str, adapters: Mapping[str, LoraAdapter]) -> None:
-        """Raises AdapterError where vLLM does not take the adapter."""
+        """Load the adapter once. Raises AdapterError if vLLM refuses it."""
         blend, compiled = Blend({name: 1.0}, name), self._compiled
         assert compiled is not None
         try:
@@ -236,7 +239,10 @@ class VllmEngine:
 
     @asynccontextmanager
     async def _model(self, blend: Blend) -> AsyncGenerator[str]:
-        """The server's model for the blend, loaded within the block. Raises InputError, AdapterError, NotReady."""
+        """Yield the server's model id for the blend, which stays loaded within the block.
+
+        Raises InputError, AdapterError or NotReady.
+        """
         compiled, adapters = self._compiled, self._adapters
         assert compiled is not None
         if not self.up:
@@ -251,12 +257,12 @@ class VllmEngine:
         async with compiled.use(identity, blend, adapters) as name:
             try:
                 yield name
-            except NotReady:  # another server may have been started again meanwhile
+            except NotReady:  # the server at base_url may have been restarted, and has then lost the adapter
                 compiled.forget(identity)
                 raise
 
     def _failure(self, error: Exception) -> ComposeError:
-        """What the caller is told about a broken connection, or about an answer that vLLM gave up."""
+        """The caller's error for a broken connection, or for an answer that vLLM gave up."""
         if isinstance(error, RunError) and not self._closed:
             return error
         return broken("vLLM", closed=self._closed, restarts=self._child is not None)
@@ -285,7 +291,7 @@ class VllmEngine:
 
     async def _measure(self, loaded: BaseDescription) -> None:
         assert self._connection is not None
-        with suppress(httpx.HTTPError, ValueError):  # the last ones stand
+        with suppress(httpx.HTTPError, ValueError):  # keep the last numbers
             per_token = kv_bytes_per_token(loaded.config, self._dtype)
             self._stats = await self._connection.stats(per_token, len(self._adapters))
 
@@ -296,7 +302,9 @@ class VllmEngine:
         name = options.name
         assert name is not None
         if options.device is not None or options.precision != "auto":
-            raise InputError("vllm computes adapters where and as the base is computed; leave device and precision out")
+            raise InputError(
+                "vllm computes adapters on the base's device and in its dtype; remove device and precision"
+            )
         if not self._takes_adapters:
             raise Conflict("vLLM was started without room for adapters; set options.max_lora_rank")
         adapter = await in_daemon_thread(lambda: fetch_adapter(name, options, self._base_dir, report))
@@ -304,7 +312,7 @@ class VllmEngine:
         adapters = {**self._adapters, name: adapter}
         check_rank(Blend({name: 1.0}, name), adapters, self._max_rank)
         await self._try(name, adapters)
-        self._adapters = adapters  # running requests have the old ones
+        self._adapters = adapters  # a new mapping: running requests keep the old one
 
     async def unload_adapter(self, name: str) -> None:
         self._adapters = {each: adapter for each, adapter in self._adapters.items() if each != name}
@@ -329,7 +337,7 @@ class VllmEngine:
         self._child = self._connection = self._folder = self._measuring = None
 
     def _forget_adapters(self) -> None:
-        """A server that is started again has none."""
+        """Before each start: a new server has no adapters."""
         if self._compiled is not None:
             self._compiled.clear()
 

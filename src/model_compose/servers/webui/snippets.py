@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
     )
 
 
-def named_blend(compose: Compose, answers: Sequence[Answer]) -> str | None:
+def named_blend(compose: Compose, answers: tuple[Answer, ...]) -> str | None:
     """The `blends` of a component that would give the answer's blend a name; None where it has one, or several models
     answered."""
     if (
@@ -156,7 +156,7 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _blend(compose: Compose, answers: Sequence[Answer]) -> Any:
+def _blend(compose: Compose, answers: tuple[Answer, ...]) -> Any:
     """The blend that the answers used, as a request says it; None where no one blend says it."""
     used: dict[str, Any] = {}
     for answer in answers:
