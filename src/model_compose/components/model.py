@@ -106,6 +106,8 @@ class ModelComponent:
         self.meter: Meter
         """Counts requests for /metrics. Compose sets it before anything runs."""
         self._inputs = INPUTS[options.task]
+        self._samplings: dict[str, Sampling] = {}
+        """What `sampling` has read of the actions, by id."""
         self.base_dir = base_dir
         self._changing = asyncio.Lock()
         """Held while an adapter is loaded or unloaded. So of two loads under one name, the later one stays."""
@@ -119,6 +121,11 @@ class ModelComponent:
     def sampling(self, action: str = DEFAULT_ID) -> Sampling:
         """An action's sampling as far as it is constant; the default action's is what /v1 uses for fields that a request
         leaves out."""
+        if action not in self._samplings:
+            self._samplings[action] = self._sampling(action)
+        return self._samplings[action]
+
+    def _sampling(self, action: str) -> Sampling:
         try:
             given: Any = self.options.find_action(action).model_dump(exclude_unset=True, warnings=False)
         except NotFound:  # there is no action, or there are several and none is the default

@@ -276,7 +276,7 @@ class Reply:
     shape: Shape
     explain: Callable[[Collection[Text], Usage], tuple[str, ...]]
 
-    def whole(self, done: Completion) -> dict[str, Any]:
+    def whole(self, done: Completion) -> BaseModel:
         choices = [self.shape.choice(index, text) for index, text in enumerate(done.texts)]
         notes = self.explain(done.texts, done.usage)
         return self._document(self.shape.whole, choices, notes, usage=TokenUsage.of(done.usage))
@@ -307,11 +307,11 @@ class Reply:
         choices: Collection[BaseModel],
         notes: Collection[str] = (),
         **more: Any,
-    ) -> dict[str, Any]:
+    ) -> BaseModel:
         model, name = kind
         if notes:
             more["notes"] = notes
-        return shown(model(**self.head, object=name, choices=choices, **more))
+        return model(**self.head, object=name, choices=choices, **more)
 
 
 def _joined(before: Text | None, chunk: Chunk) -> Text:
@@ -391,7 +391,7 @@ async def _answer(
         return await start_stream(request, reply.events(chunks, with_usage=bool(with_usage)))
     async with attended(request):
         done = await collect(chunks)
-    return JSONResponse(reply.whole(done))
+    return JSONResponse(shown(reply.whole(done)))
 
 
 def _completion_choice(index: int, part: Text | Chunk) -> BaseModel:

@@ -196,9 +196,10 @@ async def attended(request: Request) -> AsyncGenerator[None]:
 
 
 def event(data: Any, name: str | None = None) -> str:
-    """One server-sent event with JSON data. Escapes characters that some clients take for the end of a line."""
+    """One server-sent event with JSON data, or with an answer's model. Escapes characters that some clients take for the end of a line."""
     head = f"event: {name}\n" if name else ""
-    text = json.dumps(data, ensure_ascii=False)
+    is_model = isinstance(data, BaseModel)
+    text = data.model_dump_json(exclude_unset=True) if is_model else json.dumps(data, ensure_ascii=False)
     for character in "\u0085\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return f"{head}data: {text}\n\n"

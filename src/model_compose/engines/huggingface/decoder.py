@@ -70,8 +70,8 @@ class LlamaForward:
         weight = inner.embed_tokens.weight
         shape = LayerShape(keys, dim, dim, weight.dtype, weight.device)
         self.layers = [shape] * len(self._layers)
-        whole = CHeads(heads, keys, dim, config.rms_norm_eps, dim**-0.5)
-        self._native = None if native is None else NativeLayers(native, lora, self._layers, whole, self._norm)
+        sizes_in_c = CHeads(heads, keys, dim, config.rms_norm_eps, dim**-0.5)
+        self._native = None if native is None else NativeLayers(native, lora, self._layers, sizes_in_c, self._norm)
         sizes = Sizes(heads, keys, dim, config.rms_norm_eps)
         self._between = Between(sizes, inner.layers[0].mlp.act_fn, self._native)
 
@@ -141,9 +141,9 @@ class NativeLayers:
     """Computes decode-only steps in one C call; in other steps, what lies between the products. norm: the last one."""
 
     def __init__(
-        self, native: Kernels, lora: LoraModel, layers: Iterable[Layer], shape: CHeads, norm: Tensor
+        self, native: Kernels, lora: LoraModel, layers: Iterable[Layer], heads: CHeads, norm: Tensor
     ) -> None:  # fmt: skip
-        self._native, self._lora, self._layers, self._shape, self._norm = native, lora, layers, shape, norm
+        self._native, self._lora, self._layers, self._heads, self._norm = native, lora, layers, heads, norm
         self._table: Table | None = None
 
     def decode(self, x: Tensor, step: Pass, turn: Turn, mix: Mix | None) -> Tensor | None:
@@ -162,17 +162,17 @@ class NativeLayers:
         if table.layers is None:
             return None
         scales = [mix.scales(layout, len(x)) for layout in table.layouts] if mix is not None else []
-        runs = [_run(group) for group in groups]
-        return self._native.decode(table.layers, scales, runs, self._shape, turn, self._norm, x)
+        rows = [_cache_rows(group) for group in groups]
+        return self._native.decode(table.layers, scales, rows, self._heads, turn, self._norm, x)
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return x, self._native.add_norm(x, y, weight, self._shape.eps)
+        return x, self._native.add_norm(x, y, weight, self._heads.eps)
 
     def gate(self, gate_up: Tensor) -> Tensor:
         return self._native.silu_mul(gate_up)
 
     def attend(self, group: Decode, number: int, layer: Layer, qkv: Tensor, turn: Turn, out: Tensor) -> None:
-        self._native.attend(_run(group), number, self._shape, layer.qk_norm, layer.window, qkv, *turn, out)
+        self._native.attend(_cache_rows(group), number, self._heads, layer.qk_norm, layer.window, qkv, *turn, out)
 
     def _read(self, mix: Mix | None, selection: Selection | None) -> Table:
         kept: list[Any] = []
@@ -211,7 +211,7 @@ def _layer(layer: Layer, stack_of: Callable[[Projection], CStack | None], keep: 
     return CLayer(layer.norm.data_ptr(), layer.mlp_norm.data_ptr(), norm, layer.window or 0, *found)
 
 
-def _run(group: Decode) -> CCacheRows:
+def _cache_rows(group: Decode) -> CCacheRows:
     block, tokens, rows = group.block, group.tokens, group.rows
     keys, values = block.pointers
     kind = KINDS[block.keys[0].dtype]
