@@ -7,7 +7,6 @@ embedded engine. llama-server loads each adapter of the file once, when it start
 import asyncio
 import logging
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping
@@ -27,14 +26,14 @@ from model_compose.engines.llamacpp.slots import Slots
 from model_compose.engines.llamacpp.writing import Job, Writing
 from model_compose.engines.options import AdapterOptions, ModelOptions
 from model_compose.engines.prompts import Prompts, check_logit_bias
-from model_compose.engines.served.child import Child, inherited
-from model_compose.engines.served.connection import Connection, broken
+from model_compose.engines.served.child import inherited
+from model_compose.engines.served.connection import Connection
+from model_compose.engines.served.engine import ServedEngine
 from model_compose.errors import ComposeError, Conflict, InputError, NotReady, RunError
 from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends, stack
 from model_compose.progress import Progress, Report
-from model_compose.room import Room
 
 if TYPE_CHECKING:
     from model_compose.engines.llamacpp.llama import Settings
@@ -71,27 +70,19 @@ class ServerParts:
     plain: int
 
 
-class ServerEngine:
+class ServerEngine(ServedEngine):
     """Assigns llama-server's slots and turns to texts, asks it for tokens, and keeps its process running."""
+
+    server = "llama-server"
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         assert isinstance(options.options, LlamacppOptions)
-        self._options, self._own = options, options.options
+        super().__init__(options, rows=options.options.max_batch_size, queue=options.options.max_queue)
+        self._own = options.options
         self._blends, self._base_dir = blends, base_dir
         self._slots = Slots(self._own.max_batch_size)
         self._loaded: ServerParts | None = None
-        self._connection: Connection | None = None
-        self._child: Child | None = None
-        self._folder: Path | None = None
-        self.room = Room(self._own.max_batch_size, self._own.max_queue)
-        self._prompts: Prompts | None = None
         self._prefix_queries = self._prefix_hits = 0
-        self._closed = False
-
-    @property
-    def up(self) -> bool:
-        """Whether the server answers, as far as we know."""
-        return self._child is not None and self._child.ready
 
     async def open(self, report: Report) -> None:
         binary = find(self._own.server or "", self._base_dir)
@@ -101,15 +92,12 @@ class ServerEngine:
             self._prompts = Prompts(loaded.tokenizer, loaded.context)
             self._connection = Connection("http://llama-server", socket=folder / SOCKET)
             variables = inherited(os.environ) | self._own.env
-            self._child = Child(
-                self._options.public_name, command(binary, loaded, folder / SOCKET), variables, folder / SOCKET,
-                self._connection.is_ready, self._slots.forget, patience=self._own.start_timeout,
+            await self._run_server(
+                command(binary, loaded, folder / SOCKET), variables, folder / SOCKET, self._connection, self._slots.forget,
+                report, patience=self._own.start_timeout,
             )  # fmt: skip
-            report(Progress("starting llama-server", 0, 1, "servers"))
-            await self._child.start()
             eos = await ends(self._connection.client)
             self._loaded = replace(loaded, eos=tuple(sorted({*loaded.eos, *eos})))
-            report(Progress("starting llama-server", 1, 1, "servers"))
         except BaseException:
             await self.close()
             raise
@@ -190,7 +178,7 @@ class ServerEngine:
     def _failure(self, error: Exception) -> ComposeError:
         """The caller's error for an error while a text was generated."""
         if self._closed or isinstance(error, httpx.HTTPError | httpx.StreamError):
-            return broken("llama-server", closed=self._closed, restarts=True)
+            return self._broken()
         if isinstance(error, ComposeError):
             return error
         log.error("a text failed", exc_info=error)
@@ -202,10 +190,6 @@ class ServerEngine:
             raise NotReady("the model is not loaded")
         check_loaded(blend, loaded.adapters)
         return blend.identity(loaded.identity, {name: loaded.adapters[name].digest for name in blend.active})
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._loaded is not None and bool(self._loaded.tokenizer.chat_template)
 
     def stats(self) -> Stats | None:
         loaded = self._loaded
@@ -227,16 +211,8 @@ class ServerEngine:
         """Nothing to do: adapters cannot be loaded while the server runs, and those of the file stay."""
 
     async def close(self) -> None:
-        if self._prompts is not None:
-            self._prompts.close()
-        self._closed, self._loaded = True, None
-        if self._child is not None:
-            await self._child.close()
-        if self._connection is not None:
-            await self._connection.close()
-        if self._folder is not None:
-            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
-        self._child = self._connection = self._folder = None
+        self._loaded = None
+        await super().close()
 
 
 def _weights(loaded: ServerParts, blend: Blend, identity: str) -> tuple[float, ...]:

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import httpx
 
-from model_compose.errors import ComposeError, NotReady, RunError
-
 CONNECT_SECONDS = 10.0
 _UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
@@ -32,15 +30,6 @@ class Connection:
 
     async def close(self) -> None:
         await self.client.aclose()
-
-
-def broken(server: str, *, closed: bool, restarts: bool) -> ComposeError:
-    """The error for a connection that broke. closed: whether we have closed it ourselves; restarts: whether we start the
-    server again."""
-    if closed:
-        return NotReady("the service is shutting down")
-    again = "it is being started again" if restarts else "is it still up?"
-    return RunError(f"{server} ended while it was generating; {again}")
 
 
 def error_of(response: httpx.Response) -> str:

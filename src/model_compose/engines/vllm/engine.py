@@ -5,7 +5,6 @@ vLLM gets every blend as one stacked adapter, which is written and loaded when a
 
 import asyncio
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -22,9 +21,8 @@ from model_compose.engines.adapters import check_loaded, fetch_adapter
 from model_compose.engines.devices import main_memory
 from model_compose.engines.options import AdapterOptions, ModelOptions
 from model_compose.engines.prompts import Prompts, check_logit_bias
-from model_compose.engines.served.child import Child
 from model_compose.engines.served.compiled import Compiled
-from model_compose.engines.served.connection import broken
+from model_compose.engines.served.engine import ServedEngine
 from model_compose.engines.sizes import context_length
 from model_compose.engines.vllm.connection import Connection, Served
 from model_compose.engines.vllm.loading import (
@@ -53,7 +51,6 @@ from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Progress, Report
-from model_compose.room import Room
 from model_compose.schema import Options
 from model_compose.sources.local import absolute
 
@@ -63,12 +60,13 @@ DEFAULT_KV_CACHE = 4 << 30
 """Bytes of the KV cache on a CPU, where vLLM would take nearly all memory; half of the free memory if that is less."""
 
 
-class VllmEngine:
+class VllmEngine(ServedEngine):
     """Tokenizes prompts, has blends loaded as stacked adapters, asks vLLM for tokens, and keeps its process running."""
 
     Options: ClassVar[type[Options]] = VllmOptions
     needs = None  # vLLM divides its own memory
     refuse = staticmethod(refuse)
+    server = "vLLM"
 
     @classmethod
     def preflight(cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
@@ -81,12 +79,12 @@ class VllmEngine:
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         assert isinstance(options.options, VllmOptions)
-        self._options, self._own = options, options.options
+        super().__init__(options, rows=options.options.max_batch_size, queue=options.options.max_queue)
+        self._own = options.options
         self._blends, self._base_dir = blends, base_dir
         self._loaded: BaseDescription | None = None
         self._adapters: dict[str, LoraAdapter] = {}
         self._connection: Connection | None = None
-        self._child: Child | None = None
         self._compiled: Compiled | None = None
         self._served = Served("", 0)
         self._zero: LoraAdapter | None = None
@@ -94,17 +92,8 @@ class VllmEngine:
         adapter to rows that have none, if other rows of the batch have one."""
         self._max_rank = 0
         self._dtype = ""
-        self._folder: Path | None = None
-        self.room = Room(self._own.max_batch_size, self._own.max_queue)
-        self._prompts: Prompts | None = None
         self._stats: Stats | None = None
         self._measuring: asyncio.Task[None] | None = None
-        self._closed = False
-
-    @property
-    def up(self) -> bool:
-        """Whether the server answers, as far as we know."""
-        return self._connection is not None and (self._child is None or self._child.ready)
 
     @property
     def _takes_adapters(self) -> bool:
@@ -160,14 +149,10 @@ class VllmEngine:
         )
         self._connection = Connection("http://vllm", socket=socket)
         variables = environment(installed, os.environ, cores(), own.env)
-        self._child = Child(
-            options.public_name, command(installed, settings), variables, socket, self._connection.is_ready,
-            self._forget_adapters,
+        await self._run_server(
+            command(installed, settings), variables, socket, self._connection, self._forget_adapters, report,
             patience=own.start_timeout,
         )  # fmt: skip
-        report(Progress("starting vLLM", 0, 1, "servers"))
-        await self._child.start()
-        report(Progress("starting vLLM", 1, 1, "servers"))
 
     async def _attach(self, loaded: BaseDescription, report: Report) -> None:
         """Connect to the running server, and load every adapter once, so that one that vLLM refuses is found now.
@@ -265,7 +250,7 @@ class VllmEngine:
         """The caller's error for a broken connection, or for an answer that vLLM gave up."""
         if isinstance(error, RunError) and not self._closed:
             return error
-        return broken("vLLM", closed=self._closed, restarts=self._child is not None)
+        return self._broken()
 
     def identity(self, blend: Blend) -> str:
         return self._identity(blend, self._adapters)
@@ -275,10 +260,6 @@ class VllmEngine:
             raise NotReady("the model is not loaded")
         check_loaded(blend, adapters)
         return blend.identity(self._loaded.base.identity, {name: adapters[name].digest for name in blend.active})
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._loaded is not None and bool(self._loaded.tokenizer.chat_template)
 
     def stats(self) -> Stats | None:
         return self._stats
@@ -319,22 +300,15 @@ class VllmEngine:
 
     async def close(self) -> None:
         self._closed, self._stats, self._loaded = True, None, None
-        if self._prompts is not None:
-            self._prompts.close()
         if self._measuring is not None:
             self._measuring.cancel()
             await asyncio.wait([self._measuring])
-        if self._child is not None:
-            await self._child.close()
-        elif self._connection is not None and self._compiled is not None:
+            self._measuring = None
+        if self._child is None and self._connection is not None and self._compiled is not None:
             for name in self._compiled.names:
                 with suppress(httpx.HTTPError):
                     await self._connection.unload(name)
-        if self._connection is not None:
-            await self._connection.close()
-        if self._folder is not None:
-            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
-        self._child = self._connection = self._folder = self._measuring = None
+        await super().close()
 
     def _forget_adapters(self) -> None:
         """Before each start: a new server has no adapters."""
