@@ -196,7 +196,7 @@ async def attended(request: Request) -> AsyncGenerator[None]:
 
 
 def event(data: Any, name: str | None = None) -> str:
-    """One server-sent event with JSON data, or with an answer's model. Escapes characters that some clients take for the end of a line."""
+    """One server-sent event with JSON data, or a model. Escapes characters that some clients take for a line end."""
     head = f"event: {name}\n" if name else ""
     is_model = isinstance(data, BaseModel)
     text = data.model_dump_json(exclude_unset=True) if is_model else json.dumps(data, ensure_ascii=False)
