@@ -13,7 +13,11 @@ from typing import Any
 import httpx
 import pytest
 
+from model_compose.components import COMPONENTS
+from model_compose.engines import ENGINES
 from model_compose.errors import PluginError
+from model_compose.export import FORMATS
+from model_compose.lora.methods import METHODS
 from model_compose.registry import Registry
 from tests import tiny
 
@@ -129,7 +133,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def engines() -> Registry[Any]:
-    return Registry("driver", "model_compose.engines", {"own": "json:dumps", "taken": "json:loads"})
+    return Registry("driver", "model_compose.engines", {"own": "json:dumps", "taken": "json:loads"}, ())
 
 
 def test_other_packages_add_names(site: Path) -> None:
@@ -185,6 +189,36 @@ def test_a_broken_package_names_itself_and_stays_alone(
     assert "the package broken 0.3" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("registry", "thing", "lacks"),
+    [
+        (ENGINES, "VALUE = 3", "Options, needs, refuse, preflight"),
+        (
+            ENGINES,
+            "class VALUE:\n    Options = needs = None\n    def refuse(options): pass",
+            "preflight",
+        ),
+        (COMPONENTS, "VALUE = 3", "Options, open, run, close"),
+        (METHODS, "VALUE = 3", "approximate, model_fields"),
+        (FORMATS, "def VALUE(): pass", "write, weights, file, sharded, refuse"),
+    ],
+)
+def test_what_is_no_entry_of_its_kind_says_what_it_lacks_and_stays_alone(
+    registry: Registry[Any], thing: str, lacks: str, site: Path
+) -> None:
+    sys.modules.pop("odd_plugin", None)
+    (site / "odd_plugin.py").write_text(thing, encoding="utf-8")
+    install(site, "broken", "0.3", {registry.group: {"odd": "odd_plugin:VALUE"}})
+    fresh: Registry[Any] = Registry(registry.what, registry.group, {}, registry.attributes)
+    with pytest.raises(PluginError) as raised:
+        fresh["odd"]
+    assert str(raised.value) == (
+        f"the {registry.what} 'odd' comes from the package broken 0.3 (odd_plugin:VALUE), which has no {lacks}; it may be "
+        "made for another version of model-compose: update or uninstall that package"
+    )
+    assert list(fresh.usable) == []
+
+
 FILE = """\
 component:
   type: model
@@ -203,12 +237,17 @@ BROKEN = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("raise RuntimeError('of its own')", "RuntimeError: of its own"), ("X = 3", "which has no ")],
+    ids=["not importable", "another thing"],
+)
 @pytest.mark.parametrize(("group", "old", "new", "line"), BROKEN, ids=[group for group, *_ in BROKEN])
 def test_a_file_is_refused_at_the_line_of_a_broken_package_only(
-    group: str, old: str, new: str, line: int, site: Path
+    group: str, old: str, new: str, line: int, source: str, reason: str, site: Path
 ) -> None:
     install(site, "broken", "0.3", {f"model_compose.{group}": {"odd": "broken_plugin:X"}})
-    (site / "broken_plugin.py").write_text("raise RuntimeError('of its own')", encoding="utf-8")
+    (site / "broken_plugin.py").write_text(source, encoding="utf-8")
     script = (
         "import sys\nfrom pathlib import Path\nfrom model_compose.errors import ConfigError\n"
         "from model_compose.loading import load\n"
@@ -226,4 +265,4 @@ def test_a_file_is_refused_at_the_line_of_a_broken_package_only(
     assert fine == "huggingface"
     assert refused.startswith(f"model-compose.yml:{line}: component")
     assert "'odd' comes from the package broken 0.3 (broken_plugin:X)" in refused
-    assert "RuntimeError: of its own" in refused
+    assert reason in refused

@@ -5,7 +5,7 @@ through entry points (docs/how-to/extend.md). This module does not know what the
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
@@ -25,17 +25,18 @@ class Registry(Generic[T]):
     """Names -> "module:attribute". Looking a name up imports its module, so a table costs nothing to keep.
 
     what: what a name names, for messages. group: the entry points that other packages register theirs under.
+    attributes: what each entry has. An entry of another package that lacks one of them cannot be used.
     """
 
-    def __init__(self, what: str, group: str, entries: Mapping[str, str]) -> None:
-        self.what = what
-        self._group, self._own = group, entries
+    def __init__(self, what: str, group: str, entries: Mapping[str, str], attributes: Collection[str]) -> None:
+        self.what, self.group, self.attributes = what, group, attributes
+        self._own = entries
 
     @cached_property
     def _claims(self) -> Mapping[str, list[EntryPoint]]:
         """Each name with everything that is registered under it: our own first, which has no distribution."""
-        found = {name: [EntryPoint(name, value, self._group)] for name, value in self._own.items()}
-        for entry in sorted(entry_points(group=self._group), key=lambda entry: entry.name):
+        found = {name: [EntryPoint(name, value, self.group)] for name, value in self._own.items()}
+        for entry in sorted(entry_points(group=self.group), key=lambda entry: entry.name):
             found.setdefault(entry.name, []).append(entry)
         return found
 
@@ -54,6 +55,11 @@ class Registry(Generic[T]):
                 f"the {self.what} '{name}' comes from {_owner(claims[0])}, which cannot be imported: "
                 f"{type(error).__name__}: {error}; mend or uninstall that package"
             ) from error
+        if lacks := [name for name in self.attributes if not hasattr(found, name)]:
+            raise PluginError(
+                f"the {self.what} '{name}' comes from {_owner(claims[0])}, which has no {', '.join(lacks)}; it may be made "
+                "for another version of model-compose: update or uninstall that package"
+            )
         return found
 
     def __contains__(self, name: object) -> bool:

@@ -376,6 +376,7 @@ def test_while_loading_health_shows_progress_and_runs_are_503(loading: str) -> N
     assert health.status_code == 503
     assert health.json()["status"] == "loading"
     assert set(health.json()["progress"]) == {"what", "done", "total", "unit"}
+    assert '"done":0,' in health.text  # a count has no decimal point, which some clients would refuse
     assert health.headers["retry-after"]
     run = post(loading, {"input": PROMPT})
     is_problem(run, 503)

@@ -141,7 +141,10 @@ class Component(Protocol):
 
 
 COMPONENTS: Registry[type[Component]] = Registry(
-    "component type", "model_compose.components", {"model": "model_compose.components.model:ModelComponent"}
+    "component type",
+    "model_compose.components",
+    {"model": "model_compose.components.model:ModelComponent"},
+    ("Options", "open", "run", "close"),
 )
 
 

@@ -1,7 +1,7 @@
 """Engines run a base model with blended adapters. Here are the protocols of a driver and of its engine, and the registry.
 
-To add a driver, write a class with the methods of `Engine` and with `Options`, `refuse` and `needs` of `Driver`, and add a
-line to ENGINES.
+To add a driver, write a class with the methods of `Engine` and with `Options`, `needs`, `refuse` and `preflight` of
+`Driver`, and add a line to ENGINES.
 """
 
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -114,4 +114,5 @@ ENGINES: Registry[Driver] = Registry(
         "vllm": "model_compose.engines.vllm.engine:VllmEngine",
         "llamacpp": "model_compose.engines.llamacpp:DRIVER",
     },
+    ("Options", "needs", "refuse", "preflight"),
 )

@@ -116,6 +116,7 @@ FORMATS: Registry[Format] = Registry(
         "gguf": "model_compose.export.gguf:ADAPTER",
         "gguf-merged": "model_compose.export.gguf:MERGED",
     },
+    ("write", "weights", "file", "sharded", "refuse"),
 )
 
 

@@ -94,8 +94,8 @@ class Index(BaseModel):
 
 class LoadProgress(BaseModel):
     what: str
-    done: float
-    total: float | None = None
+    done: int
+    total: int | None = None
     unit: str
 
 

@@ -61,4 +61,5 @@ METHODS: Registry[type[Method]] = Registry(
         "magnitude_prune": "model_compose.lora.methods.magnitude_prune:MagnitudePrune",
         "svd": "model_compose.lora.methods.svd:Svd",
     },
+    ("approximate", "model_fields"),
 )
