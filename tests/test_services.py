@@ -42,6 +42,11 @@ def write(folder: Path, text: str = tiny.YAML, name: str = "model-compose.yml") 
     return path
 
 
+def address_of(url: str) -> tuple[str, int]:
+    host, _, port = url.removeprefix("http://").partition(":")
+    return host, int(port)
+
+
 UP = "up a while"
 
 
@@ -180,6 +185,20 @@ def test_status_with_and_without_the_services_key(tmp_path: Path, project: Path)
             assert (code, document["state"]) == (0, "ready")
             assert "running" not in document["models"][0]
             assert err == "⚠ the service wants an API key, and this file with these variables has none that it takes\n"
+
+
+def test_status_says_the_services_own_reason(tmp_path: Path, project: Path) -> None:
+    crowded = tiny.YAML.replace("base_path: /api", "base_path: /api, max_connections: 1").replace(
+        "./", f"{project.parent}/"
+    )
+    path = write(tmp_path / "one", crowded)
+    with serving(path) as url, held(path) as running, socket.create_connection(address_of(url)) as other:
+        running.update(api=url, base_path="/api", ready=True)
+        other.sendall(b"POST /api/workflows/runs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")  # is busy
+        code, document, err = status(cwd=path.parent)
+    assert (code, document["state"]) == (0, "ready")
+    assert err.startswith("⚠ the service does not show its metrics: ")
+    assert "connections" in err
 
 
 @pytest.mark.parametrize(

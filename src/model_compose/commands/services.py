@@ -16,6 +16,8 @@ from model_compose.errors import ComposeError, ConfigError
 from model_compose.nodes import FILE_NAMES
 
 if TYPE_CHECKING:
+    import httpx
+
     from model_compose.running import Model, Record
 
 NOT_UP, NOT_READY = 3, 4
@@ -146,9 +148,19 @@ def _look(record: "Record", files: list[Path] | None, env_files: list[Path] | No
     state = {"ok": "ready", "shutting_down": "shutting down"}.get(health.get("status"), "loading")
     progress = _progress_text(health["progress"]) if health.get("progress") else None
     if answer.status_code != 200:
-        problem = "the service wants an API key, and this file with these variables has none that it takes"
-        return Seen(state, progress, {}, [problem])
+        return Seen(state, progress, {}, [_why_no_metrics(answer)])
     return Seen(state, progress, _loads(answer.text), ())
+
+
+def _why_no_metrics(answer: "httpx.Response") -> str:
+    """The service's own reason, but for a missing key, which only the user of this file can mend."""
+    if answer.status_code in (401, 403):
+        return "the service wants an API key, and this file with these variables has none that it takes"
+    try:
+        reason = answer.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        reason = f"it answers {answer.status_code}"
+    return f"the service does not show its metrics: {reason}"
 
 
 def _api_key(files: list[Path] | None, env_files: list[Path] | None, env: list[str] | None) -> str | None:
