@@ -60,10 +60,7 @@ class Projection:
     dtype: torch.dtype | None = None
 
     def __call__(self, x: Tensor, mix: Mix | None) -> Tensor:
-        """x:
-
-        (tokens, in) -> (tokens, out), in `dtype` or the module's own. Outputs of fused modules stand side by side.
-        """
+        """x: (tokens, in) -> (tokens, out), in `dtype` or the module's own. Outputs of fused modules stand side by side."""
         y: Tensor = self.module(x)
         y = y if self.dtype is None else y.to(self.dtype)
         return y if mix is None else self.branch.add(x, y, mix)
@@ -216,10 +213,7 @@ class LoraModel:
         return Projection(site.module, site.branch, self._dtype)
 
     def fold(self, blend: Blend) -> None:
-        """Adds the blend into the weights:
-
-        no other blend runs until `unfold`. Only swaps weights if it `keeps` the blend.
-        """
+        """Adds the blend into the weights; only swaps them if it `keeps` the blend. No other blend runs until `unfold`."""
         if self.folded is not None and self.folded.equals(blend):
             return
         self.unfold(keep=True)
@@ -418,10 +412,7 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def _compute_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's activations:
-
-    that of its first parameter that is not quantised, usually the embedding.
-    """
+    """The dtype of the model's activations: that of its first parameter that is not quantised, usually the embedding."""
     found = (parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point)
     return next(found, torch.float32)
 

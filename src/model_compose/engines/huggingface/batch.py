@@ -27,10 +27,7 @@ PREFILL_TOKENS = 256
 """How many tokens of prompts a step reads at most. Sequences that decode wait for these."""
 
 PIECE_TOKENS = 64
-"""A step reads at least this many tokens of a prompt, if it has them and they fit:
-
-of many prompts, some have to wait.
-"""
+"""A step reads at least this many tokens of a prompt, if it has them and they fit. Of many prompts, some have to wait."""
 
 RESERVED_TOKENS = 64
 """A new row has room for this many tokens behind the prompt, unless the text must end earlier."""
@@ -40,10 +37,7 @@ FOLD_AFTER = 256
 
 
 class Batch(Scheduler):
-    """lora, forward:
-
-    the model. max_rows: how many sequences run at once. auto_fold: folds a blend that all of them use.
-    """
+    """lora, forward: the model. max_rows: how many sequences run at once. auto_fold: folds a blend that all of them use."""
 
     def __init__(
         self, lora: LoraModel, forward: Forward, cache: KVCache, *, max_rows: int, prefix_cache: bool = True,
@@ -224,10 +218,7 @@ class Batch(Scheduler):
         sequence.cached = 0
 
     def _fold_or_not(self, sequences: list[Sequence]) -> None:
-        """With `fold:
-
-        auto`, folds the blend if all sequences use the same one for long, and unfolds it once one uses another.
-        """
+        """With `fold: auto`: folds the blend if all sequences use it for long, and unfolds it once one uses another."""
         first, folded = sequences[0].blend, self._lora.folded
         if folded is not None and folded.full_rank and not folded.equals(first):
             self._lora.unfold(keep=True)

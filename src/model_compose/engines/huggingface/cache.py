@@ -40,10 +40,7 @@ class LayerShape:
 
 
 class Row:
-    """The place of one sequence:
-
-    row `index` of a block. Block and index change when the cache moves rows to close a gap.
-    """
+    """The place of one sequence: row `index` of a block. Both change when the cache moves rows to close a gap."""
 
     def __init__(self, block: "Block", index: int) -> None:
         self.block, self.index = block, index

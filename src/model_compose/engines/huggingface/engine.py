@@ -1,7 +1,4 @@
-"""The embedded engine (`driver:
-
-huggingface`): transformers' models in this process, with any blend for each request.
-"""
+"""The engine of `driver: huggingface`: transformers' models in this process, with any blend for each request."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -122,10 +122,7 @@ def load(options: ModelOptions, base_dir: Path, report: Report, *, max_adapters:
 
 
 def _warn_of_slow_dtype(loaded: LoadedModel) -> None:
-    """Warns if the base is bfloat16 and the processor has no instructions for it:
-
-    prompts take ten times as long then.
-    """
+    """Warns if the base is bfloat16 and the processor has no instructions for it. Prompts take ten times as long then."""
     if loaded.dtype == torch.bfloat16 and pick_dtype("auto", loaded.device) == torch.float32:
         log.warning(
             "this processor does not compute bfloat16 natively, so prompts and batches are slow; precision: float32, or "

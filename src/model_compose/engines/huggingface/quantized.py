@@ -14,10 +14,7 @@ from model_compose.engines.devices import multiplies_bfloat16
 from model_compose.native import FEW, GROUP, Affine, Kernels, kernels
 
 WIDE = 96
-"""From this many rows on, int8 weights are expanded and multiplied in float32:
-
-torch's int8 kernel is made for few rows.
-"""
+"""From this many rows on, int8 weights are expanded and multiplied in float32: torch's int8 kernel is made for few rows."""
 
 
 class NativeLinear(nn.Linear):

@@ -146,10 +146,7 @@ def _candidates(sampling: Sampling, width: int) -> int:
 def _from_candidates(
     scores: Tensor, count: int, samplings: Collection[Sampling], numbers: Collection[float]
 ) -> list[int]:
-    """Draws a token for each row of scores (rows, vocabulary):
-
-    inverts the cumulative distribution at the random numbers.
-    """
+    """Draws a token for each row of scores (rows, vocabulary): inverts the cumulative distribution at the numbers."""
     if not count:
         return _invert(scores.softmax(dim=-1), numbers).tolist()
     values, ids = scores.topk(count)
