@@ -217,6 +217,18 @@ def test_the_error_for_a_tensor_in_two_shards_names_both(tmp_path: Path) -> None
         exported(path)
 
 
+def test_a_file_of_weights_comes_before_an_index_of_shards(tmp_path: Path) -> None:
+    """As in transformers, which loads the base that is served."""
+    path = project(tmp_path)
+    expected = tensors_of(tmp_path / "base")
+    save_file({name: tensor * 2 for name, tensor in expected.items()}, tmp_path / "base/older.safetensors")
+    index = {"weight_map": dict.fromkeys(expected, "older.safetensors")}
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
+    exported(path, blend={})
+    assert tensors_of(tmp_path / "out").keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(tmp_path / "out").items())
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return os.getpid, ()
