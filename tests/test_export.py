@@ -364,7 +364,7 @@ def test_a_blend_of_full_rank_is_exported_as_a_merged_model_only(tmp_path: Path)
     path = project(tmp_path)
     ties = "  blends:\n    voted: {method: ties, density: 0.5, weights: {alpaca: 0.7, pirate: 0.8}}\n"
     path.write_text(path.read_text(encoding="utf-8").replace("  blends:\n", ties), encoding="utf-8")
-    with pytest.raises(InputError, match=r"'voted' \(ties\) has full rank and is no LoRA"):
+    with pytest.raises(InputError, match=r"'voted' \(ties\) has full rank and is not a LoRA"):
         exported(path, "peft", blend="voted")
     assert not (tmp_path / "out").exists()
     merged = tensors_of(exported(path, blend="voted"))
