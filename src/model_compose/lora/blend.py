@@ -60,7 +60,8 @@ class Blend:
     def identity(self, base: str, adapters: Mapping[str, str]) -> str:
         """A digest of the base, the active adapters, their weights and the method: 16 hexadecimal digits.
 
-        Caches use it as the blend's key. base: the base's identity. adapters: the digests of the adapters' content, by name.
+        Caches use it as the blend's key. base: the base's identity. adapters: the digest of each adapter's content, by
+        name.
         """
         method = "exact" if self.method is None else self.method.model_dump()
         parts = [method, base, *([adapters[name], repr(float(weight))] for name, weight in self.active.items())]
@@ -104,8 +105,8 @@ class Blends:
         if isinstance(value, Mapping):
             if names_method(value):
                 raise InputError(
-                    f"{place}: a request can give weights, but no method ({', '.join(METHODS)}); define the blend in the file "
-                    "under 'blends', and send its name",
+                    f"{place}: a request can give weights, but no method ({', '.join(METHODS)}); define the blend in the "
+                    "file under 'blends', and send its name",
                     field=f"{place}.method",
                     at=("method",),
                 )
@@ -154,16 +155,16 @@ def names_method(value: Mapping[Any, Any]) -> bool:
 
 
 def stack(blend: Blend, adapters: Mapping[str, LoraAdapter]) -> LoraAdapter:
-    """The blend as one ordinary LoRA, for engines that know no weights: A = [A_i] of shape (Σ r_i, in), B = [w_i s_i B_i] of
-    shape (out, Σ r_i), scaling 1, in float32.
+    """The blend as one ordinary LoRA, for engines that know no weights: A = [A_i] of shape (Σ r_i, in), B = [w_i s_i B_i]
+    of shape (out, Σ r_i), scaling 1, in float32.
 
     This is exact, since the product of the stacks is the sum of the products. A low-rank method then computes its own A and
     B from the stacks. Raises InputError for a method whose result is not a LoRA.
     """
     if blend.full_rank:
         raise InputError(
-            f"the blend {blend.described} has full rank and is not a LoRA; serve it with driver: huggingface, which folds it "
-            "into the weights, or export a merged model",
+            f"the blend {blend.described} has full rank and is not a LoRA; serve it with driver: huggingface, which folds "
+            "it into the weights, or export a merged model",
             field="blend",
         )
     used = [(adapters[name], weight) for name, weight in blend.active.items()]
@@ -193,8 +194,8 @@ def delta(
 ) -> "torch.Tensor | None":
     """What the blend adds to the weight of the module at `path`: (out, in), float32. None if it adds nothing.
 
-    This is Σ w_i s_i B_i A_i, or what the blend's method computes from the s_i B_i A_i. device: where to compute; None means
-    where the factors are. Conv1D and Embedding store their weight transposed, so transpose the delta for them.
+    This is Σ w_i s_i B_i A_i, or what the blend's method computes from the s_i B_i A_i. device: where to compute; None
+    means where the factors are. Conv1D and Embedding store their weight transposed, so transpose the delta for them.
     """
     parts = [
         (adapters[name].modules[path], weight)
