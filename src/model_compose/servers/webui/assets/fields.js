@@ -74,7 +74,8 @@ export function samplingFields(inFile) {
     element.dataset.field = `sampling.${name}`;
     return { name, control, element };
   });
-  const note = h("p", { className: "soft" }, "Left empty, each is as the file says. Temperature 0 is greedy.");
+  const greedy = "temperature" in inFile ? " Temperature 0 is greedy." : "";
+  const note = h("p", { className: "soft" }, `Left empty, each is as the file says.${greedy}`);
   return {
     element: h("section", { className: "sampling" },
       h("div", { className: "boxes" }, boxes.map((box) => box.element)), note),
