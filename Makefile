@@ -12,7 +12,7 @@ quickstart: .venv/installed  ## Install, fetch the weights, print a blended answ
 up: .venv/installed  ## Serve the quickstart: API on 8080, page on 8081
 	$(BIN)/model-compose up -f $(QUICKSTART)
 
-test: .venv/dev lint  ## Everything: install, ruff, mypy, the rules for imports, every test
+test: .venv/docs lint  ## Everything: install, ruff, mypy, the rules for imports, every test
 	$(BIN)/python -m pytest -q
 
 test-fast: .venv/dev  ## Every test but the slow ones
@@ -54,10 +54,10 @@ recording: .venv/installed  ## Record docs/images/terminal.svg: real commands, o
 	test -d .venv-recording || $(PYTHON) -m venv .venv-recording
 	.venv-recording/bin/pip install --quiet --disable-pip-version-check asciinema==2.4.0 termtosvg==1.1.0
 	$(BIN)/model-compose up --detach -f $(QUICKSTART)
-	PATH=$(abspath $(BIN)):$$PATH .venv-recording/bin/asciinema rec --quiet --overwrite --cols 92 --rows 21 \
+	PATH=$(abspath $(BIN)):$$PATH .venv-recording/bin/asciinema rec --quiet --overwrite --cols 92 --rows 22 \
 		--idle-time-limit 1 --command 'bash docs/recording.sh' .venv-recording/terminal.cast </dev/null
 	$(BIN)/model-compose down -f $(QUICKSTART)
-	.venv-recording/bin/termtosvg render .venv-recording/terminal.cast docs/images/terminal.svg -m 40 -M 3000 -t window_frame
+	.venv-recording/bin/termtosvg render .venv-recording/terminal.cast docs/images/terminal.svg -m 40 -M 1500 -t window_frame
 
 package: .venv/dev  ## Build the release into dist/, install its wheel into a fresh environment, and run the quickstart there
 	PYTHON=$(PYTHON) .ci/package
@@ -84,4 +84,4 @@ measure: .venv/installed  ## What each weight of the quickstart does
 	touch $@
 
 clean:
-	rm -rf .venv .venv-vllm .venv-recording docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache dist
+	rm -rf .venv .venv-vllm .venv-recording docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache dist

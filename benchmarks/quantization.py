@@ -21,7 +21,7 @@ from benchmarks.blend_exactness import ROOT
 from model_compose.components.model import TextGenerationOptions
 from model_compose.engines.huggingface.attention import Pass, Piece
 from model_compose.engines.huggingface.cache import KVCache, Row
-from model_compose.engines.huggingface.loading import Loaded
+from model_compose.engines.huggingface.loading import LoadedModel
 from model_compose.engines.huggingface.loading import load as load_model
 from model_compose.loading import load as load_file
 from model_compose.lora.blend import Blend
@@ -34,7 +34,7 @@ BLEND = Blend({"alpaca": 0.5, "pirate": 1.0})
 
 @dataclass(frozen=True)
 class Model:
-    loaded: Loaded
+    loaded: LoadedModel
     cache: KVCache
 
     def rows(self, count: int, tokens: int) -> list[Row]:

@@ -34,7 +34,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from pathlib import Path
 
 from benchmarks.peers.load import Prompts, Query, Wave, ask_under_load, create_client, send_wave
@@ -102,7 +102,7 @@ def most_adapters(arguments: argparse.Namespace) -> int:
     return max([4, *loaded, *written])
 
 
-def choose_cells(systems: Sequence[System], blends: Sequence[str]) -> list[Cell]:
+def choose_cells(systems: Collection[System], blends: Collection[str]) -> list[Cell]:
     """The pairs of system and blend that can be measured. Prints to stderr which cannot."""
     for system in systems:
         if lacking := [blend for blend in blends if blend not in system.blends]:
@@ -110,7 +110,7 @@ def choose_cells(systems: Sequence[System], blends: Sequence[str]) -> list[Cell]
     return [(system, blend) for system in systems for blend in blends if blend in system.blends]
 
 
-def without_serial(cells: Sequence[Cell], at_once: int, most: int) -> list[Cell]:
+def without_serial(cells: Collection[Cell], at_once: int, most: int) -> list[Cell]:
     """The cells to measure with `at_once` requests: beyond `most`, only systems that batch. Prints the others to stderr."""
     if at_once <= most:
         return list(cells)
@@ -119,7 +119,7 @@ def without_serial(cells: Sequence[Cell], at_once: int, most: int) -> list[Cell]
     return [(system, blend) for system, blend in cells if not system.serial]
 
 
-def choose_baseline(wanted: str | None, cells: Sequence[Cell]) -> str:
+def choose_baseline(wanted: str | None, cells: Collection[Cell]) -> str:
     """The baseline's label. Raises SystemFailed if it is not measured."""
     known = [f"{system.label}:{blend}" for system, blend in cells]
     if not known or (wanted and wanted not in known):
@@ -127,7 +127,7 @@ def choose_baseline(wanted: str | None, cells: Sequence[Cell]) -> str:
     return wanted or known[0]
 
 
-async def in_turns(cells: Sequence[Cell], pairs: int, concurrency: int, measure: Measure) -> list[list[Wave]]:
+async def in_turns(cells: list[Cell], pairs: int, concurrency: int, measure: Measure) -> list[list[Wave]]:
     """Measure all cells in turns. Returns waves by cell, then by round, without the first round, which is a warm-up."""
     waves: list[list[Wave]] = [[] for _ in cells]
     for number in range(pairs + 1):
@@ -161,7 +161,7 @@ class Load:
 
 
 async def throughput(
-    arguments: argparse.Namespace, possible: Sequence[Cell], load: Load, measured: list[Series]
+    arguments: argparse.Namespace, possible: Collection[Cell], load: Load, measured: list[Series]
 ) -> None:
     """Measure throughput. Appends to `measured` after each concurrency, so that a late failure loses little."""
     baseline = choose_baseline(arguments.baseline, possible)
@@ -184,7 +184,7 @@ async def throughput(
 
 
 async def ttft_under_load(
-    arguments: argparse.Namespace, possible: Sequence[Cell], load: Load, measured: list[Series]
+    arguments: argparse.Namespace, possible: Collection[Cell], load: Load, measured: list[Series]
 ) -> None:
     """Measure the time to the first token of a prompt of SHORT_PROMPT tokens, alone and while LOADED - 1 others decode.
 
@@ -217,7 +217,7 @@ def describe_machine() -> dict[str, object]:
 
 
 def write_json(
-    arguments: argparse.Namespace, systems: Sequence[System], measured: Sequence[Series], started: float
+    arguments: argparse.Namespace, systems: Collection[System], measured: Collection[Series], started: float
 ) -> None:
     document = {
         "machine": describe_machine(),

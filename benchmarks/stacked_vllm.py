@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -114,7 +114,7 @@ async def measure(arguments: argparse.Namespace, weights: Weights, single: Path)
     return speeds
 
 
-def with_interval(values: Sequence[float]) -> str:
+def with_interval(values: Collection[float]) -> str:
     low, high = median_interval(values)
     return f"{statistics.median(values):.3g} ({low:.3g} to {high:.3g})"
 

@@ -122,7 +122,7 @@ class Keys:
             yield f"list of {self.type(field.get('items', {}))}"
         elif field.get("type") == "object":
             inner = field.get("additionalProperties", True)
-            yield "mapping" if inner is True else f"mapping to {self.type(inner)}"
+            yield "mapping" if inner is True else f"mapping of names to {self.type(inner)}"
         elif field.get("type") == "string":
             if field.get("pattern", "") == r"\$\{":  # an expression: the page says once that all may be one
                 return

@@ -14,6 +14,6 @@ say() {
 }
 
 cd examples/quickstart
-say "model-compose plan"
+say "model-compose plan" 2>/dev/null  # a progress bar, of which nothing would be seen but the time
 say "model-compose run --input 'Why is the sky blue?' --blend alpaca=1 --stream"
 say "model-compose run --input 'Why is the sky blue?' --blend alpaca=0.5,pirate=1.25 --stream"

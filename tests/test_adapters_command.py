@@ -34,7 +34,7 @@ def document(*arguments: str, cwd: Path) -> Any:
 
 
 def edit(folder: Path, **changes: Any) -> None:
-    """Changes the config of an adapter."""
+    """Changes keys of an adapter's config."""
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: a process, its two streams, its exit code."""
+"""The command line as a user runs it: output, errors and exit code, in a process of its own where that matters."""
 
 import asyncio
 import fcntl
@@ -8,6 +8,7 @@ import logging
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -47,7 +48,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 @pytest.fixture(autouse=True)
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A state folder of this test's own, and a terminal 80 columns wide."""
+    """Gives the test a state folder of its own, and a terminal that is 80 columns wide."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setenv("PYTHONPATH", str(SOURCE))
     monkeypatch.setenv("COLUMNS", "80")
@@ -63,7 +64,7 @@ def start(*arguments: str, cwd: Path, **how: Any) -> "subprocess.Popen[str]":
 
 
 def cli(*arguments: str, cwd: Path, stdin: str = "", **how: Any) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
+    """Runs a command as a process. Returns its exit code, stdout and stderr."""
     with start(*arguments, cwd=cwd, **how) as process:
         try:
             out, err = process.communicate(stdin, SECONDS)
@@ -74,7 +75,7 @@ def cli(*arguments: str, cwd: Path, stdin: str = "", **how: Any) -> tuple[int, s
 
 
 def in_terminal(*arguments: str, cwd: Path, columns: int = 60) -> tuple[int, str]:
-    """Exit code, and what a terminal of this width gets to show, its codes for colours and cursor apart."""
+    """Runs a command in a terminal of this width. Returns its exit code and what the terminal shows, without its codes."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {"TERM": "xterm"}
@@ -89,7 +90,7 @@ def in_terminal(*arguments: str, cwd: Path, columns: int = 60) -> tuple[int, str
 
 
 def called(*arguments: str, cwd: Path, stdin: str = "") -> tuple[int, str, str]:
-    """The same as `cli`, in this process, so without its seconds of imports. The log stays with pytest."""
+    """Runs a command in this process, which saves the seconds of imports. pytest keeps the log, so stderr lacks it."""
     out, err = io.BytesIO(), io.BytesIO()
     streams = [io.TextIOWrapper(stream, encoding="utf-8", write_through=True) for stream in (out, err)]
     log = logging.getLogger("model_compose")
@@ -224,12 +225,28 @@ def test_version_and_help(folder: Path) -> None:
         assert all(f"\n  {command} " in out for command in ("up", "down", "run", "validate", "schema"))
 
 
-def test_narrow_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+COMMANDS = [
+    "init", "up", "down", "run", "ps", "status", "logs", "validate", "plan", "schema", "export", "setup",
+    "adapters list", "adapters inspect",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_a_sentence_an_example_that_is_taken_and_fits_a_narrow_terminal(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = called(*command.split(), "--help", cwd=tmp_path)
+    assert (code, err) == (0, "")
+    sentence = out.split("\n\n")[1].strip()
+    group, _, name = command.rpartition(" ")
+    listing = called(*group.split(), "--help", cwd=tmp_path)[1]
+    assert re.search(rf"^  {name} +{re.escape(sentence)}$", listing, re.MULTILINE), "the list cuts the sentence"
+    program, *arguments = shlex.split(" ".join(out.rpartition("Example: ")[2].split()).partition(" > ")[0])
+    assert (program, " ".join(arguments[: len(command.split())])) == ("model-compose", command)
+    assert called(*arguments, "--help", cwd=tmp_path)[0] == 0
     monkeypatch.setenv("COLUMNS", "40")
-    for command in ((), ("run",), ("up",), ("validate",)):
-        code, out, _ = called(*command, "--help", cwd=folder)
-        assert code == 0
-        assert max(map(len, out.splitlines())) <= 52  # click wraps at 50 at the least
+    narrow = called(*command.split(), "--help", cwd=tmp_path)[1]
+    assert max(map(len, narrow.splitlines())) <= 52  # typer wraps at 50 columns at the least
 
 
 def test_reader_that_leaves_is_no_traceback(folder: Path) -> None:
@@ -247,7 +264,10 @@ def test_terminal_without_unicode(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert cli("validate", "-f", "nope.yml", cwd=folder)[::2] == (1, "? nope.yml: there is no such file\n")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["validate"], ["schema"], ["run", "--help"], ["down"]])
+QUICK = ["--help", "validate", "schema", "run --help", "down", "ps", "status", "init --list", "logs"]
+
+
+@pytest.mark.parametrize("arguments", map(str.split, QUICK), ids=QUICK)
 def test_quick_commands_import_nothing_heavy(folder: Path, arguments: list[str]) -> None:
     script = (
         "import os, sys\n"
@@ -275,7 +295,7 @@ def test_down_names_what_is_up_where_it_ends_nothing(folder: Path, tmp_path: Pat
     for name in ("one.yml", "two.yml", "three.yml"):
         (spaced / name).write_text(tiny.YAML, encoding="utf-8")
     with as_running(spaced / "one.yml", "http://127.0.0.1:9"), as_running(spaced / "two.yml", "http://127.0.0.1:10"):
-        (spaced / "two.yml").unlink()  # no file leads to it any more
+        (spaced / "two.yml").unlink()  # so `down` has no file to find it by
         expected = [
             "these are up; each line ends one:",
             f"  kill {os.getpid()}  # http://127.0.0.1:10/api",
@@ -414,11 +434,11 @@ def test_run_on_a_running_service(project: Path, server: str, tmp_path: Path) ->
         assert called("run", "--input", INPUT, "--blend", "alpaca=2", cwd=cwd)[1] == strong
         assert called("run", "--input", INPUT, "--blend", "", cwd=cwd)[1] == out
 
-        # plain text is the one text that the workflow needs; a file's last newline is no part of it
+        # plain text is the one text that the workflow needs; the last newline is dropped
         for given, stdin in (("Once upon a time", ""), ('"Once upon a time"', ""), ("-", "Once upon a time\n")):
             assert called("run", "--input", given, cwd=cwd, stdin=stdin)[1] == out
 
-        # errors of the service are told in its words
+        # an error of the service is shown in the service's words
         code, out, err = called("run", "--input", INPUT, "--blend", "strng", cwd=cwd)
         assert (code, out) == (1, "")
         assert err.startswith("❌ blend: unknown blend 'strng'; did you mean 'strong'? known: strong, plain")
@@ -572,7 +592,7 @@ SERVED = tiny.YAML.replace("max_output_length: 12", "max_output_length: 12\n    
 
 @pytest.mark.slow
 def test_up_run_down(project: Path) -> None:
-    """up -d over what a killed service left, answers equal to those in process, down."""
+    """`up -d` starts although a killed service left its record; the answers equal those in process; `down` ends it."""
     cwd = project.parent
     path = cwd / "served.yml"
     path.write_text(SERVED, encoding="utf-8")
@@ -641,7 +661,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def interrupted(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    """Exit code and stderr after Ctrl-C. Raises TimeoutExpired where it waits for the text's end."""
+    """Sends Ctrl+C. Returns the exit code and stderr. Raises TimeoutExpired if the process does not end."""
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=SECONDS)
     return process.returncode, err

@@ -1,4 +1,4 @@
-"""A lane: one thread, in order, that nobody who leaves or closes has to wait for."""
+"""A lane does its work in one thread, in order. Cancelling a call or closing the lane does not wait for that thread."""
 
 import asyncio
 import threading
@@ -25,7 +25,7 @@ async def test_work_is_done_in_order_and_its_errors_are_the_callers() -> None:
     lane.close()
 
 
-async def test_who_is_cancelled_leaves_the_line_with_all_that_it_holds() -> None:
+async def test_cancelled_work_is_dropped_with_all_that_it_holds() -> None:
     lane, go, done = Lane("test"), threading.Event(), []
     first = asyncio.create_task(lane.run(go.wait))
     await until_running(lane)
@@ -42,7 +42,7 @@ async def test_who_is_cancelled_leaves_the_line_with_all_that_it_holds() -> None
     lane.close()
 
 
-async def test_closing_ends_who_waits_and_who_runs_at_once() -> None:
+async def test_closing_ends_waiting_and_running_calls_at_once() -> None:
     lane, go = Lane("test"), threading.Event()
     running = asyncio.create_task(lane.run(go.wait))
     await until_running(lane)

@@ -1,4 +1,4 @@
-"""Environments for engines: whole or made anew. With packages that every environment has, so nothing is fetched."""
+"""Environments for engines are complete or made anew. The recipes name packages that are always there, so no network."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from model_compose.environments import RECORD, Recipe, make, vllm
 from model_compose.errors import LoadError
 
 
-def test_it_is_made_once_and_anew_where_it_is_not_whole(tmp_path: Path) -> None:
+def test_it_is_made_once_and_made_anew_if_it_is_not_complete(tmp_path: Path) -> None:
     folder, said = tmp_path / "engine", list[str]()
     recipe = Recipe(("pip",), "pip")
     python = make(folder, recipe, said.append)

@@ -154,6 +154,7 @@ component:
         assert not done.output["generated"].startswith(prompt["prompt"])
 
 
+@pytest.mark.slow
 async def test_the_quickstart_shows_what_the_adapters_do() -> None:
     """The real job on real weights: alpaca answers and stops, pirate colours it, the base does neither."""
     path = ROOT / "examples/quickstart/model-compose.yml"

@@ -150,10 +150,6 @@ CULPRITS = {
         "  - id: second\n", "  - id: second\n    output:\n      a:\n        - b\n        - ...${input}  # <-\n",
     ),
     "an expression that cannot be parsed": ("          content: ${input.prompt}", "          content: ${input prompt}"),
-    "a token of a bias twice": (
-        "      - id: b\n",
-        "      - id: b\n        params:\n          logit_bias:\n            5: 1\n            '05': 1  # <-\n",
-    ),
     "a token that is none": (
         "      - id: b\n",
         "      - id: b\n        params:\n          logit_bias:\n            5: 1\n            b: 1  # <-\n",

@@ -95,6 +95,7 @@ def install(folder: Path, name: str, version: str, groups: dict[str, dict[str, s
     (info / "entry_points.txt").write_text("".join(lines), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", PARTS)
 def test_the_tutorial_does_what_it_says(title: str, tmp_path: Path) -> None:
     if title == "A combination method":

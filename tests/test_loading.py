@@ -126,7 +126,7 @@ WRONG_VALUES = [
     ("task: text-generation", "task: text-genration", "9: component: unknown task 'text-genration'; did you mean "
      "'text-generation'?"),
     ("  task: text-generation\n", "", "9: component: the key 'task' is missing"),
-    ("type: model", "type: modle", "9: component.type: unknown type 'modle'; did you mean 'model'?"),
+    ("type: model", "type: modle", "9: component: unknown type 'modle'; did you mean 'model'?"),
     ("type: http-server", "type: mcp-server", "2: controller.adapter.type: expected 'http-server', not 'mcp-server'"),
     (JOB, "  job: {type: delay}\n", "5: workflow.job.type: expected 'component', not 'delay'"),
     (JOB, "  jobs: [{depends_on: a}]\n", "5: workflow.jobs.0.depends_on: expected a list, not 'a'"),
@@ -144,7 +144,7 @@ def test_wrong_value_names_place_value_and_what_was_expected(
 
 METHOD = "m: {method: ties, density: 0.3, weights: {alpaca: 1, pirate: 0.5}}"
 METHODS = [
-    ("ties,", "tise,", "component.blends.m.method: unknown method 'tise'; did you mean 'ties'?"),
+    ("ties,", "tise,", "component.blends.m: unknown method 'tise'; did you mean 'ties'?"),
     ("method: ties, ", "", "component.blends.m: the key 'method' is missing"),
     ("density", "densty", "component.blends.m: unknown key 'densty'; did you mean 'density'?"),
     ("density: 0.3, ", "", "component.blends.m: the key 'density' is missing"),

@@ -1,8 +1,13 @@
-"""Native code against torch in float64, at every size: what does not fill a vector, a tile or a thread included."""
+"""Native code against torch in float64, for sizes that fill no vector, tile or thread, and for several processors."""
 
+import atexit
+import functools
 import os
+import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,18 +26,38 @@ from model_compose.engines.huggingface.decoder import Between, LlamaForward, Nat
 from model_compose.engines.huggingface.quantized import NativeLinear, quantize, quantize_groups
 from model_compose.lora.blend import Blend
 from model_compose.lora.layers import LoraModel, module_shapes
-from model_compose.native import FEW, Affine, CHeads, Kernels, kernels
+from model_compose.native import FEW, Affine, CHeads, Kernels, compiling, kernels
 from tests.lora.oracle import random_adapter
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason="no C compiler")
 
 SIZE = st.integers(1, 70)
+PORTABLE = [
+    march
+    for march, needed in {"x86-64": "sse2", "haswell": "avx2"}.items()
+    if platform.machine() == "x86_64" and f" {needed} " in compiling._processor()
+]
 
 
-def native() -> Kernels:
-    found = kernels()
-    assert found is not None
-    return found
+BUILD = st.sampled_from(["native", *PORTABLE])
+"""For which processor the code is compiled: without vectors of 512 bits, or of 256 bits, other lines of it run."""
+
+
+@functools.cache
+def native(build: str = "native") -> Kernels:
+    if build == "native":
+        found = kernels()
+        assert found is not None
+        return found
+    compiler = compiling.find_compiler()
+    assert compiler is not None
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        flags = [f"-march={build}" if flag.startswith("-march=") else flag for flag in compiling.FLAGS]
+        patch.setattr(compiling, "FLAGS", tuple(flags))
+        return compiling.load_compiled(compiler, Kernels)
 
 
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-6) -> bool:
@@ -44,21 +69,23 @@ def drawn(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
 
 
 @settings(deadline=None)
-@given(st.sampled_from([torch.float32, torch.bfloat16]), SIZE, SIZE, SIZE, st.booleans())
-def test_products(dtype: torch.dtype, tokens: int, outputs: int, inputs: int, biased: bool) -> None:
+@given(BUILD, st.sampled_from([torch.float32, torch.bfloat16]), SIZE, SIZE, SIZE, st.booleans())
+def test_products(build: str, dtype: torch.dtype, tokens: int, outputs: int, inputs: int, biased: bool) -> None:
     linear = nn.Linear(inputs, outputs, bias=biased, dtype=dtype)
     x = drawn(tokens, inputs)
     bias = None if linear.bias is None else linear.bias.double()
     wanted = F.linear(x.double(), linear.weight.double(), bias)
     affine = Affine(linear.weight.data, inputs, bias=None if bias is None else bias.float())
-    assert close(native().linear(x, affine), wanted)
-    assert close(NativeLinear(native(), linear)(x), wanted)
+    assert close(native(build).linear(x, affine), wanted)
+    assert close(NativeLinear(native(build), linear)(x), wanted)
 
 
 @settings(deadline=None)
-@given(st.sampled_from(["int8", "int4"]), SIZE, SIZE, SIZE, st.booleans(), st.sampled_from([1e-40, 1e-9, 1.0, 1e9]))
+@given(
+    BUILD, st.sampled_from(["int8", "int4"]), SIZE, SIZE, SIZE, st.booleans(), st.sampled_from([1e-40, 1e-9, 1.0, 1e9])
+)
 def test_products_with_packed_weights(
-    kind: str, tokens: int, outputs: int, inputs: int, biased: bool, spread: float
+    build: str, kind: str, tokens: int, outputs: int, inputs: int, biased: bool, spread: float
 ) -> None:
     """Against the weights that the packed ones stand for, in float64: activations are rounded to 16 bits and no further."""
     if kind == "int4":
@@ -73,6 +100,7 @@ def test_products_with_packed_weights(
         stands_for = (weight / scale).round().double() * scale.double()
     packed = quantize(kind, linear)
     assert isinstance(packed, NativeLinear)
+    packed._native = native(build)
     x = drawn(tokens, inputs) * spread
     wanted = F.linear(x.double(), stands_for, None if linear.bias is None else linear.bias.double())
     # The roundings of one product are independent: some √inputs of them add up.
@@ -109,13 +137,13 @@ def test_a_token_is_computed_alone(kind: str) -> None:
 
 
 @settings(deadline=None)
-@given(SIZE, SIZE, SIZE, SIZE, st.integers(0, 3))
-def test_low_rank(tokens: int, inputs: int, rank: int, outputs: int, zeros: int) -> None:
+@given(BUILD, SIZE, SIZE, SIZE, SIZE, st.integers(0, 3))
+def test_low_rank(build: str, tokens: int, inputs: int, rank: int, outputs: int, zeros: int) -> None:
     x, a, v = drawn(tokens, inputs), drawn(rank, inputs, seed=1), drawn(tokens, rank, seed=2)
     v[:, :zeros] = 0  # adapters of other rows
     b, y = drawn(rank, outputs, seed=3), drawn(tokens, outputs, seed=4)
     wanted = y.double() + ((x.double() @ a.double().T) * v) @ b.double()
-    native().low_rank(x, a, v, b, y)
+    native(build).low_rank(x, a, v, b, y)
     assert close(y, wanted, 2e-6)
 
 
@@ -126,8 +154,9 @@ ATTENTION = (
 
 
 @settings(deadline=None)
-@given(*ATTENTION, st.data())
+@given(BUILD, *ATTENTION, st.data())
 def test_attention_is_that_of_torch(
+    build: str,
     rows: int,
     groups: int,
     shared: int,
@@ -148,7 +177,7 @@ def test_attention_is_that_of_torch(
     shape = CHeads(heads, groups, dim, 1e-5, dim**-0.5)
     owner: Any = None  # of adapters, which attention does not look at
     outs = []
-    for ours in (NativeLayers(native(), owner, [], shape, torch.empty(0)), None):
+    for ours in (NativeLayers(native(build), owner, [], shape, torch.empty(0)), None):
         between = Between(Sizes(heads, groups, dim, 1e-5), F.silu, ours)
         cache = KVCache([LayerShape(groups, dim, dim, dtype, torch.device("cpu"))], 1 << 24, 64)
         taken = [row for row in (cache.take(60) for _ in range(rows)) if row is not None]
@@ -163,11 +192,11 @@ def test_attention_is_that_of_torch(
 
 @settings(deadline=None, max_examples=30)
 @given(
-    st.integers(1, 3), st.sampled_from([8, 40, 72]), st.sampled_from([9, 64]), st.integers(1, 20), st.booleans(),
+    BUILD, st.integers(1, 3), st.sampled_from([8, 40, 72]), st.sampled_from([9, 64]), st.integers(1, 20), st.booleans(),
     st.sampled_from([1.0, 100.0, 3e4]), st.sampled_from([(), ("q_proj", "down_proj"), ("o_proj", "gate_proj", "up_proj")]),
 )  # fmt: skip
 def test_a_step_in_one_call_is_the_layers_by_torch(
-    layers: int, size: int, inner: int, rows: int, biased: bool, spread: float, adapted: tuple[str, ...]
+    build: str, layers: int, size: int, inner: int, rows: int, biased: bool, spread: float, adapted: tuple[str, ...]
 ) -> None:
     """spread: of the gates, so that their exponentials overflow."""
     torch.manual_seed(0)
@@ -176,7 +205,7 @@ def test_a_step_in_one_call_is_the_layers_by_torch(
         num_key_value_heads=2, head_dim=8, attention_bias=biased, mlp_bias=biased,
     )  # fmt: skip
     logits = []
-    for way in (native(), None):
+    for way in (native(build), None):
         torch.manual_seed(1)
         model = LlamaForCausalLM(config).eval().requires_grad_(False)
         for layer in model.model.layers:

@@ -120,6 +120,7 @@ def test_the_sdist_holds_the_sources_and_no_downloads(release: Release) -> None:
     with tarfile.open(release.sdist) as archive:
         members = {name.partition("/")[2]: archive.getmember(name).size for name in archive.getnames()}
     assert {"pyproject.toml", "LICENSE", "Makefile", "constraints.txt", "src/model_compose/py.typed"} <= set(members)
+    assert "examples/quickstart/adapters/alpaca/adapter_model.safetensors" in members
     assert {name.partition("/")[0] for name in members} - {
         *("src", "tests", "examples", "benchmarks", "docs", "LICENSE", "Makefile", "constraints.txt", "pyproject.toml"),
         *(path.name for path in ROOT.glob("*.md")), "PKG-INFO", ".gitignore",
@@ -159,11 +160,13 @@ def test_the_installed_wheel_works_in_an_empty_folder(installed: Path, tmp_path:
     command = installed / "model-compose"
     assert run(command, "--version", cwd=tmp_path) == f"model-compose {PROJECT['version']}\n"
     assert "validate" in run(command, "--help", cwd=tmp_path)
-    (tmp_path / "model-compose.yml").write_bytes((ROOT / "examples/quickstart/model-compose.yml").read_bytes())
-    (tmp_path / "adapters").symlink_to(ROOT / "examples/quickstart/adapters")
+    run(command, "init", cwd=tmp_path)
+    adapters = {path.parent.name for path in tmp_path.glob("adapters/*/adapter_model.safetensors")}
+    assert adapters == {"alpaca", "pirate"}
     assert "Configuration is valid" in run(command, "validate", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_type_checkers_see_its_types(installed: Path, tmp_path: Path) -> None:
     """Only those of this package are read: its dependencies take mypy most of a minute."""
     (tmp_path / "mypy.ini").write_text(

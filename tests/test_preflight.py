@@ -164,7 +164,7 @@ def test_adapters_of_experts_are_compared_with_the_model_itself(app: Path) -> No
     [
         (lambda path: path.unlink(), "holds neither adapter_model.safetensors nor adapter_model.bin"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "adapter_model.safetensors is cut off: "),
-        (lambda path: path.write_bytes(b"\xff" * 200), "adapter_model.safetensors is cut off, or no safetensors file"),
+        (lambda path: path.write_bytes(b"\xff" * 200), "adapter_model.safetensors is cut off, or is not a safetensors"),
         (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
          "adapter_model.safetensors is a git-lfs pointer, not the file itself: run `git lfs install` and `git lfs pull`"),
         (lambda path: (path.parent / "adapter_config.json").unlink(), "has no adapter_config.json"),
@@ -229,7 +229,7 @@ def shard(base: Path) -> Path:
          "tokenizer.json is a git-lfs pointer"),
         (lambda base: (base / "model.safetensors").write_bytes(
             b"\x41\0\0\0\0\0\0\0" + b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}'.ljust(65) + b"1234"),
-         "model.safetensors is damaged, or no safetensors file"),
+         "model.safetensors is damaged, or is not a safetensors file"),
         (lambda base: shard(base).unlink(),
          "base has no model-00002-of-00002.safetensors, which model.safetensors.index.json lists; download it too"),
     ],
@@ -462,12 +462,14 @@ def test_programs_that_are_not_there(app: Path, gguf: Path) -> None:
     edit(app, "  precision: float32", "  driver: llamacpp\n  options: {server: ./llama-server}")
     (problem,) = problems(app, error=LoadError)
     assert problem.startswith(
-        "model-compose.yml:13: component.options: options.server: there is no ./llama-server that can"
+        "model-compose.yml:13: component.options.server: options.server: there is no ./llama-server that can"
     )
     edit(app, "driver: llamacpp\n  options: {server: ./llama-server}", "driver: vllm\n  options: {python: ./python}")
     edit(app, "./models", "./base")
     (problem,) = problems(app, error=LoadError)
-    assert problem.startswith(f"model-compose.yml:13: component.options: options.python: there is no {app}/python; ")
+    assert problem.startswith(
+        f"model-compose.yml:13: component.options.python: options.python: there is no {app}/python; "
+    )
 
 
 def test_ranks_beyond_what_vllm_is_started_for(app: Path) -> None:
@@ -482,7 +484,7 @@ def test_ranks_beyond_what_vllm_is_started_for(app: Path) -> None:
     shutil.copy(app / "alpaca/adapter_model.safetensors", app / "pirate/adapter_model.safetensors")
     put(app / "pirate/adapter_config.json", r=8)
     (problem,) = problems(app, error=LoadError)
-    assert "has the rank 16 (alpaca 8 + pirate 8), and vllm was started for 8" in problem
+    assert "has the rank 16 (alpaca 8 + pirate 8), but vllm was started for 8" in problem
 
 
 # Before any network.

@@ -143,7 +143,7 @@ def test_listing_passes_over_what_is_no_service_of_ours(loaded: ComposeFile, sta
 def test_looking_for_a_service_never_keeps_one_from_starting(
     loaded: ComposeFile, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`find` takes the lock for an instant; a service that starts in that instant waits for it."""
+    """`find` takes the lock for an instant. A service that starts in that instant waits for the lock."""
     from threading import Timer
 
     from filelock import FileLock

@@ -5,7 +5,7 @@ import itertools
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,14 +124,14 @@ async def ask(
     return Answer(first, last, counted)
 
 
-async def send_wave(client: httpx.AsyncClient, system: System, blend: str, queries: Sequence[Query]) -> Wave:
+async def send_wave(client: httpx.AsyncClient, system: System, blend: str, queries: Collection[Query]) -> Wave:
     start = time.perf_counter()
     answers = await asyncio.gather(*(ask(client, system, blend, query) for query in queries))
     return Wave(time.perf_counter() - start, tuple(answers))
 
 
 async def ask_under_load(
-    client: httpx.AsyncClient, system: System, blend: str, others: Sequence[Query], late: Query
+    client: httpx.AsyncClient, system: System, blend: str, others: Collection[Query], late: Query
 ) -> Answer:
     """The answer to `late`, sent once all the others have their first token and while they go on."""
     decoding = asyncio.Semaphore(0)

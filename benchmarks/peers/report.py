@@ -3,7 +3,7 @@
 import importlib
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +24,15 @@ class Series:
     system: str
     blend: str
     concurrency: int
-    figures: Sequence[float]
-    answers: Sequence[Sequence[Answer]]
+    figures: Collection[float]
+    answers: Collection[Collection[Answer]]
 
     @property
     def cell(self) -> str:
         return f"{self.system}:{self.blend}"
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
+def median_interval(values: Collection[float]) -> tuple[float, float]:
     """Bounds of the median with at least 95 % confidence, whatever the distribution; the range of fewer than 6 values.
 
     Order statistics: P(median < k-th smallest) = P(Binomial(n, 1/2) < k).
@@ -58,7 +58,7 @@ def percentile(values: Iterable[float], share: float) -> float:
     return ordered[math.ceil(share * len(ordered)) - 1]
 
 
-def rows(measured: Sequence[Series], baseline: str) -> list[str]:
+def rows(measured: Collection[Series], baseline: str) -> list[str]:
     """The table of one concurrency: throughput, ratio to the baseline's, latency."""
     base = next((series for series in measured if series.cell == baseline), None)
     enough = all(len(series.figures) >= LEAST_FOR_INTERVAL for series in measured)
@@ -94,7 +94,7 @@ def milliseconds(series: Series) -> str:
 LINES = {"base": "-", "one": "--", "own": ":", "two": "-.", "all": (0, (1, 4))}
 
 
-def plot(measured: Sequence[Series], title: str, file: Path) -> None:
+def plot(measured: Collection[Series], title: str, file: Path) -> None:
     """Throughput over concurrency: a colour a system, a line style a blend; the bars are the lowest and the highest."""
     # By name: matplotlib is in none of the package's extras, and mypy would miss it.
     matplotlib = importlib.import_module("matplotlib")

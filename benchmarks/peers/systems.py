@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,7 +52,7 @@ class Setting:
     llamacpp_python: str | None = None
     before: Path | None = None
 
-    def varied(self, options: Sequence[str]) -> "Setting":
+    def varied(self, options: Collection[str]) -> "Setting":
         """This setting with the options of a spec such as ours+int8+live. Raises SystemFailed."""
         varied = self
         for option in options:
@@ -367,7 +367,7 @@ def make_system(spec: str, setting: Setting, folder: Path) -> System:
 
 
 @contextmanager
-def running(systems: Sequence[System], timeout: float) -> Iterator[None]:
+def running(systems: Collection[System], timeout: float) -> Iterator[None]:
     """All of them, for as long as the block runs. Raises SystemFailed."""
     try:
         for system in systems:

@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +48,7 @@ class Job:
 class Rows(BaseStreamer):
     """Sends each row's next token to the row's job; transformers' own streamers take one row only."""
 
-    def __init__(self, jobs: Sequence[Job], tokenizer: Any) -> None:
+    def __init__(self, jobs: Collection[Job], tokenizer: Any) -> None:
         self._jobs, self._tokenizer = jobs, tokenizer
         self._steps = -1
 
@@ -103,7 +103,7 @@ class Generator:
                 os._exit(1)
 
     @torch.inference_mode()
-    def _generate(self, jobs: Sequence[Job]) -> None:
+    def _generate(self, jobs: list[Job]) -> None:
         inputs = self._tokenizer([job.prompt for job in jobs], return_tensors="pt", padding=True)
         options = {
             "max_new_tokens": max(job.tokens for job in jobs),

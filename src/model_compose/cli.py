@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -61,7 +61,7 @@ def main() -> NoReturn:
     os._exit(code)
 
 
-def execute(arguments: Sequence[str], interrupts: Sequence[int] = ()) -> int:
+def execute(arguments: Collection[str], interrupts: Collection[int] = ()) -> int:
     """Runs one command line in this process. Returns its exit code: 0, 1 (failed), 2 (wrong usage), 130 (interrupted).
 
     `status` has codes of its own for services that are not ready. interrupts: the SIGINTs so far, since torch's C code may

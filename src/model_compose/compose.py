@@ -1,4 +1,4 @@
-"""`Compose`: opens what a file declares, runs its workflows, closes it again. The Python API, and what servers call.
+"""`Compose`: opens what a file declares, runs its workflows, and closes it again. The Python API; servers call it too.
 
 async with Compose.open("model-compose.yml") as compose:
     done = await compose.answer({"prompt": "Hello"}, blend={"alpaca": 0.7})
@@ -6,7 +6,7 @@ async with Compose.open("model-compose.yml") as compose:
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 
 class Compose:
-    """The components of one file, and its workflows over them.
+    """The components of one file, and the workflows that run on them.
 
-    `load` opens the components; until it has, runs raise NotReady. Lifetimes are the caller's: `open` as a context
-    manager does load and close.
+    `load` opens the components. Until it has returned, runs raise NotReady. Whoever makes a Compose calls `load` and
+    `close`; `open`, a context manager, calls both.
     """
 
     def __init__(self, loaded: ComposeFile) -> None:
-        from model_compose.metrics import Metrics  # its library takes a while to import, and `validate` needs none
+        from model_compose.metrics import Metrics  # its library takes long to import, and `validate` needs no metrics
 
         self._loaded = loaded
         self.config: Config = loaded.config
@@ -52,8 +52,8 @@ class Compose:
             options.id: COMPONENTS[options.type](options, loaded.base_dir) for options in loaded.config.all_components
         }
         self.metrics = Metrics()
-        for id, model in self.models.items():
-            model.meter = self.metrics.watch(id, model.engine)
+        for model in self.models.values():
+            model.meter = self.metrics.watch(model.options.public_name, model.engine)
         self._turns = {options.id: _turns(options.max_concurrent_count) for options in loaded.config.all_components}
         self._runs = _turns(loaded.config.serving.max_concurrent_count)
         self._graphs = {workflow.id: self._graph(workflow) for workflow in loaded.config.all_workflows}
@@ -61,9 +61,9 @@ class Compose:
     @classmethod
     @asynccontextmanager
     async def open(
-        cls, path: str | Path | Sequence[Path] = (), *, env: Mapping[str, str] | None = None, report: Report = silent
+        cls, path: str | Path | Collection[Path] = (), *, env: Mapping[str, str] | None = None, report: Report = silent
     ) -> AsyncGenerator["Compose"]:
-        """Reads the file (model-compose.yml of the current folder by default), loads its models, and closes them after.
+        """Reads the file (by default model-compose.yml of the current folder) and loads its models. Closes them at the end.
 
         Raises ConfigError, SourceError, AdapterError, LoadError.
         """
@@ -76,7 +76,7 @@ class Compose:
             await compose.close()
 
     async def load(self, report: Report = silent) -> None:
-        """Opens every component, one after the other, once the files on this machine say that all of them can be."""
+        """Checks the files on this machine, then opens every component, one after the other."""
         await in_daemon_thread(lambda: check_files(self._loaded))
 
         def keep(progress: Progress) -> None:

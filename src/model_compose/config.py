@@ -153,7 +153,7 @@ class Config(Options):
     def models(self) -> list[tuple[str, ModelOptions]]:
         """The model components with their names on /v1."""
         return [
-            ("default" if component.id == "__component__" else component.id, component)
+            (component.public_name, component)
             for component in self.all_components
             if isinstance(component, ModelOptions)
         ]

@@ -5,7 +5,7 @@ names the place, the value and the remedy, and never contains a secret or a trac
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 Keys = tuple[str | int, ...]
@@ -109,7 +109,7 @@ class InputError(ComposeError):
     title = "Invalid request"
 
     def __init__(
-        self, message: str, fields: Sequence[FieldError] = (), *, field: str | None = None, at: Keys = ()
+        self, message: str, fields: Collection[FieldError] = (), *, field: str | None = None, at: Keys = ()
     ) -> None:
         super().__init__(message)
         self.fields = tuple(fields) or ((FieldError(field, message),) if field else ())

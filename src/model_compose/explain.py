@@ -5,7 +5,7 @@ A message shows the wrong value, unless the value may be a secret.
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -52,7 +52,7 @@ def explain(error: ValidationError, root: Node) -> list[str]:
     return lines
 
 
-def _messages(items: Sequence[Any], secret: bool) -> list[str]:
+def _messages(items: list[Any], secret: bool) -> list[str]:
     if len(items) > 1 and all(item["type"] in _EXPECTED for item in items):
         expected = " or ".join(dict.fromkeys(_EXPECTED[item["type"]] for item in items))
         return [f"expected {expected}{_got(items[0], secret)}"]
@@ -94,7 +94,7 @@ def _got(item: Any, secret: bool) -> str:
     return f", not {shown(value)}{quotes}{advice}"
 
 
-def _near(value: Any, allowed: Sequence[str]) -> str:
+def _near(value: Any, allowed: Collection[str]) -> str:
     near = difflib.get_close_matches(str(value), allowed, n=1) if len(allowed) > 1 else []
     return f"; did you mean '{near[0]}'?" if near else ""
 

@@ -1,4 +1,4 @@
-"""The nouns of generation: what a request asks for and what comes back. All frozen; engines and servers share them."""
+"""What a request asks of an engine and what comes back. All of it is frozen; engines and servers share it."""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -7,13 +7,20 @@ from typing import Literal
 from model_compose.lora.blend import Blend
 from model_compose.room import Place
 
+SMALLEST_TEMPERATURE = 1e-5
+"""A lower temperature means greedy decoding: scores divided by it would not be finite."""
+
+LEAST_LOGPROB = -9999.0
+"""The log-probability of a token that cannot occur, as in OpenAI's API: JSON has no infinity."""
+
 Finish = Literal["stop", "length"]
-"""Why a text ended: by itself or at a stop string; or at max_output_length or the end of the context."""
+"""Why a text ended. stop: the model ended it, or a stop string did. length: it was cut at max_output_length, or at the end
+of the context."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation, as the base's chat template takes it. name: of who speaks, for templates that show it."""
+    """One turn of a conversation, as the base's chat template takes it. name: the speaker's, for templates that show it."""
 
     role: str
     content: str
@@ -24,7 +31,7 @@ class Message:
 class ResponseFormat:
     """What the whole text must be: any JSON object, JSON of a schema, or a match of a regular expression.
 
-    text: the schema as JSON with its keys in their order, which is the order in which they are written; the regex; or "".
+    text: the schema as JSON, the regex, or "" for any object. The model writes keys in the order that the schema has them.
     """
 
     kind: Literal["json_object", "json_schema", "regex"]
@@ -33,12 +40,13 @@ class ResponseFormat:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. Lengths count new tokens only; max_output_length None is until EOS or the end of the context.
+    """How tokens are drawn. Lengths count new tokens only. With max_output_length None, a text ends at EOS or at the end of
+    the context.
 
-    min_p: tokens less probable than this share of the best one's probability are out. presence_penalty is subtracted from
-    the score of a token that the new text has already, frequency_penalty for each time that it has it. logit_bias: token
-    ids, each with what is added to its score. logprobs: how many alternatives to report for each token (0 reports the
-    chosen one alone), None for no report.
+    min_p: leaves out tokens less probable than this share of the best token's probability. presence_penalty: subtracted
+    once from the score of a token that the new text contains already. frequency_penalty: subtracted as often as the text
+    contains the token. logit_bias: token ids, each with the number that is added to its score. logprobs: how many
+    alternatives to report for each token; 0 reports the chosen token only, None reports nothing.
     """
 
     max_output_length: int | None = None
@@ -58,13 +66,19 @@ class Sampling:
     response_format: ResponseFormat | None = None
     logprobs: int | None = None
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return not self.do_sample or self.temperature < SMALLEST_TEMPERATURE
+
 
 @dataclass(frozen=True)
 class Request:
     """One prompt (raw text, or messages for the chat template) with the blend to answer it and the way to draw.
 
-    max_input_length truncates a longer prompt to that many tokens; None refuses one that exceeds the context. place: the
-    one in the engine's room that its run was accepted with; None takes one of its own.
+    max_input_length: a longer prompt is truncated to that many tokens; with None, a prompt that does not fit into the
+    context is refused. place: the place in the engine's room that the run took when it was accepted; with None, the
+    request takes a place of its own.
     """
 
     prompt: str | tuple[Message, ...]
@@ -76,9 +90,9 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's bytes, which may be a part of a character, and its natural-log probability under the model, before
-    temperature and filters. top: the likeliest tokens with theirs. position: where it starts in the sequence's text, in
-    characters."""
+    """A token's bytes, which may be a part of a character, and the natural logarithm of its probability under the model,
+    before temperature and filters. top: the most probable tokens with their logarithms. position: where the token starts
+    in the sequence's text, in characters."""
 
     token: bytes
     logprob: float
@@ -90,7 +104,7 @@ class TokenLogprob:
 class Usage:
     """Tokens of one request, over all its sequences, and the seconds from its start to its last token.
 
-    cached_tokens: those of the prompt that were not computed again, as a text before started alike.
+    cached_tokens: prompt tokens that were not computed again, because an earlier text started with the same tokens.
     """
 
     prompt_tokens: int = 0

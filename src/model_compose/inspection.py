@@ -3,7 +3,7 @@
 Like `plan`, it reads only the base's config. It reads the adapters completely.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ class Base:
 
 def inspect(
     options: ModelOptions | None, folders: Mapping[str, str], base_dir: Path, *, component: str | None, blend: Any,
-    names: Sequence[str] = (), report: Report,
+    names: Collection[str] = (), report: Report,
 ) -> Inspection:  # fmt: skip
     """Read and compare the adapters of a model (`options`, or None if there is no model) and of `folders`, {name: path}.
 
@@ -123,7 +123,7 @@ def inspect(
     )  # fmt: skip
 
 
-def _measure(found: Sequence[Inspected], report: Report) -> "Geometry":
+def _measure(found: Collection[Inspected], report: Report) -> "Geometry":
     from model_compose.lora.geometry import measure
 
     return measure(

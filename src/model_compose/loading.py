@@ -5,7 +5,7 @@ change the structure of the file.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from model_compose.expressions import TYPES, Reference, SyntaxProblem, Type, con
 from model_compose.nodes import FILE_NAMES, at, child, compose, file_of, merge, typed
 from model_compose.schema import Options, RelativeToFile, Secret, nearest
 
-# What other languages call our types.
+# The names that other languages have for our types.
 _OTHER_NAMES = {
     "int": "integer", "float": "number", "double": "number", "bool": "boolean", "str": "string", "dict": "object",
     "map": "object", "array": "list",
@@ -47,7 +47,7 @@ class ComposeFile:
         return place(self.root, keys)
 
 
-def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
+def find_files(given: Collection[Path] = ()) -> tuple[Path, ...]:
     """The files to load: those given, or else model-compose.yml in the current folder. Raises ConfigError."""
     paths = list(given) or [Path(name) for name in FILE_NAMES if Path(name).is_file()][:1]
     if not paths:
@@ -60,7 +60,7 @@ def find_files(given: Sequence[Path] = ()) -> tuple[Path, ...]:
     return tuple(path.resolve() for path in paths)
 
 
-def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> ComposeFile:
+def load(files: list[Path] | tuple[Path, ...], env: Mapping[str, str] | None = None) -> ComposeFile:
     """Reads, merges and checks the files. Later files override earlier ones. Raises ConfigError.
 
     env: the variables for ${env.…}; the process's environment if None.
@@ -85,7 +85,7 @@ def load(files: Sequence[Path], env: Mapping[str, str] | None = None) -> Compose
     return ComposeFile(config, tuple(files), base_dir, root)
 
 
-def environment(env_files: Sequence[Path] = (), pairs: Sequence[str] = ()) -> dict[str, str]:
+def environment(env_files: Collection[Path] = (), pairs: Collection[str] = ()) -> dict[str, str]:
     """The variables for ${env.…}. Where several sources have a variable, the last of these wins: the --env-file files in
     order (./.env if there are none), the process's environment, the -e NAME=VALUE pairs. Raises ConfigError.
     """

@@ -1,7 +1,7 @@
-"""What a scrape is told, in Prometheus' text format and under the names of vLLM: one `Metrics` for each Compose.
+"""The metrics that /metrics exports, in Prometheus' text format and under vLLM's names. Each Compose has one `Metrics`.
 
-Requests are counted as their chunks pass; what engines know of themselves is read when somebody asks. Knows nothing of
-HTTP. It stands on prometheus_client, so whoever needs this module imports it inside the function that does.
+Requests are counted while their chunks pass. Engines are asked for their own figures when Prometheus scrapes. This module
+knows nothing of HTTP. It imports prometheus_client, which takes long; so import it inside the function that needs it.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ PREFIX = "model_compose:"
 REQUEST = ("component", "blend")
 MEDIA_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
-# vLLM's bounds, in seconds, so that a dashboard made for it reads the same.
+# vLLM's bounds, in seconds, so that dashboards made for vLLM work here too.
 TO_FIRST = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
 )  # fmt: skip
@@ -35,7 +35,7 @@ Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
 OF_ENGINES: tuple[tuple[Family, str, str, Callable[[Stats], float | None]], ...] = (
     (GaugeMetricFamily, "num_requests_running", "Texts being computed", lambda stats: stats.running),
     (
-        GaugeMetricFamily, "num_requests_waiting", "Texts that wait for the engine, and runs that have no text there yet",
+        GaugeMetricFamily, "num_requests_waiting", "Texts that wait for the engine, and runs whose text is not there yet",
         lambda stats: stats.waiting,
     ),
     (
@@ -45,7 +45,7 @@ OF_ENGINES: tuple[tuple[Family, str, str, Callable[[Stats], float | None]], ...]
     ),
     (
         GaugeMetricFamily, "prefix_cache_usage_perc",
-        "Share of the KV cache that the prefix cache holds besides, 0 to 1; texts may take all of it",
+        "Share of the KV cache that the prefix cache holds in addition, 0 to 1; texts may take all of it",
         lambda stats: None if stats.kv_cache_prefixes is None else stats.kv_cache_prefixes / stats.kv_cache_total,
     ),
     (GaugeMetricFamily, "kv_cache_bytes", "Size of the KV cache", lambda stats: stats.kv_cache_total),
@@ -59,15 +59,16 @@ OF_ENGINES: tuple[tuple[Family, str, str, Callable[[Stats], float | None]], ...]
         lambda stats: stats.prefix_hits,
     ),
     (
-        CounterMetricFamily, "num_preemptions", "Texts put back into the queue for want of room in the KV cache",
+        CounterMetricFamily, "num_preemptions", "Texts put back into the queue because the KV cache had no room",
         lambda stats: stats.preemptions,
     ),
 )  # fmt: skip
-"""Kind, name, description, and how it is read (None where the engine does not tell it): labelled by component."""
+"""Kind, name, description, and the function that reads the value (None if the engine does not know it). Each has the label
+component."""
 
 
 class Metrics:
-    """The instruments of one Compose, on a registry of their own."""
+    """The counters and histograms of one Compose, in a registry of its own."""
 
     def __init__(self) -> None:
         self._engines: dict[str, Engine] = {}
@@ -94,17 +95,16 @@ class Metrics:
         )
 
     def watch(self, component: str, engine: Engine) -> "Meter":
-        """Tells of this engine from now on. Returns what counts the requests to it. component: its id."""
-        public = "default" if component == "__component__" else component  # as on /v1
-        self._engines[public] = engine
-        return Meter(self, public)
+        """Includes this engine from now on. Returns what counts its requests. component: its public name."""
+        self._engines[component] = engine
+        return Meter(self, component)
 
     def text(self) -> bytes:
         """Everything as of now, of MEDIA_TYPE. May be called from any thread."""
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        """What the registry asks for besides the instruments; an engine that is not loaded has nothing to tell."""
+        """The engines' figures, which the registry asks for at each scrape. An engine that is not loaded has none."""
         known = [(id, stats) for id, engine in self._engines.items() if (stats := engine.stats()) is not None]
         for kind, name, meaning, read in OF_ENGINES:
             family = kind(PREFIX + name, meaning, labels=("component",))
@@ -133,8 +133,8 @@ class Meter:
 
     @contextmanager
     def measure(self, request: Request, blends: Blends) -> Iterator["Measured"]:
-        """Counts the request whose chunks are shown to what this gives: as completed once its last chunk is seen, else,
-        at the end of the block, with the error that ended it."""
+        """Counts one request. Show its chunks to the result's `see`. The request counts as completed once `see` gets its
+        last chunk; otherwise it counts, at the end of the block, with the error that ended it."""
         measured = Measured(self.metrics, (self.component, label(request.blend, blends)), request)
         try:
             yield measured
@@ -144,7 +144,7 @@ class Meter:
             raise
 
     def refuse(self, blend: Blend, blends: Blends, error: ComposeError) -> None:
-        """Counts a request that was not let in, so that it never began."""
+        """Counts a request that was refused before it began."""
         self.metrics.failures.labels(self.component, label(blend, blends), error.code).inc()
 
 
@@ -174,16 +174,16 @@ class Measured:
         metrics.generation_tokens.labels(*labels).inc(usage.completion_tokens)
         metrics.successes.labels(*labels, "length" if "length" in self._finishes else "stop").inc()
         metrics.whole.labels(*labels).observe(end - self._start)
-        # The texts of one request are made side by side: a step gives each of them a token.
+        # The texts of one request are made together: each step gives each of them one token.
         steps = usage.completion_tokens / self._texts - 1
         if steps > 0:
             metrics.per_output_token.labels(*labels).observe((end - self._first) / steps)
 
 
 def label(blend: Blend, blends: Blends) -> str:
-    """What stands for a blend in labels: its name where the file gives it one, an adapter's name for that adapter alone
-    at any weight, `base` for none, else `custom`. Weights make no labels, so the file, and who may load adapters, bound
-    how many there are."""
+    """The label of a blend: its name if the file names it, the adapter's name if it has only one adapter (at any weight),
+    `base` if it has none, else `custom`. Weights are not part of labels, so the number of labels is bounded by the file
+    and by the adapters that clients may load."""
     if blend.name in ("default", *blends.named):
         return str(blend.name)
     active = list(blend.active)

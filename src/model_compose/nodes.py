@@ -5,7 +5,7 @@ the line of its cause.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -207,7 +207,7 @@ class _Preparing:
         return entries
 
 
-def _children(node: Node) -> Sequence[Node]:
+def _children(node: Node) -> Collection[Node]:
     if isinstance(node, MappingNode):
         return [part for pair in node.value for part in pair]
     return node.value if isinstance(node, SequenceNode) else ()

@@ -1,7 +1,7 @@
 """One run of a workflow, in this process or on the service that is already up. The answer is the same."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from model_compose.errors import ComposeError, FieldError, InputError, RunError
 from model_compose.loading import ComposeFile
 from model_compose.progress import Report
 from model_compose.running import Mix, Record
+from model_compose.schema import public_name
 from model_compose.terminal import Answered
 from model_compose.workflow.runner import Done
 
@@ -23,8 +24,8 @@ class Ran(NamedTuple):
     answered."""
 
     output: Any
-    notes: Sequence[str]
-    answers: Sequence[Answered]
+    notes: Collection[str]
+    answers: list[Answered]
 
 
 async def run_here(
@@ -55,13 +56,12 @@ async def run_here(
     raise AssertionError("a run ends with Done")
 
 
-def _answered(answers: Sequence[Answer]) -> list[Answered]:
+def _answered(answers: Collection[Answer]) -> list[Answered]:
     return [
         Answered(
-            Mix(each.blend.name, each.blend.weights, None if each.blend.method is None else each.blend.method.method),
-            each.usage.completion_tokens, each.usage.tokens_per_second,
+            Mix.of(each.blend), each.usage.completion_tokens, each.usage.tokens_per_second,
             [each.finish_reason] if isinstance(each.finish_reason, str) else each.finish_reason,
-            each.component if len(answers) > 1 else None,
+            public_name(each.component) if len(answers) > 1 else None,
         )
         for each in answers
     ]  # fmt: skip

@@ -4,7 +4,7 @@ It goes through the components in the order in which `up` loads them; memory tha
 uses the driver's own arithmetic (`needs`), so that `up` refuses what `plan` refuses.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,10 +60,13 @@ class ModelPlan:
 
 @dataclass(frozen=True)
 class Plan:
+    """What a file needs, component by component, in the order of loading."""
+
     models: tuple[ModelPlan, ...]
 
     @property
     def problems(self) -> list[str]:
+        """The reasons why components do not fit, one sentence each."""
         return [model.problem for model in self.models if model.problem is not None]
 
 
@@ -116,7 +119,7 @@ def plan(loaded: ComposeFile, pretended: Mapping[str, int], report: Report = sil
     return Plan(tuple(_plan_model(*model, loaded.base_dir, memory, report) for model in loaded.config.models))
 
 
-def parse_memory(given: Sequence[str]) -> dict[str, int]:
+def parse_memory(given: Collection[str]) -> dict[str, int]:
     """Parse "16GB" or "cuda:0=16GB" into bytes by device. A size without a device gets the key "", which means the device
     that a model is placed on. Raises InputError."""
     sizes = {}
@@ -219,6 +222,7 @@ def _adapter_size(name: str, found: Survey, model: Any) -> "AdapterSize | None":
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
+    """The plan for `--json`. Sizes are in bytes."""
     return {
         "fits": not plan.problems,
         "components": [
@@ -233,7 +237,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _device_json(needs: Needs) -> dict[str, Any]:
-    """All in bytes, but for context and kv_tokens."""
+    """The numbers of one device: all in bytes, except context and kv_tokens, which are in tokens."""
     inner = ("model", "adapters_at_once", "kv_least", "kv_given", "smaller")
     fields = {key: value for key, value in vars(needs).items() if key not in inner}
     derived = {"weights": needs.weights, "least": needs.least, "kv_tokens": needs.tokens, "missing": needs.missing}
@@ -287,7 +291,7 @@ def _rows(model: ModelPlan) -> list[tuple[str, str, str]]:
 
 
 def _parts(model: ModelPlan, needs: Needs) -> list[tuple[str, int, str]]:
-    """What, how many bytes, how they come about."""
+    """Rows of (what, bytes, note). Rows with 0 bytes are not shown."""
     packed = f", Linear weights in {model.quantization}" if model.quantization else ""
     mapped = ", mapped from the files" if needs.mapped else ""
     per_token = f"{needs.tokens:,} tokens of {needs.kv_per_token:,} B"

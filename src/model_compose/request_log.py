@@ -12,9 +12,14 @@ REQUEST_FORMAT = "%(asctime)s %(levelname)-8s %(request)s%(message)s"
 
 @dataclass
 class Ongoing:
-    """A request that is being served. blends: the blends that answered it, by their labels in the metrics."""
+    """A request that is being served.
+
+    blends: the blends that answered it, by their labels in the metrics. is_routine: whether only its failure is news, as
+    for a file of the page; its line is then logged for debugging.
+    """
 
     id: str
+    is_routine: bool = False
     prompt_tokens: int = 0
     completion_tokens: int = 0
     blends: list[str] = field(default_factory=list)

@@ -1,6 +1,6 @@
-"""Places in an engine: how many texts may run or wait there, and what has been promised to runs that were accepted.
+"""Places in an engine: how many texts may run or wait there, and how many places accepted runs hold.
 
-Knows nothing of engines or HTTP. Belongs to one event loop, so counting needs no lock.
+Knows nothing of engines or HTTP. Only one event loop uses it, so counting needs no lock.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +11,9 @@ from model_compose.errors import Overloaded
 
 
 class Room:
-    """The room of one engine. rows: texts that run at once; queue: those that may wait besides.
+    """The room of one engine. rows: texts that run at once. queue: further texts, which may wait.
 
-    texts: those that run or wait, and one for each place without a text. promised: the places without a text.
+    texts: how many run or wait, plus one for each place without a text. promised: how many places are without a text.
     """
 
     def __init__(self, rows: int, queue: int) -> None:
@@ -21,7 +21,7 @@ class Room:
         self.texts = self.promised = 0
 
     def take(self) -> "Place":
-        """A place, which its owner gives back. Raises Overloaded where as many texts run or wait as may."""
+        """A place, which the caller must give back. Raises Overloaded if rows and queue are full."""
         if self.texts >= self.rows + self.queue:
             raise Overloaded(
                 f"{self.texts} texts run or wait already (max_batch_size {self.rows}, max_queue {self.queue}); "
@@ -31,7 +31,7 @@ class Room:
 
     @contextmanager
     def hold(self, texts: int, place: "Place | None" = None) -> Iterator[None]:
-        """Within the block `texts` texts run or wait, in the place given or in one of their own. Raises Overloaded."""
+        """Within the block, `texts` texts run or wait in `place`, or in a place taken for them. Raises Overloaded."""
         own = self.take() if place is None else place
         try:
             with own.hold(texts):
@@ -42,9 +42,9 @@ class Room:
 
 
 class Place:
-    """What one run, or one request, has of a room. It counts as many texts as it has, and as one while it has none.
+    """What one run or request has of a room. It counts as the texts that it holds, and as one text while it holds none.
 
-    All texts of its owner go into it, also those of later jobs: who was let in is not refused later.
+    All texts of its owner go into it, those of later jobs too. So a run that was let in is not refused later.
     """
 
     def __init__(self, room: Room) -> None:
@@ -58,7 +58,7 @@ class Place:
 
     @contextmanager
     def hold(self, texts: int) -> Iterator[None]:
-        """Within the block the place counts these texts."""
+        """Within the block, the place holds these texts."""
         self._become(self._texts + texts, kept=self._kept)
         try:
             yield
@@ -79,10 +79,11 @@ class Place:
 
 
 class Admission:
-    """The places of one run, by component: in all of them or in none. Given back at the end of a `with` block, too."""
+    """The places of one run, by component: one in every component's room, or none at all. A `with` block gives them back
+    at its end."""
 
     def __init__(self, takes: Mapping[str, Callable[[], Place]]) -> None:
-        """takes: what gives the place of each component. Raises Overloaded."""
+        """takes: for each component, the function that takes a place there. Raises Overloaded."""
         self.places: dict[str, Place] = {}
         try:
             for component, take in takes.items():

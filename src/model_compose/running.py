@@ -9,7 +9,7 @@ import json
 import logging.handlers
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from io import TextIOWrapper
@@ -22,6 +22,7 @@ from model_compose.errors import ConfigError, Conflict
 
 if TYPE_CHECKING:
     from model_compose.config import Config
+    from model_compose.lora.blend import Blend
 
 PATIENCE_SECONDS = 1.0
 """How long a service that starts waits for its lock: `find` takes each lock for an instant."""
@@ -37,6 +38,10 @@ class Mix:
     name: str | None = None
     weights: Mapping[str, float] = field(default_factory=dict)
     method: str | None = None
+
+    @classmethod
+    def of(cls, blend: "Blend") -> "Mix":
+        return cls(blend.name, dict(blend.weights), None if blend.method is None else blend.method.method)
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,12 @@ def fingerprint(config: "Config") -> str:
     return hashlib.sha256(config.model_dump_json(warnings=False).encode()).hexdigest()[:16]
 
 
-def _state(files: Sequence[Path], kind: str) -> Path:
+def _state(files: tuple[Path, ...], kind: str) -> Path:
     digest = hashlib.sha256("\0".join(map(str, files)).encode()).hexdigest()[:12]
     return state_dir() / f"{files[0].parent.name}-{digest}.{kind}"
 
 
-def log_file(files: Sequence[Path]) -> Path:
+def log_file(files: tuple[Path, ...]) -> Path:
     """Where `up -d` keeps the log of these files' service. It may not exist yet."""
     return _state(files, "log")
 
@@ -147,7 +152,7 @@ class Running:
 
 
 @contextmanager
-def hold(files: Sequence[Path], config: "Config", log: Path | None = None) -> Iterator[Running]:
+def hold(files: tuple[Path, ...], config: "Config", log: Path | None = None) -> Iterator[Running]:
     """Within the block this process is the service of these files. log: see Record.
 
     Raises Conflict if these files have a service already, and ConfigError.
@@ -175,21 +180,18 @@ def _models(config: "Config") -> tuple[Model, ...]:
     found = []
     for id, options in config.models:
         blends = options.to_blends()
-        mixes = tuple(
-            Mix(blend.name, dict(blend.weights), None if blend.method is None else blend.method.method)
-            for blend in (blends.default, *blends.named.values())
-        )
+        mixes = tuple(map(Mix.of, (blends.default, *blends.named.values())))
         found.append(Model(id, str(options.model), options.driver, blends.adapters, mixes))
     return tuple(found)
 
 
-def already_up(files: Sequence[Path], record: Record | None) -> Conflict:
+def already_up(files: tuple[Path, ...], record: Record | None) -> Conflict:
     """The refusal to start a second service of the same files."""
     where = f" at {record.api or record.page}" if record and (record.api or record.page) else ""
     return Conflict(f"{files[0].name} is up already{where}; `model-compose down` ends it")
 
 
-def find(files: Sequence[Path]) -> Record | None:
+def find(files: tuple[Path, ...]) -> Record | None:
     """The service of these files that is up now, else None. Removes the record that a killed service left."""
     path = _state(files, "json")
     return _read(path) if _is_held(path) else None

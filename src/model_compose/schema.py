@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     SecretStr,
@@ -104,6 +105,31 @@ class Options(BaseModel):
             if key not in valid and key not in cls.later:
                 raise unknown_key(str(key), sorted(valid))
         return {key: value for key, value in data.items() if key not in cls.later}
+
+
+UNNAMED = "__component__"
+"""The id of a component that the file gives none."""
+PUBLIC_NAME = "default"
+"""How clients call that component."""
+
+
+def public_name(id: str) -> str:
+    """What clients call the component with this id, on /v1 and in metrics."""
+    return PUBLIC_NAME if id == UNNAMED else id
+
+
+class Named(Options):
+    """What a component, and what a driver sees of one, have in common."""
+
+    id: str = Field(
+        default=UNNAMED,
+        description=f"The name by which jobs and clients choose this component; `{PUBLIC_NAME}` on /v1 if unset",
+    )
+
+    @property
+    def public_name(self) -> str:
+        """What clients call this component, on /v1 and in metrics."""
+        return public_name(self.id)
 
 
 def _boolean(value: Any) -> Any:

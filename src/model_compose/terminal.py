@@ -5,7 +5,7 @@ stdout carries results only. Bars, and the line about who answered, go to stderr
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ class Answered:
     mix: Mix
     tokens: int
     tokens_per_second: float
-    finish: Sequence[str]
+    finish: Collection[str]
     component: str | None = None
 
 
@@ -63,7 +63,7 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def show_answers(answers: Sequence[Answered]) -> None:
+def show_answers(answers: Collection[Answered]) -> None:
     """On a terminal's stderr: a line for each model that answered, with its blend and its speed. Nothing when piped."""
     if not sys.stderr.isatty():
         return

@@ -101,7 +101,7 @@ def test_penalties_and_biases_are_params(read: Read) -> None:
     assert sampling(read("params: {logit_bias: '${input.bias}'}")) == Sampling()
     with pytest.raises(InputError, match=r"params\.logit_bias\.3: .*less than or equal to 100"):
         sampling(given, high=300)
-    with pytest.raises(InputError, match=r"params\.logit_bias\.05: the token 5 is named twice: '5' and '05'"):
+    with pytest.raises(InputError, match=r"params\.logit_bias: the token 5 is named twice: '5' and '05'"):
         sampling(read("params: {logit_bias: '${input.bias}'}"), bias={"5": 1, "05": 2})
 
 

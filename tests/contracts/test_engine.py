@@ -236,7 +236,7 @@ async def test_an_adapter_that_is_gone_is_the_request_s_fault(opened: Opened) ->
     engine = opened.engine
     options = AdapterOptions.model_validate({"type": "lora", "name": "third", "model": "./pirate"})
     if not opened.driver.loads:
-        with pytest.raises(Conflict, match="loads adapters when it starts"):
+        with pytest.raises(Conflict, match="loads adapters only when it starts"):
             await engine.load_adapter(options, silent)
         return
     await engine.load_adapter(options, silent)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from model_compose.engines.huggingface.attention import Pass, Piece
 from model_compose.engines.huggingface.cache import KVCache
-from model_compose.engines.huggingface.loading import Loaded, load
+from model_compose.engines.huggingface.loading import LoadedModel, load
 from model_compose.engines.sizes import kv_bytes_per_token
 from model_compose.errors import AdapterError, LoadError
 from model_compose.lora.adapter import Factors, LoraAdapter, write_adapter
@@ -113,7 +113,7 @@ class Made:
     adapters: dict[str, LoraAdapter]
     folder: Path
 
-    def load(self) -> Loaded:
+    def load(self) -> LoadedModel:
         engine: Any = make("huggingface", self.folder)
         return load(engine._options, self.folder, silent)
 
@@ -149,7 +149,7 @@ def made(config: PreTrainedConfig, folder: Path, unfit: str | None = None) -> Ma
     return Made(adapters, folder)
 
 
-def logits(loaded: Loaded, texts: list[list[int]]) -> dict[tuple[int, int], Tensor]:
+def logits(loaded: LoadedModel, texts: list[list[int]]) -> dict[tuple[int, int], Tensor]:
     """By (row, length): the rows come one after the other, read their prompts in pieces, and decode together."""
     cache = KVCache(loaded.forward.layers, 1 << 26, 128)
     rows = [cache.take(100) for _ in texts]
@@ -196,7 +196,7 @@ def merged(base: nn.Module, made: Made, number: int) -> Any:
     return model
 
 
-def check(made: Made, loaded: Loaded) -> None:
+def check(made: Made, loaded: LoadedModel) -> None:
     generator = torch.Generator().manual_seed(1)
     texts = [torch.randint(2, tiny.VOCABULARY, (n + DECODED + 1,), generator=generator).tolist() for n in LENGTHS]
     ours = logits(loaded, texts)

@@ -17,7 +17,7 @@ from model_compose.engines.huggingface.batch import Batch
 from model_compose.engines.huggingface.cache import SMALLEST, KVCache, LayerShape
 from model_compose.engines.huggingface.decoder import LlamaForward, native_for
 from model_compose.engines.huggingface.forward import NAME, TransformersForward
-from model_compose.engines.huggingface.loading import Loaded, load
+from model_compose.engines.huggingface.loading import LoadedModel, load
 from model_compose.engines.huggingface.prefix import CHUNK, PrefixCache
 from model_compose.engines.stepping.sequence import Prompt, Sequence
 from model_compose.errors import ComposeError, InputError, LoadError, Overloaded
@@ -37,7 +37,7 @@ TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
 
 
 @pytest.fixture(scope="module")
-def loaded(project: Path) -> Loaded:
+def loaded(project: Path) -> LoadedModel:
     engine: Any = make("huggingface", project.parent)
     return load(engine._options, project.parent, silent)
 
@@ -70,7 +70,7 @@ def references(project: Path) -> dict[tuple[str, int], list[int]]:
 class Run:
     """Sequences over one batch, stepped by hand."""
 
-    def __init__(self, loaded: Loaded, budget: int, context: int = 256, **options: Any) -> None:
+    def __init__(self, loaded: LoadedModel, budget: int, context: int = 256, **options: Any) -> None:
         self.loaded, self.context = loaded, context
         self.cache = KVCache(loaded.forward.layers, budget, context)
         self.batch = Batch(loaded.lora, loaded.forward, self.cache, **({"max_rows": 16} | options))
@@ -100,7 +100,7 @@ class Run:
 )
 @given(data=st.data())
 def test_any_schedule_gives_what_transformers_with_peft_gives(
-    loaded: Loaded, references: dict[tuple[str, int], list[int]], data: st.DataObject
+    loaded: LoadedModel, references: dict[tuple[str, int], list[int]], data: st.DataObject
 ) -> None:
     """Any arrival order, blends, lengths, leaving clients, and a KV cache from roomy to so small that it preempts rows."""
     rows = data.draw(st.sampled_from([1, 2, 5, 16]))
@@ -130,7 +130,7 @@ def test_any_schedule_gives_what_transformers_with_peft_gives(
     assert not run.cache.blocks
 
 
-def test_preemption_instead_of_out_of_memory(loaded: Loaded) -> None:
+def test_preemption_instead_of_out_of_memory(loaded: LoadedModel) -> None:
     """Four sequences that fit at first and not at the end; nobody is lost, and the oldest never goes."""
     run = Run(loaded, 4 * 128 * TOKEN_BYTES, prefix_cache=False)
     oldest, *others = [run.add("y" * 60 + str(number), BLENDS[number], 120) for number in range(4)]
@@ -150,7 +150,7 @@ def test_preemption_instead_of_out_of_memory(loaded: Loaded) -> None:
     assert again.tokens == others[1].tokens
 
 
-def test_a_long_prompt_stalls_nobody(loaded: Loaded) -> None:
+def test_a_long_prompt_stalls_nobody(loaded: LoadedModel) -> None:
     """While it is read, those that decode get a token in every step, and a short prompt overtakes it."""
     run = Run(loaded, 1 << 24, context=4096)
     decoding = run.add("Hello", BLENDS[1], 40)
@@ -167,7 +167,7 @@ def test_a_long_prompt_stalls_nobody(loaded: Loaded) -> None:
     assert long.cached > 0
 
 
-def test_a_prefix_is_computed_once_for_each_blend_and_never_serves_another(loaded: Loaded) -> None:
+def test_a_prefix_is_computed_once_for_each_blend_and_never_serves_another(loaded: LoadedModel) -> None:
     system = "You are a helpful assistant that answers briefly. "
     run = Run(loaded, 1 << 24)
 
@@ -194,7 +194,7 @@ def test_a_prefix_is_computed_once_for_each_blend_and_never_serves_another(loade
     assert first != again
 
 
-def test_prompts_at_once_that_start_alike_are_read_once(loaded: Loaded) -> None:
+def test_prompts_at_once_that_start_alike_are_read_once(loaded: LoadedModel) -> None:
     """As n > 1 does: the second waits for the first one's prompt, then takes over what it has."""
     run = Run(loaded, 1 << 24)
     prompt = "w" * 200
@@ -206,7 +206,7 @@ def test_prompts_at_once_that_start_alike_are_read_once(loaded: Loaded) -> None:
     assert len({tuple(sequence.tokens) for sequence in sequences}) == 1
 
 
-def test_prefixes_give_way_to_sequences(loaded: Loaded) -> None:
+def test_prefixes_give_way_to_sequences(loaded: LoadedModel) -> None:
     run = Run(loaded, 512 * TOKEN_BYTES)
     for number in range(12):
         run.add(f"{number}" * 100, BLENDS[number % 4], 4)
@@ -313,7 +313,7 @@ async def test_the_kv_cache_limits_the_context(project: Path, caplog: pytest.Log
     unlimited = Request("x" * 100, Blend(), Sampling(min_output_length=10_000, do_sample=False))
     assert (await collect(engine.generate(unlimited))).usage.completion_tokens == 28
     await engine.close()
-    with pytest.raises(LoadError, match=r"one sequence needs 256; set a larger kv_cache, or a smaller max_context"):
+    with pytest.raises(LoadError, match=r"one text needs 256; set a larger kv_cache, or a smaller max_context"):
         await opened(project.parent, options={"kv_cache": f"{128 * TOKEN_BYTES}B", "max_context": 200})
 
 
@@ -376,7 +376,7 @@ async def test_a_response_format_is_kept_to(project: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["native", "torch", "native bfloat16"])
-def test_the_lean_decoder_is_transformers_code(loaded: Loaded, way: str) -> None:
+def test_the_lean_decoder_is_transformers_code(loaded: LoadedModel, way: str) -> None:
     """The same logits, for prompts, decoding and blends in one pass. In bfloat16 the cache alone is rounded."""
     folder, adapters = str(loaded.model.name_or_path), loaded.lora.adapters.values()
     dtype = torch.bfloat16 if way == "native bfloat16" else torch.float32

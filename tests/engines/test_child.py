@@ -37,7 +37,8 @@ import asyncio, os, pathlib, sys
 from model_compose.engines.served.child import Child
 async def ready(): return (pathlib.Path(sys.argv[1]) / "ready").exists()
 async def main():
-    child = Child("x", [sys.executable, "-c", sys.argv[2], sys.argv[1]], dict(os.environ), ready, lambda: None, patience=20)
+    command, socket = [sys.executable, "-c", sys.argv[2], sys.argv[1]], pathlib.Path(sys.argv[1], "socket")
+    child = Child("x", command, dict(os.environ), socket, ready, lambda: None, patience=20)
     await child.start()
     print("up", flush=True)
     await asyncio.sleep(600)
@@ -52,7 +53,7 @@ def make(
         return (folder / "ready").exists()
 
     command = [sys.executable, "-c", SERVER.format(before=before), str(folder)]
-    return Child("alpha", command, dict(os.environ), is_ready, before_start, patience=patience)
+    return Child("alpha", command, dict(os.environ), folder / "socket", is_ready, before_start, patience=patience)
 
 
 def pids(folder: Path) -> list[int]:
@@ -129,7 +130,15 @@ async def test_one_that_ends_at_once_says_why(tmp_path: Path) -> None:
     llama = "print('0.00.005.842 E srv    load_model: failed to load'); print('0.00.006 I the end'); sys.exit(1)"
     with pytest.raises(LoadError, match="ended before it was ready: load_model: failed to load"):
         await make(tmp_path, before=llama).start()
-    missing = Child("alpha", [str(tmp_path / "nowhere")], {}, make(tmp_path)._is_ready, lambda: None, patience=20)
+    missing = Child(
+        "alpha",
+        [str(tmp_path / "nowhere")],
+        {},
+        tmp_path / "socket",
+        make(tmp_path)._is_ready,
+        lambda: None,
+        patience=20,
+    )
     with pytest.raises(LoadError, match=r"nowhere cannot be run \(No such file or directory\)"):
         await missing.start()
 
@@ -150,11 +159,14 @@ async def test_one_that_is_not_ready_in_time_is_ended(tmp_path: Path) -> None:
 async def test_one_that_crashes_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SHORTEST_PAUSE", 0.1)
     starts: list[bool] = []
-    child = make(tmp_path, before_start=lambda: starts.append(child.ready))
+    socket = tmp_path / "socket"  # a server does not listen at one that is there
+    socket.touch()
+    child = make(tmp_path, before_start=lambda: starts.append(child.ready or socket.exists()))
     await child.start()
     for crash in (1, 2):
         before = pids(tmp_path)
         (tmp_path / "ready").unlink()
+        socket.touch()
         os.kill(before[0], signal.SIGKILL)
         await until(lambda crash=crash: len(starts) > crash and child.ready)  # type: ignore[misc]
         assert not any(alive(pid) for pid in before)

@@ -103,7 +103,7 @@ def test_parts_of_two_bases_are_refused(tmp_path: Path) -> None:
     gguf_base.save_gguf(base, tmp_path / "parts.gguf", split=8)
     parts = sorted(tmp_path.glob("parts-*.gguf"))
     parts[2].write_bytes(parts[1].read_bytes())
-    with pytest.raises(LoadError, match="hold a tensor twice, so they are not of one base"):
+    with pytest.raises(LoadError, match="hold a tensor twice, so they do not belong to one base"):
         read_base(parts[0], "x")
 
 

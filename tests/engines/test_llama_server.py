@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection
 from contextlib import aclosing
 from itertools import pairwise
 from pathlib import Path
@@ -283,7 +283,7 @@ async def test_what_it_cannot_do_exactly_is_the_requests_fault(engine: ServerEng
         ({"options": {"env": {"A": "1"}}}, "'env' is for a llama-server"),
         (
             {"options": {"server": "x"}, "allow_runtime_adapters": True},
-            "'allow_runtime_adapters': llama-server loads adapters when it starts",
+            "'allow_runtime_adapters': llama-server loads adapters only when it starts",
         ),
         ({"options": {"server": "x", "base_url": "http://x"}}, "unknown key 'base_url'"),
     ],
@@ -316,7 +316,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 # Slots and turns.
 
 
-async def order_of_turns(identities: Sequence[str], turns: int, slots: Slots) -> list[str]:
+async def order_of_turns(identities: Collection[str], turns: int, slots: Slots) -> list[str]:
     """Who computes, as it begins to. Each takes its turns one after the other."""
     order: list[str] = []
 

@@ -315,7 +315,7 @@ async def test_what_is_no_gguf_file_or_too_small_a_cache_is_one_sentence(project
     whole = (project.parent / "base.gguf").read_bytes()
     for content in (b"nonsense", whole[:200]):
         (tmp_path / "base.gguf").write_bytes(content)
-        with pytest.raises(LoadError, match=r"base.gguf is no GGUF file that can be read.*download it again"):
+        with pytest.raises(LoadError, match=r"base.gguf cannot be read as a GGUF file.*download it again"):
             await opened(tmp_path)
     with pytest.raises(LoadError, match=r"one text needs 200; set a larger kv_cache, or a smaller max_context"):
         await opened(project.parent, options={"kv_cache": "2kB", "max_context": 200})
@@ -326,11 +326,11 @@ async def test_what_is_no_gguf_file_or_too_small_a_cache_is_one_sentence(project
     [
         (
             {"model": {"path": "./base", "filename": "model.safetensors"}},
-            r"'model': it needs a GGUF file, and ./base/model.safetensors is none; name one by 'filename'",
+            r"'model': it needs a GGUF file, and ./base/model.safetensors is not one; name one with 'filename'",
         ),
-        ({"model": "org/base"}, r"'model': it needs a GGUF file, and org/base is none; name one by 'filename'"),
+        ({"model": "org/base"}, r"'model': it needs a GGUF file, and org/base is not one; name one with 'filename'"),
         ({"precision": "bfloat16"}, "'precision': .*float16 or float32"),
-        ({"quantization": "int8"}, "'quantization': .*take a file of another quantisation"),
+        ({"quantization": "int8"}, "'quantization': .*use a file with another quantisation"),
         ({"device": "cuda:1"}, "'device': .*set auto or cpu"),
         ({"fast_tokenizer": False}, "'fast_tokenizer'"),
         ({"device": "cpu", "options": {"n_gpu_layers": 3}}, "'n_gpu_layers': device is cpu"),

@@ -16,7 +16,7 @@ from model_compose.engines import sizes
 from model_compose.engines.blueprint import Blueprint, on_meta
 from model_compose.engines.devices import Devices
 from model_compose.engines.huggingface import batch, memory
-from model_compose.engines.huggingface.loading import Loaded, load
+from model_compose.engines.huggingface.loading import LoadedModel, load
 from model_compose.engines.needs import Needs, check_fits
 from model_compose.engines.options import AdapterOptions
 from model_compose.engines.stepping import low_rank
@@ -102,7 +102,10 @@ async def test_named_blends_run_by_their_method_beside_any_others(project: Path)
 )
 @given(data=st.data())
 def test_any_schedule_gives_what_the_merged_weights_give(
-    merging: Loaded, references: dict[tuple[str, int], list[int]], data: st.DataObject, monkeypatch: pytest.MonkeyPatch
+    merging: LoadedModel,
+    references: dict[tuple[str, int], list[int]],
+    data: st.DataObject,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a blend that needs the batch to itself, preemption, prefixes and `fold: auto` of the others."""
     monkeypatch.setattr(batch, "FOLD_AFTER", data.draw(st.sampled_from([1, 4, 256])))
@@ -134,7 +137,7 @@ def test_any_schedule_gives_what_the_merged_weights_give(
 
 
 @pytest.fixture(scope="module")
-def merging(project: Path) -> Loaded:
+def merging(project: Path) -> LoadedModel:
     from dataclasses import replace
 
     from model_compose.lora.blend import stack
@@ -145,7 +148,7 @@ def merging(project: Path) -> Loaded:
     return loaded
 
 
-def test_nobody_starves(merging: Loaded) -> None:
+def test_nobody_starves(merging: LoadedModel) -> None:
     """Texts come in the order of their groups: those behind one that needs the batch to itself wait with it."""
     run = Run(merging, 1 << 24)
     first = [run.add(f"{n}", EXACT[n % 3], 12) for n in range(3)]

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Phi3Config, PhimoeConfig
 
-from model_compose.engines.huggingface.loading import Loaded, load
+from model_compose.engines.huggingface.loading import LoadedModel, load
 from model_compose.engines.stepping.sequence import Sequence
 from model_compose.generation import Chunk
 from model_compose.progress import silent
@@ -73,7 +73,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> Loaded:
+def loaded(folder: Path) -> LoadedModel:
     engine: Any = make("huggingface", folder)
     return load(engine._options, folder, silent)
 
@@ -117,7 +117,7 @@ class Rows(Run):
         assert (torch.tensor(told) - scores).abs().max() < 1e-4
 
 
-def test_a_row_alone_has_the_factors_of_its_length(loaded: Loaded, references: dict[Any, Any]) -> None:
+def test_a_row_alone_has_the_factors_of_its_length(loaded: LoadedModel, references: dict[Any, Any]) -> None:
     for length in LENGTHS:
         run = Rows(loaded, 1 << 24)
         sequence = run.ask(length, 3)
@@ -128,7 +128,7 @@ def test_a_row_alone_has_the_factors_of_its_length(loaded: Loaded, references: d
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("tokens", [320, 16_384])
 def test_rows_of_all_lengths_and_blends_share_passes(
-    loaded: Loaded, references: dict[Any, Any], prefix_cache: bool, tokens: int
+    loaded: LoadedModel, references: dict[Any, Any], prefix_cache: bool, tokens: int
 ) -> None:
     """With a KV cache from roomy to so small that rows are preempted; all prompts start alike, in both orders of coming."""
     per_token = sum(shape.token_bytes for shape in loaded.forward.layers)
@@ -145,7 +145,7 @@ def test_rows_of_all_lengths_and_blends_share_passes(
 
 
 def test_a_prefix_serves_texts_on_its_own_side_of_the_switch(
-    folder: Path, loaded: Loaded, references: dict[Any, Any]
+    folder: Path, loaded: LoadedModel, references: dict[Any, Any]
 ) -> None:
     run = Rows(loaded, 1 << 24)
 

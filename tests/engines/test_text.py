@@ -1,7 +1,7 @@
 """From tokens to text, over every kind of vocabulary: a stream shows what decoding the whole shows."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import pytest
@@ -31,11 +31,11 @@ class Vocabulary:
         known = self.tokenizer.get_vocab()
         return [known[name] for name in names]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Collection[int]) -> str:
         text: str = self.tokenizer.backend_tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
-    def whole(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    def whole(self, prompt: Collection[int], tokens: Collection[int]) -> str:
         """The text behind the prompt. A last character that is incomplete is left out: no stream can show it."""
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         shown = [token for token in tokens if self.tokenizer.decode([token]) not in SPECIAL]
@@ -143,7 +143,7 @@ def texts(vocabulary: Vocabulary) -> st.SearchStrategy[list[int]]:
     return st.lists(every | st.sampled_from(likely or [*vocabulary.stands_for]), max_size=12)
 
 
-def streamed(detokenizer: Detokenizer, tokens: Sequence[int]) -> str:
+def streamed(detokenizer: Detokenizer, tokens: Collection[int]) -> str:
     return "".join([*(detokenizer.push(token) for token in tokens), detokenizer.rest])
 
 

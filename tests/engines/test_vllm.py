@@ -145,7 +145,7 @@ async def test_adapters_come_and_go_while_it_serves(engine: VllmEngine, project:
     assert (await answer(engine, "Hello", Blend({"third": 1.0, "alpaca": 1.0}))).texts[0].text
     assert (await running).texts[0].text == SAID * 30
     await engine.unload_adapter("third")
-    with pytest.raises(InputError, match="leave device and precision out"):
+    with pytest.raises(InputError, match="remove device and precision"):
         await engine.load_adapter(options("third", "alpaca", precision="float16"), silent)
 
 
@@ -235,15 +235,15 @@ async def test_a_running_server_is_used_and_left_as_it_was(python: str, project:
         ({"options": {"api_key": "x"}}, "'api_key' is for a server at 'base_url'"),
         (
             {"options": {"base_url": "http://x"}, "precision": "float16"},
-            "'precision': the server at base_url has its own",
+            "'precision': the server at base_url decides",
         ),
         ({"model": "./m.gguf"}, r"'model': ./m.gguf is a single file.*driver: llamacpp"),
-        ({"quantization": "int8"}, "'quantization': give it a checkpoint that is quantised"),
+        ({"quantization": "int8"}, "'quantization': use a checkpoint that is quantised"),
         ({"device": "cuda:1"}, "'device': .*CUDA_VISIBLE_DEVICES"),
         ({"preload": False}, "'preload'"),
         (
             {"peft_adapters": [{"type": "lora", "model": "./a", "device": "cpu"}]},
-            "'peft_adapters.device': adapters compute where the base does",
+            "'peft_adapters.device': adapters compute on the base's device",
         ),
     ],
 )
@@ -254,10 +254,12 @@ def test_options_that_it_cannot_honour_are_refused_by_name(changes: dict[str, An
 
 
 async def test_an_interpreter_without_vllm_says_what_to_do(project: Path) -> None:
-    with pytest.raises(LoadError, match="has no vLLM; `model-compose setup vllm` makes an environment that has"):
+    with pytest.raises(LoadError, match="has no vLLM; `model-compose setup vllm` makes an environment that has it"):
         async with opened(project.parent, python=sys.executable):
             pass
-    with pytest.raises(LoadError, match=r"options.python: there is no /nowhere; `model-compose setup vllm`"):
+    with pytest.raises(
+        LoadError, match=r"options.python: there is no /nowhere; install it with `model-compose setup vllm`"
+    ):
         async with opened(project.parent, python="/nowhere"):
             pass
 
@@ -290,7 +292,7 @@ def test_a_rank_beyond_the_limit_names_adapters_sum_limit_and_remedy() -> None:
     with pytest.raises(InputError) as free:
         check_rank(Blend(both), loaded, 64)
     assert str(free.value) == (
-        "this blend has the rank 96 (a 64 + b 32), and vllm was started for 64; use fewer adapters, or "
+        "this blend has the rank 96 (a 64 + b 32), but vllm was started for 64; use fewer adapters, or "
         "options.max_lora_rank: 128"
     )
     blends = Blends(("a", "b"), {"mix": Blend(both, "mix")}, Blend({}))

@@ -2,7 +2,7 @@
 
 import copy
 import importlib
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def random_deltas(count: int, shape: tuple[int, int] = (12, 17), seed: int = 0) 
     return [torch.randn(shape, generator=generator) for _ in range(count)]
 
 
-def adapters(*ranks: int, paths: Sequence[str] = (PATH,), scaling: float = 2.0) -> dict[str, LoraAdapter]:
+def adapters(*ranks: int, paths: Collection[str] = (PATH,), scaling: float = 2.0) -> dict[str, LoraAdapter]:
     """One adapter for each rank, named a, b, …"""
     return {
         name: random_adapter(name, base("llama"), paths, [rank] * len(paths), [scaling] * len(paths), seed=ord(name))
@@ -52,7 +52,7 @@ def adapters(*ranks: int, paths: Sequence[str] = (PATH,), scaling: float = 2.0) 
     }
 
 
-def pefts(method: Method, deltas: Sequence[Tensor], weights: Sequence[float], key: str) -> Tensor:
+def pefts(method: Method, deltas: list[Tensor], weights: list[float], key: str) -> Tensor:
     """The result of PEFT's implementation. PEFT draws its masks from torch's default generator, so we seed that one."""
     options = method.model_dump(exclude={"method", "seed"})
     if method.method in ("ties", "magnitude_prune"):

@@ -22,6 +22,8 @@ from model_compose.servers.openai_fields import UNSUPPORTED
 from tests.servers.test_documents import OPERATIONS
 from tests.servers.test_http import PROMPT
 
+pytestmark = pytest.mark.slow
+
 CONFORMANCE = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 CLIENT = httpx.Client(timeout=60)
 BOUNDED = settings(

@@ -1,5 +1,6 @@
 """/v1, driven by the official client as it is."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -407,3 +408,24 @@ def test_an_error_in_mid_stream_reaches_the_client(project: Path, monkeypatch: p
         assert "42" not in str(caught.value)
         with pytest.raises(openai.InternalServerError):
             complete(client)
+
+
+def test_an_empty_text_says_why(tmp_path: Path) -> None:
+    path = tiny.save_project(tmp_path, tiny.YAML.replace("precision: float32", "precision: float32\n  id: tiny"))
+    tiny.teach_to_say(tmp_path / "base", "ab")
+    silence = {"logit_bias": {str(tiny.EOS): 100}, "max_tokens": 4, "model": "tiny", "lora": []}
+    raw: dict[str, Any] = {"prompt": "ab", **silence}
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "ab"}], **silence}
+    with serving(path) as url:
+        for route, body, why in (
+            ("completions", raw, "use /v1/chat/completions, or write the prompt in the template"),
+            ("chat/completions", chat, "the text is empty: the model ended at once"),
+        ):
+            answer = httpx.post(f"{url}/v1/{route}", json=body).json()
+            assert why in answer["notes"][0]
+            events = httpx.post(f"{url}/v1/{route}", json={**body, "stream": True}).text.split("\n\n")
+            chunks = [json.loads(line.removeprefix("data: ")) for line in events if line.startswith("data: {")]
+            assert chunks[-1]["notes"] == answer["notes"]
+            assert not any("notes" in chunk for chunk in chunks[:-1])
+            said = httpx.post(f"{url}/v1/{route}", json={**body, "logit_bias": {}}).json()
+            assert "notes" not in said

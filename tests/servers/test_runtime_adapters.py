@@ -360,7 +360,7 @@ def test_which_of_several_models(folder: Path) -> None:
             response = load_adapter(url, "x", "./loose/first")
             assert response.status_code == status
             if status == 400:
-                assert refused(response, 400) == "several models take adapters; say which by 'component': a, b"
+                assert refused(response, 400) == "several models take adapters; name one of them by 'component': a, b"
                 assert load_adapter(url, "x", "./loose/first", component="a").status_code == 200
             if status == 200:
                 models = {card["id"] for card in httpx.get(f"{url}/v1/models").json()["data"]}

@@ -1,1 +1,1 @@
-"""A base's weights on disk, one tensor at a time: reading them by the names they are stored under, and writing them."""
+"""Reads a base's weights from disk one tensor at a time, by their stored names, and writes them as safetensors files."""

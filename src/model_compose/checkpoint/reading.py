@@ -60,7 +60,7 @@ def open_checkpoint(base: Fetched, model: "PreTrainedModel") -> Checkpoint:
     return FolderCheckpoint(files, model)
 
 
-def holder(base: Fetched, model: "PreTrainedModel") -> Callable[[str, Tensor], bool | None]:
+def copy_checker(base: Fetched, model: "PreTrainedModel") -> Callable[[str, Tensor], bool | None]:
     """A function (parameter name, tensor) -> whether the base's parameter equals that tensor.
 
     The function returns None if they cannot be compared. It looks under both names of a tied parameter, and raises

@@ -28,6 +28,7 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
+        """The tensor's size in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 

@@ -1,7 +1,7 @@
 """`model-compose adapters list` and `inspect`: what the adapters are, and how they compare with each other."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -103,7 +103,7 @@ def inspect_adapters(
 
 
 def _tell(
-    loaded: "ComposeFile | None", given: Sequence[str], component: str | None, blend: str | None, plot: Path | None, *,
+    loaded: "ComposeFile | None", given: Collection[str], component: str | None, blend: str | None, plot: Path | None, *,
     as_json: bool, deep: bool,
 ) -> None:  # fmt: skip
     from model_compose.terminal import bars, render
@@ -140,7 +140,7 @@ def _drawing(plot: Path | None) -> Any:
 
 
 def _inspect(
-    loaded: "ComposeFile | None", given: Sequence[str], component: str | None, blend: str | None, bars: Any
+    loaded: "ComposeFile | None", given: Collection[str], component: str | None, blend: str | None, bars: Any
 ) -> "list[Inspection]":
     """One inspection for each model that the command names. Raises NotFound, InputError, AdapterError."""
     from model_compose.inspection import inspect
@@ -165,11 +165,12 @@ def _inspect(
 
 def _models(loaded: "ComposeFile | None", component: str | None) -> "Mapping[str, ModelOptions]":
     """The model components by their public names, or only `component`. Raises NotFound."""
+    from model_compose.schema import public_name
 
     found = dict(loaded.config.models) if loaded else {}
     if component is None:
         return found
-    id = "default" if component == "__component__" else component
+    id = public_name(component)
     if id not in found:
         raise NotFound(f"--component: there is no model component '{component}'; known: {', '.join(found) or 'none'}")
     return {id: found[id]}
@@ -183,7 +184,7 @@ def _is_folder(text: str) -> bool:
     return not is_name and Path(text).expanduser().is_dir()
 
 
-def _folders(given: Sequence[str], known: "set[str]") -> dict[str, str]:
+def _folders(given: Collection[str], known: "set[str]") -> dict[str, str]:
     """Folders by the names that the output gives them. Raises NotFound for what is neither a name nor a folder."""
     folders: dict[str, str] = {}
     for text in given:
@@ -207,7 +208,7 @@ class Column:
     """A column of a table. cells: one for each row."""
 
     header: str
-    cells: Sequence[str]
+    cells: Collection[str]
     left: bool = False
 
     @property
@@ -217,7 +218,7 @@ class Column:
         return max(map(cell_len, (self.header, *self.cells)), default=0)
 
 
-def _show(inspections: "Sequence[Inspection]", *, deep: bool) -> None:
+def _show(inspections: "Collection[Inspection]", *, deep: bool) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, emoji=False)
@@ -308,7 +309,7 @@ def _reach(inspected: "Inspected") -> str:
 def _print_pairs(inspection: "Inspection", console: "Console") -> None:
     pairs = inspection.pairs[:MOST_PAIRS]
 
-    def side(overlaps: "Sequence[Overlap | None]", header: str) -> list[Column]:
+    def side(overlaps: "Collection[Overlap | None]", header: str) -> list[Column]:
         values = ["–" if each is None else f"{each.value:.3f}" for each in overlaps]
         chances = ["–" if each is None else f"{each.by_chance:.3f}" for each in overlaps]
         return [Column(header, values), Column("chance", chances)]
@@ -355,7 +356,7 @@ def _print_notes(console: "Console", *, with_pairs: bool) -> None:
     console.print(table)
 
 
-def _print_table(console: "Console", first: Column, groups: Sequence[Sequence[Column]]) -> None:
+def _print_table(console: "Console", first: Column, groups: Collection[Collection[Column]]) -> None:
     """Prints the columns side by side. Groups of columns that do not fit follow below, after the first column again."""
     from rich.markup import escape
     from rich.table import Table
@@ -381,11 +382,11 @@ def _print_table(console: "Console", first: Column, groups: Sequence[Sequence[Co
             console.print()
 
 
-def _width(group: Sequence[Column]) -> int:
+def _width(group: Collection[Column]) -> int:
     return sum(GAP + column.width for column in group)
 
 
-def _range(values: Sequence[float]) -> str:
+def _range(values: Collection[float]) -> str:
     """8, or 8–16."""
     low, high = f"{min(values):.4g}", f"{max(values):.4g}"
     return low if low == high else f"{low}–{high}"

@@ -1,6 +1,6 @@
 """The plot of `adapters list` and `inspect`: norms and shares by layer, and how far each pair of adapters overlaps."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ STYLE = {
 }  # fmt: skip
 
 
-def draw(inspections: Sequence[Inspection], path: Path) -> None:
+def draw(inspections: Collection[Inspection], path: Path) -> None:
     """Writes the plot, with a row for each model. Raises InputError if the file cannot be written."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -139,7 +139,7 @@ def _draw_overlaps(area: Any, inspection: Inspection) -> None:
                     )
 
 
-def _label_layers(axes: Any, layers: Sequence[str]) -> None:
+def _label_layers(axes: Any, layers: tuple[str, ...]) -> None:
     """Labels every layer, or every n-th if there are many. Modules outside of the layers get their names."""
     step = -(-len(layers) // 20)
     shown = [i for i, layer in enumerate(layers) if not layer.isdecimal() or int(layer) % step == 0]

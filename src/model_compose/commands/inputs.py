@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ def _takes_text(variable: Variable) -> bool:
     return named and (is_text or variable.role == "messages")
 
 
-def _example(asked: Sequence[Variable]) -> str:
+def _example(asked: Collection[Variable]) -> str:
     """An example with the required inputs, or with all inputs if none is required."""
     shown = [variable for variable in asked if variable.required] or asked
     value = _nested({variable.path: _sample(variable) for variable in shown})

@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ def what_is_up() -> list[str]:
     return ["these are up; each line ends one:", *lines] if lines else []
 
 
-def files_or_what_is_up(given: Sequence[Path]) -> tuple[Path, ...]:
+def files_or_what_is_up(given: Collection[Path]) -> tuple[Path, ...]:
     """The files that are meant. Raises ConfigError, which lists what is up, where there are none."""
     from model_compose.loading import find_files
 
@@ -125,7 +125,7 @@ class Seen:
     state: str
     progress: str | None
     loads: Mapping[str, Load]
-    problems: Sequence[str]
+    problems: Collection[str]
 
 
 def _look(record: "Record", files: list[Path] | None, env_files: list[Path] | None, env: list[str] | None) -> Seen:
@@ -254,7 +254,7 @@ def _facts(model: "Model", load: Load | None) -> list[tuple[str, str | None]]:
     return facts
 
 
-def _aligned(facts: Sequence[tuple[str, str | None]]) -> list[str]:
+def _aligned(facts: Collection[tuple[str, str | None]]) -> list[str]:
     """Labelled lines; facts without a value are left out."""
     return [f"  {label:<8}  {value}" for label, value in facts if value]
 

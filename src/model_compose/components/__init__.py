@@ -1,9 +1,9 @@
-"""Components: what a job runs. The protocol, the options that all share, and the registry.
+"""Components are what jobs run. Here: their protocol, the options that all of them have, and their registry.
 
 A new component type is one file here plus its line in COMPONENTS: a class with the methods of `Component` and `Options`.
 """
 
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +19,14 @@ from model_compose.lora.blend import Blend
 from model_compose.progress import Report
 from model_compose.registry import Registry
 from model_compose.room import Place
-from model_compose.schema import Options, TemplateValue, invalid
+from model_compose.schema import Named, Options, TemplateValue, invalid
 
 DEFAULT_ID = "__default__"
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of text that belongs at `path` of the value that is being made."""
+    """The next piece of the text that stands at `path` of the component's value."""
 
     path: ValuePath
     text: str
@@ -36,7 +36,7 @@ class Delta:
 class Answer:
     """Which model component answered, under which blend, at what cost, and how its text ended.
 
-    finish_reason: of each text, where the component's value is a list of texts. notes: sentences for a person.
+    finish_reason: one for each text if the component's value is a list of texts. notes: sentences for a person.
     """
 
     component: str
@@ -58,8 +58,8 @@ class Result:
 class ActionOptions(Options):
     """What every action has. `output` maps the component's `result`.
 
-    needs: fields (any one of them) without which the action cannot run; input that feeds only other fields is optional.
-    structured: fields, dotted, that plain text cannot fill, so that a form asks for JSON.
+    needs: fields of which the action needs one; an input that only other fields read is optional. structured: dotted
+    fields that plain text cannot fill, so a form asks for JSON.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -83,13 +83,9 @@ class ActionOptions(Options):
         return None if self.output is None else parse(self.output)
 
 
-class ComponentOptions(Options):
+class ComponentOptions(Named):
     """What every component has."""
 
-    id: str = Field(
-        default="__component__",
-        description="The name by which jobs and clients choose this component; `default` on /v1 if unset",
-    )
     type: str = Field(description="The kind of component")
     runtime: Literal["native", "embedded"] = Field(
         default="native", description="Accepted for files of the original; both run in this process"
@@ -123,7 +119,7 @@ class ComponentOptions(Options):
 
 
 class Component(Protocol):
-    """Opened once, then runs any number of jobs at once."""
+    """What a component does. It is opened once and then runs any number of jobs at the same time."""
 
     Options: ClassVar[Any]
 
@@ -150,7 +146,7 @@ COMPONENTS: Registry[type[Component]] = Registry(
 
 
 class Picked(Protocol):
-    """Something with an id that can be the default."""
+    """Something that has an id and may be marked as the default."""
 
     @property
     def id(self) -> str: ...
@@ -163,7 +159,10 @@ T = TypeVar("T")
 
 
 def pick(items: tuple[P, ...], id: str, what: str) -> P:
-    """The item with the id; for "__default__" the only one, else the one marked default. Raises NotFound."""
+    """The item with the id. "__default__" stands for the only item, or else for the one that is marked as the default.
+
+    Raises NotFound.
+    """
     found = _default(items) if id == DEFAULT_ID else next((item for item in items if item.id == id), None)
     if found is None:
         known = ", ".join(item.id for item in items) or "none"
@@ -183,7 +182,7 @@ def one_or_many(one: T | None, many: tuple[T, ...]) -> Iterator[T]:
     yield from many
 
 
-def located(one: Any, many: Sequence[Any], key: str) -> list[tuple[Keys, Any]]:
+def located(one: Any, many: Collection[Any], key: str) -> list[tuple[Keys, Any]]:
     """What stands under a key of the dialect and under its plural, each with its path in the YAML."""
     alone = [] if one is None else [((key,), one)]
     return [*alone, *(((f"{key}s", number), each) for number, each in enumerate(many))]

@@ -106,9 +106,11 @@ class ModelComponent:
         self.meter: Meter
         """Counts requests for /metrics. Compose sets it before anything runs."""
         self._inputs = INPUTS[options.task]
+        self._samplings: dict[str, Sampling] = {}
+        """What `sampling` has read of the actions, by id."""
         self.base_dir = base_dir
         self._changing = asyncio.Lock()
-        """Adapters come and go one after the other, so of two loads of one name the later one stays."""
+        """Held while an adapter is loaded or unloaded. So of two loads under one name, the later one stays."""
 
     async def open(self, report: Report) -> None:
         await self.engine.open(report)
@@ -119,9 +121,14 @@ class ModelComponent:
     def sampling(self, action: str = DEFAULT_ID) -> Sampling:
         """An action's sampling as far as it is constant; the default action's is what /v1 uses for fields that a request
         leaves out."""
+        if action not in self._samplings:
+            self._samplings[action] = self._sampling(action)
+        return self._samplings[action]
+
+    def _sampling(self, action: str) -> Sampling:
         try:
             given: Any = self.options.find_action(action).model_dump(exclude_unset=True, warnings=False)
-        except NotFound:  # no action, or several and none is the default
+        except NotFound:  # there is no action, or there are several and none is the default
             given = {}
         params = {name: value for name, value in given.get("params", {}).items() if not has_expression(value)}
         constant = {
@@ -132,9 +139,9 @@ class ModelComponent:
         return Generation(params=Params(**params), **constant).sampling
 
     async def load_adapter(self, options: AdapterOptions, report: Report = silent, *, in_place: bool = True) -> None:
-        """One more adapter while requests run, or, in place, another one of the same name; its weight is 0 unless a request
-        or a blend of the file names it.
+        """Loads an adapter while requests run. Its weight is 0 unless a request or a blend of the file names it.
 
+        in_place: whether it may replace an adapter of the same name.
         Raises InputError for a name that is taken, SourceError, AdapterError, Conflict.
         """
         name = options.name
@@ -152,7 +159,7 @@ class ModelComponent:
                 self.blends = replace(self.blends, adapters=(*self.blends.adapters, name))
 
     async def unload_adapter(self, name: str) -> None:
-        """Takes an adapter away; running requests finish with it. Raises NotFound, Conflict where the file needs it."""
+        """Unloads an adapter; running requests finish with it. Raises NotFound, and Conflict if the file uses it."""
         async with self._changing:
             if name not in self.blends.adapters:
                 raise NotFound(f"there is no adapter '{name}'; known: {', '.join(self.blends.adapters) or 'none'}")
@@ -170,9 +177,9 @@ class ModelComponent:
             )
 
     def runtime_adapter(self, name: str, reference: str) -> AdapterOptions:
-        """A client's adapter as `load_adapter` takes it, confined to the file's runtime_adapter_sources. Reads the disk.
+        """The options of an adapter that a client names, if the file's runtime_adapter_sources allow it. Reads the disk.
 
-        One of the file's names keeps its precision and device. Raises Forbidden, InputError.
+        An adapter with a name of the file keeps the precision and device that the file says. Raises Forbidden, InputError.
         """
         self.check_runtime_adapters()
         source = confine(reference, self.options.runtime_adapter_sources, self.base_dir, field="lora_path")
@@ -181,7 +188,7 @@ class ModelComponent:
         return given.model_copy(update={"name": name, "model": source})
 
     def take(self, blend: Blend | None = None) -> Place:
-        """A place in the engine's room. blend: under which a refusal is counted. Raises Overloaded."""
+        """A place in the engine's room. blend: the label under which a refusal is counted. Raises Overloaded."""
         try:
             return self.engine.room.take()
         except Overloaded as error:
@@ -205,7 +212,7 @@ class ModelComponent:
         prompts, drawn = inputs.prompts(), inputs.sampling if sampling is None else sampling.over(inputs.sampling)
         requests = [Request(prompt, used, drawn, inputs.max_input_length, place) for prompt in prompts]
         as_list = inputs.takes_many or drawn.num_return_sequences > 1
-        identity = self.engine.identity(used)  # now: the adapters may be others when the text ends
+        identity = self.engine.identity(used)  # asked now, because adapters may be exchanged before the text ends
         output = action.output_template
         paths = [()] if output is None else output.places("result", ())
 
@@ -274,7 +281,7 @@ async def _merge(
 
 
 async def _reraise(task: asyncio.Task[None]) -> None:
-    """A task group wraps what failed; the first failure is the one to tell."""
+    """Raises what failed in the task. A task group wraps its failures; the first one is the one to report."""
     try:
         await task
     except BaseExceptionGroup as group:
@@ -282,7 +289,7 @@ async def _reraise(task: asyncio.Task[None]) -> None:
 
 
 def _add(one: Usage, other: Usage) -> Usage:
-    """The tokens of both. Seconds do not add up where requests run at the same time."""
+    """The sum of the tokens. Seconds are left out: they do not add up when requests run at the same time."""
     return Usage(
         one.prompt_tokens + other.prompt_tokens, one.completion_tokens + other.completion_tokens,
         cached_tokens=one.cached_tokens + other.cached_tokens,

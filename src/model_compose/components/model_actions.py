@@ -25,15 +25,15 @@ from model_compose.schema import Options, at_most, field_of, invalid, templated
 
 MOST_MESSAGES = 4096
 MOST_PROMPTS = 4096
-"""Of one request; each is a request to the engine."""
+"""Prompts of one run. Each becomes a request to the engine."""
 
 MOST_TEXTS = 256
-"""Of one run that are with the engine at the same time."""
+"""Texts of one run that are in the engine at the same time."""
 
 MOST_BIASES = 4096
 MOST_STOPS = 64
 LONGEST_STOP = 1024
-"""In bytes. Every token that is made is compared with all stop strings."""
+"""In bytes. Each new token is compared with all stop strings."""
 
 
 def _short_stops(stops: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -47,14 +47,14 @@ def _short_stops(stops: str | tuple[str, ...] | None) -> str | tuple[str, ...] |
 
 
 def _one_bias_a_token(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
-    """In JSON a token may be spelt "5" and "05"."""
+    """Refuses a token that is named twice: in JSON it may be spelt "5" and "05"."""
     biases = read(value)
     spelt = dict[int, str]()
     for name, bias in value.items() if len(biases) < len(value) else ():
         (token,) = read({name: bias})
         if token in spelt:
             names = f"'{spelt[token]}' and '{name}'"
-            raise invalid(f"the token {token} is named twice: {names}", name)
+            raise invalid(f"the token {token} is named twice: {names}")
         spelt[token] = str(name)
     return biases
 
@@ -210,7 +210,7 @@ class TextGeneration(Generation):
 
     @property
     def takes_many(self) -> bool:
-        """Whether the prompt is a list, so that the result is one too."""
+        """Whether the prompt is a list; then the result is a list too."""
         return isinstance(self.prompt if self.prompt is not None else self.text, tuple)
 
     def prompts(self) -> tuple[str, ...]:
@@ -227,7 +227,7 @@ class ChatMessage(Options):
 
 
 def _turns(value: Any) -> Any:
-    """One turn as a list of one; JSON text as what it says, since forms send it so. Raises ValueError."""
+    """A list of turns: of a single turn, or read from JSON text, which is how forms send it. Raises ValueError."""
     if isinstance(value, str):
         with suppress(ValueError):
             value = strict_json(value)

@@ -1,12 +1,12 @@
 """What a person should know about texts that a model made: which were cut or came out empty, and why."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 
 from model_compose.generation import Finish, Sampling, Usage
 
 
 def notes(
-    texts: Sequence[str], finishes: Sequence[Finish], sampling: Sampling, usage: Usage, *, past_template: bool
+    texts: Collection[str], finishes: list[Finish], sampling: Sampling, usage: Usage, *, past_template: bool
 ) -> tuple[str, ...]:
     """A sentence for each thing to know. usage: of all texts together.
 
@@ -16,7 +16,7 @@ def notes(
     return (*_cut(texts, finishes, sampling, usage), *empty(texts, finishes, sampling, usage, chat=chat))
 
 
-def _cut(texts: Sequence[str], finishes: Sequence[Finish], sampling: Sampling, usage: Usage) -> Iterator[str]:
+def _cut(texts: Collection[str], finishes: list[Finish], sampling: Sampling, usage: Usage) -> Iterator[str]:
     cut = finishes.count("length")
     if not cut:
         return
@@ -31,7 +31,7 @@ def _cut(texts: Sequence[str], finishes: Sequence[Finish], sampling: Sampling, u
 
 
 def empty(
-    texts: Sequence[str], finishes: Sequence[Finish], sampling: Sampling, usage: Usage, *, chat: str | None
+    texts: Collection[str], finishes: list[Finish], sampling: Sampling, usage: Usage, *, chat: str | None
 ) -> tuple[str, ...]:
     """Why texts came out empty, as a sentence; none if all of them say something.
 

@@ -62,10 +62,12 @@ else:
 
 
 def weights_of(written: BlendOptions) -> Weights:
+    """The weights of a named blend, in either form."""
     return written.weights if isinstance(written, ByMethod) else written
 
 
 def to_blend(name: str, written: BlendOptions) -> Blend:
+    """The blend that the YAML's options describe."""
     if isinstance(written, ByMethod):
         method = METHODS[written.method].model_validate(written.model_dump(exclude={"weights"}))
         return Blend(written.weights, name, method)

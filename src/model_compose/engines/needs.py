@@ -1,12 +1,15 @@
 """The memory that a model needs on one device, and the check whether the device has it free. A driver computes the
 numbers."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from model_compose.engines.devices import size_text
 from model_compose.errors import LoadError
+
+log = logging.getLogger(__name__)
 
 LEAST_TOKENS = 256
 """The smallest useful context: `check_fits` requires room for a KV cache of so many tokens."""
@@ -110,3 +113,26 @@ def _remedy(needs: Needs) -> str:
         return "set fold: never"
     settings = [f"{setting} (the base: {size_text(size)})" for setting, size in needs.smaller.items()]
     return f"set {' or '.join([*settings, 'another device'])}, or use a smaller model"
+
+
+def limit_context(budget: int, token_bytes: int, holds: int, context: int, least: int, *, rows: int = 1) -> int:
+    """The longest context in tokens: `context`, or fewer if a KV cache of `budget` bytes cannot hold that many for one text
+    (this logs a warning).
+
+    token_bytes: the bytes of one token's keys and values. holds: the tokens that the cache can hold for one text.
+    least: the tokens that one text needs. rows: into how many equal parts the cache is divided. Raises LoadError if
+    holds < least.
+    """
+    each = f" for each of {rows} texts" if rows > 1 else ""
+    if holds < least:
+        fewer = ", a smaller max_batch_size" if rows > 1 else ""
+        raise LoadError(
+            f"a KV cache of {size_text(budget)} holds {holds} tokens of this model{each} ({size_text(token_bytes)} per "
+            f"token), but one text needs {least}; set a larger kv_cache{fewer}, or a smaller max_context"
+        )
+    if holds < context:
+        log.warning(
+            "the KV cache of %s holds %d tokens%s, so a prompt with its answer can have only this many, instead of %d",
+            size_text(budget), holds, each, context,
+        )  # fmt: skip
+    return min(context, holds)

@@ -111,6 +111,7 @@ def check_tokenizer(base: Fetched) -> None:
 
 
 def has_tokenizer(base: Fetched) -> bool:
+    """Whether the base's folder has any file of a tokenizer."""
     return any(path.is_file() for pattern in _TOKENIZERS for path in base.folder.glob(pattern))
 
 

@@ -13,7 +13,7 @@ from model_compose.engines import ENGINES
 from model_compose.engines.blends import BlendOptions, ByMethod, to_blend, weights_of
 from model_compose.errors import Keys
 from model_compose.lora.blend import Blend, Blends
-from model_compose.schema import AnyOf, Options, Weight, invalid
+from model_compose.schema import AnyOf, Named, Options, Weight, invalid
 from model_compose.sources import ModelSource
 from model_compose.sources.confine import SourcePatterns
 
@@ -59,13 +59,9 @@ class AdapterOptions(Options):
         return value
 
 
-class ModelOptions(Options):
+class ModelOptions(Named):
     """The keys of a model component that every driver gets."""
 
-    id: str = Field(
-        default="__component__",
-        description="The name by which jobs and clients choose this component; `default` on /v1 if unset",
-    )
     driver: str = Field(default="huggingface", description="What runs the model: huggingface, vllm or llamacpp")
     model: ModelSource = Field(description="Where the weights come from: org/name of the Hub, a path, or a mapping")
     precision: Precision = Field(

@@ -8,7 +8,7 @@ text we tokenize only as much as is needed to decide whether it fits.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from model_compose.daemon import Lane
@@ -153,7 +153,7 @@ def check_tokens(tokens: Iterable[int], vocabulary: int) -> None:
             )
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
+def common(one: Collection[int], other: Collection[int]) -> int:
     """The length of the longest common prefix of two token sequences."""
     for position, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:

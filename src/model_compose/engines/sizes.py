@@ -210,6 +210,7 @@ def _targets(config: Mapping[str, Any], model: "nn.Module", shapes: Mapping[str,
 
 
 def weight_of(model: "nn.Module", path: str) -> "torch.Tensor":
+    """The weight of the module at `path`."""
     module: Any = model.get_submodule(path)
     weight: torch.Tensor = module.weight
     return weight

@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
@@ -47,7 +47,7 @@ class Spelling:
         spelt = all(character in _ALPHABET for character in name)
         return bytes(_ALPHABET[character] for character in name) if spelt else name.encode()
 
-    def text(self, names: Sequence[str], before: Sequence[str]) -> str:
+    def text(self, names: Collection[str], before: Collection[str]) -> str:
         """The text that the pieces `names` add after the pieces `before`."""
         join = " ".join if self._decoder is None else self._decoder.decode
         text: str = join([*before, *names])
@@ -74,7 +74,7 @@ class Detokenizer:
     decoded in parts; the result differs only if the run contains such a byte.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
         self._spelling = Spelling(tokenizer)
         self._utf8 = Utf8Decoder("replace")
         self._held: list[str] = []
@@ -124,7 +124,7 @@ class Detokenizer:
 class Transcript:
     """The text of one sequence that may be sent to the client: complete, final characters, without stop strings."""
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, prompt: list[int], stops: Collection[str]) -> None:
         self._text, self._stops = Detokenizer(tokenizer, prompt), StopStrings(stops)
 
     @property
@@ -183,7 +183,7 @@ class _Stop:
 class StopStrings:
     """Holds back text that may be the start of a stop string, even if the string spans several tokens."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Collection[str]) -> None:
         self._stops = [_Stop(stop) for stop in stops]
         self._held = ""
 

@@ -1,7 +1,6 @@
 """Loads the base's tokenizer with its chat template, from a folder or from a GGUF file."""
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def _gguf_tokenizer(base: Fetched, header: Gguf) -> Any:
     return tokenizer
 
 
-def _same_tokens(tokenizer: Any, tokens: Sequence[str]) -> bool:
+def _same_tokens(tokenizer: Any, tokens: list[str]) -> bool:
     """Whether the tokenizer has the GGUF file's tokens. Added tokens are not compared, since converters rewrite them."""
     own, added = tokenizer.convert_ids_to_tokens(range(len(tokenizer))), tokenizer.added_tokens_decoder
     return all(id in added or tokens[id : id + 1] == [token] for id, token in enumerate(own))

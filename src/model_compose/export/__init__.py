@@ -73,6 +73,7 @@ class Export:
 
     @property
     def base_name(self) -> str:
+        """The base's name in messages and cards."""
         return describe(self.options.model)
 
     @property
@@ -175,7 +176,7 @@ def _gather(
     loaded: ComposeFile, options: ModelOptions, blend: Blend, order: Order, format: Format, report: Report
 ) -> Export:
     """Fetch the blend's adapters and the base, and check that they fit together."""
-    from model_compose.checkpoint.reading import holder
+    from model_compose.checkpoint.reading import copy_checker
     from model_compose.engines.adapters import fetch_adapter
     from model_compose.engines.blueprint import read_blueprint
     from model_compose.engines.on_disk import CONFIG_FILES
@@ -199,7 +200,7 @@ def _gather(
     model: Any = read_blueprint(options, base).model
     shapes = module_shapes(model)
     adapters = {name: check(adapter, shapes) for name, adapter in adapters.items()}
-    says = holder(base, model)
+    holds = copy_checker(base, model)
     for adapter in adapters.values():
-        check_copies(adapter, says)
+        check_copies(adapter, holds)
     return Export(options, blend, adapters, sources, base, model, order)

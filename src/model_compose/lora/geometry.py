@@ -5,7 +5,7 @@ computed from small products of the factors, angles between subspaces from ortho
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,7 @@ class Geometry:
 
     @property
     def targets(self) -> tuple[str, ...]:
+        """The target modules that any adapter touches, in the order of the model."""
         return tuple(dict.fromkeys(place.target for place in sorted(self.grams)))
 
     def gram(self, *, layer: str | None = None, target: str | None = None) -> Matrix:
@@ -110,7 +111,7 @@ class Geometry:
 
 
 def measure(
-    adapters: Sequence[LoraAdapter], progress: Callable[[int, int], None] = lambda done, total: None
+    adapters: Collection[LoraAdapter], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Geometry:
     """Compare adapters of one base, module by module, so that only one module's factors are in memory as float64.
 
@@ -141,7 +142,7 @@ def measure(
     return Geometry(names, grams, tuple(pairs))
 
 
-def _check_alike(adapters: Sequence[LoraAdapter]) -> None:
+def _check_alike(adapters: Collection[LoraAdapter]) -> None:
     first: dict[str, tuple[str, tuple[int, int]]] = {}
     for adapter in adapters:
         for path, factors in adapter.modules.items():
@@ -203,7 +204,7 @@ def place(path: str) -> Place:
     return Place((0 if re.search("emb|wte|wpe", path) else 2, 0), target, target)
 
 
-def _pair(one: str, other: str, gram: Matrix, found: Sequence[tuple[Overlap | None, Overlap | None]]) -> Pair:
+def _pair(one: str, other: str, gram: Matrix, found: Collection[tuple[Overlap | None, Overlap | None]]) -> Pair:
     sizes = float(np.sqrt(gram[0, 0] * gram[1, 1]))
     cosine = float(np.clip(gram[0, 1] / sizes, -1, 1)) if sizes > 0 else None
     inputs, outputs = (_mean(side) for side in ([x for x, _ in found], [y for _, y in found]))

@@ -19,6 +19,7 @@ _MODEL_PREFIX = re.compile(r"(?:(?:model|language_model|transformer)\.)*")
 
 
 def has_weights(folder: Path) -> bool:
+    """Whether the folder holds an adapter's weights, in either format."""
     return any((folder / file).is_file() for file in WEIGHT_FILES)
 
 

@@ -182,14 +182,14 @@ def _of_pattern(key: str, pattern: str) -> Iterator[None]:
         yield
     except (re.error, RecursionError, OverflowError, SchemaError) as error:
         reason = str(error).splitlines()[-1].strip().removeprefix("SchemaError: ").removeprefix("error: ")
-        said = f"{key}: {_short(pattern)}"
+        named = f"{key}: {_short(pattern)}"
         for what in ("look-around", "backreferences"):
             if reason.startswith(what):
                 raise AdapterError(
-                    f"{said} uses {what}, which model-compose does not evaluate, since that can take years; list the "
+                    f"{named} uses {what}, which model-compose does not evaluate, since that can take years; list the "
                     "modules' full names, such as model.layers.0.self_attn.q_proj"
                 ) from None
-        raise AdapterError(f"{said} is not a valid pattern ({reason})") from None
+        raise AdapterError(f"{named} is not a valid pattern ({reason})") from None
 
 
 # The rank and scaling of a module.

@@ -1,4 +1,4 @@
-"""A line in the log for each request, and the id by which its other lines are found."""
+"""Logs one line for each request, and gives each request the id that all its log lines have."""
 
 import logging
 import random
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = "X-Request-ID"
 LEFT = 499
-"""What the line shows for a client that left before there was an answer, as nginx does."""
+"""The status in the log line if the client left before there was an answer; nginx logs the same number."""
 
 
 class Access:
-    """ASGI middleware: takes X-Request-ID from the caller, or makes one; returns it, and logs the request at its end."""
+    """ASGI middleware: takes X-Request-ID from the caller or makes one, sends it back, and logs the request at its end."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -44,13 +44,14 @@ class Access:
         try:
             await self._app(scope, receive, answer)
         except ClientDisconnect:
-            pass  # it left before its body was there: nobody waits for an answer, and nothing failed
+            pass  # the client left before its body had arrived: nobody waits for an answer, and nothing failed
         finally:
             milliseconds = 1000 * (time.perf_counter() - started)
             left = "" if complete or status == LEFT else ", not read to the end"
-            # raw_path: its percent signs stand for what could end the line.
+            # raw_path is still percent-encoded, so it cannot contain a newline.
             path = scope.get("raw_path", b"").decode("ascii", "replace")
-            log.info(
+            log.log(
+                logging.DEBUG if ongoing.is_routine and status < 400 else logging.INFO,
                 "%s %s %s %d %.0f ms%s%s", client_of(scope), scope["method"], path, status, milliseconds,
                 _generated(ongoing), left,
             )  # fmt: skip
@@ -58,15 +59,15 @@ class Access:
 
 
 def client_of(scope: Scope) -> str:
-    """The client's address for the log, and whose word that is where a proxy told it."""
+    """The client's address for the log. If a proxy reported it, the proxy's address follows."""
     client = scope["client"][0] if scope.get("client") else "unknown"
     peer = peer_of(scope)
     return client if peer == client else f"{client} (by {peer})"
 
 
 def peer_of(scope: Scope) -> str:
-    """The address at the other end of the connection. What X-Forwarded-For says does not count here: a proxy may pass on
-    whatever its client wrote."""
+    """The address at the other end of the connection. X-Forwarded-For does not count here: a proxy may pass on whatever its
+    client wrote there."""
     fallback = scope["client"][0] if scope.get("client") else "unknown"
     return str(scope.get("state", {}).get("peer", fallback))
 

@@ -17,16 +17,17 @@ from model_compose.servers.wire import error_response
 
 BODY_SECONDS = 20.0
 BYTES_PER_SECOND = 4096
-"""A body has BODY_SECONDS. Each BYTES_PER_SECOND that arrive give it a second more, up to BODY_SECONDS from then on."""
+"""A body must arrive within BODY_SECONDS. Every BYTES_PER_SECOND bytes that arrive extend the deadline by a second, to at
+most BODY_SECONDS from then."""
 LINGER_SECONDS = 1.0
 LINGER_BYTES = 4 << 20
-"""What is still read of a body after its answer. A client that is sending would otherwise meet a reset connection in the
-place of the answer."""
+"""How long, and how much of, a body is read after its answer. Without that, a client that is still sending would get a
+connection reset instead of the answer."""
 
 SMALL_BYTES = 64 << 10
 SMALL_SECONDS = 0.05
-"""A body that is announced to be small is waited for so long before an answer that does without it, since the connection
-can only serve a next request once the body is read."""
+"""An answer that does not need the body waits this long for a body that is announced to be small. The connection can serve
+another request only if the body has been read."""
 
 DISCONNECT: Message = {"type": "http.disconnect"}
 
@@ -89,13 +90,13 @@ class _Arriving:
             if not self._whole:
                 MutableHeaders(scope=message)["Connection"] = "close"
         elif not self._whole and not message.get("more_body", False):
-            await self._send({**message, "more_body": True})  # all of the answer, though not yet its end
+            await self._send({**message, "more_body": True})  # the whole answer, but not its end yet
             await self._linger()
             message = {"type": "http.response.body", "body": b""}
         await self._send(message)
 
     async def _finish(self) -> None:
-        """Reads the rest of a small body that is not asked for."""
+        """Reads the rest of a small body that the application did not read."""
         headers = Headers(scope=self._scope)
         length = headers.get("content-length", "")
         if not length.isdecimal() or int(length) > SMALL_BYTES or "expect" in headers:
@@ -106,7 +107,7 @@ class _Arriving:
                     await self._next()
 
     async def _linger(self) -> None:
-        """Reads on for a moment and a few bytes."""
+        """Reads on for LINGER_SECONDS or LINGER_BYTES."""
         left = LINGER_BYTES
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
@@ -115,12 +116,13 @@ class _Arriving:
 
 
 BODIES = 32
-"""The running requests of a face may have so many bodies of the largest size together, those of one client half of it."""
+"""The bodies of all running requests together may be as large as this many bodies of the largest size; those of one client
+half of that."""
 
 
 @dataclass
 class Allowance:
-    """What bodies may take, in bytes. of_body: one of them. taken: by those that are here now, for each client."""
+    """How large bodies may be, in bytes. of_body: a single one. taken: by the running requests, for each client."""
 
     of_body: int
     taken: Counter[str] = field(default_factory=Counter)
@@ -134,7 +136,8 @@ class Allowance:
 
 
 class Bounded:
-    """One body within the allowance. Beyond that the answer is 413 or 429, and for the application the client has left."""
+    """One body within the allowance. If it exceeds that, the answer is 413 or 429, and the application sees that the client
+    has left."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, allowance: Allowance) -> None:
         self._scope, self._receive, self._send, self._allowance = scope, receive, send, allowance
@@ -143,7 +146,7 @@ class Bounded:
         self._answered = self._refused = False
 
     def check_length(self) -> None:
-        """Raises PayloadTooLarge where the headers say it already."""
+        """Raises PayloadTooLarge if the headers announce too large a body."""
         length = Headers(scope=self._scope).get("content-length", "0")
         if length.isdecimal() and int(length) > self._allowance.of_body:
             raise self._too_large()
@@ -170,7 +173,7 @@ class Bounded:
         await self._send(message)
 
     def leave(self) -> None:
-        """The request has ended: gives its part back."""
+        """Called at the end of the request: its body no longer counts."""
         self._allowance.taken[self._client] -= self._taken
         if not self._allowance.taken[self._client]:
             del self._allowance.taken[self._client]
@@ -190,7 +193,7 @@ class Bounded:
 
 
 async def refuse(scope: Scope, send: Send, error: ComposeError) -> None:
-    """Answers with the error, in the form of the face that was called."""
+    """Answers with the error, in the form of the API that was called."""
     response = error_response(Request(scope), error)
     response.headers["Connection"] = "close"
 

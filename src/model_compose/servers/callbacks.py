@@ -1,4 +1,5 @@
-"""callback_url: one POST when a task ends. Only to public addresses unless the file allows others, never redirected."""
+"""callback_url: one POST when a task ends. It goes to public addresses only, unless the file allows others, and follows no
+redirects."""
 
 import asyncio
 import hashlib
@@ -28,7 +29,7 @@ SIGNATURE_HEADER = "X-Model-Compose-Signature"
 OWN_HEADERS = frozenset(
     ["connection", "content-length", "content-type", "host", "transfer-encoding", SIGNATURE_HEADER.lower()]
 )
-"""What the caller cannot set: the message's frame, and what vouches for it."""
+"""Headers that the caller cannot set: those that HTTP needs, and the signature."""
 
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 SPECIAL = tuple(
@@ -38,12 +39,12 @@ SPECIAL = tuple(
         "2001::/23", "2002::/16", "3fff::/20",  # Teredo and other protocols; 6to4, which holds an IPv4 address; examples
     )
 )  # fmt: skip
-"""What is not for everybody to reach; Python's is_global says so of some of these, depending on its version."""
+"""Networks that are not public. Some versions of Python have is_global true for some of them."""
 
 
 @dataclass(frozen=True)
 class Callback:
-    """Where to tell of a task's end. The body is signed with HMAC-SHA256 when there is a secret."""
+    """Where to report a task's end. The body is signed with HMAC-SHA256 if there is a secret."""
 
     url: str
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -51,7 +52,7 @@ class Callback:
     secret: SecretStr | None = None
 
     async def check(self) -> None:
-        """Raises InputError for what could never be sent."""
+        """Raises InputError for a callback that could never be sent."""
         for name, value in self.headers.items():
             if not re.fullmatch(r"[-!#$%&'*+.^_`|~\w]+", name, re.ASCII) or name.lower() in OWN_HEADERS:
                 raise InputError(f"callback_headers: '{name}' cannot be set", field="callback_headers")
@@ -62,7 +63,7 @@ class Callback:
         await self._resolve()
 
     async def send_when_done(self, task: Task) -> None:
-        """Waits for the task's end and tells of it; tries again while the other side cannot take it."""
+        """Waits for the task's end and reports it. Tries again if the other side cannot take it."""
         with suppress(ComposeError):
             await task.wait()
         body = json.dumps({**task.state(), "event": task.status}, ensure_ascii=False).encode()
@@ -85,8 +86,8 @@ class Callback:
         log.error("[task-%s] callback given up after %d attempts", task.id, ATTEMPTS)
 
     async def _post(self, body: bytes, headers: Mapping[str, str]) -> int:
-        """The answer's status; its body is not read. Connects to the very address that was checked, so that a name cannot
-        change between check and use."""
+        """The answer's status; its body is not read. Connects to the address that was checked, so that the host name
+        cannot lead elsewhere between check and use."""
         url = httpx.URL(self.url)
         pinned = url.copy_with(host=await self._resolve())
         all_headers = {**headers, "Host": url.netloc.decode()}
@@ -111,7 +112,7 @@ class Callback:
             raise _wrong(f"has the port {url.port}; ports end at 65535")
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
-                # In a thread of its own: names that do not resolve would fill the pool that asyncio has for all.
+                # In a thread of its own: names that do not resolve would occupy all threads of asyncio's shared pool.
                 found = await in_daemon_thread(lambda: socket.getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM))
         except (OSError, UnicodeError):  # TimeoutError is an OSError
             raise _wrong(f"names the host '{url.host}', which cannot be resolved") from None
@@ -124,7 +125,7 @@ class Callback:
 def _is_public(address: str) -> bool:
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if parsed.version == 6 and parsed not in GLOBAL_UNICAST:
-        return False  # among others what stands for an IPv4 address: mapped, compatible, translated (NAT64)
+        return False  # among these are IPv4 addresses in IPv6 form: mapped, compatible, translated (NAT64)
     return parsed.is_global and not parsed.is_multicast and not any(parsed in network for network in SPECIAL)
 
 

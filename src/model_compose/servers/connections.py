@@ -1,7 +1,7 @@
-"""How many connections there may be, and how long one may take. Knows nothing of what is asked on them.
+"""Bounds on connections: how many there may be, and how long each may take. Knows nothing of the requests on them.
 
-When there are too many, the one that has been idle for longest is closed, so sockets that only stand open keep nobody out.
-Where all are busy, a few more are let in that may ask for nothing but the health.
+When there are too many, the one that has been idle for longest is closed, so open sockets without requests keep nobody out.
+When all are busy, a few more are let in, which may ask only for the health.
 """
 
 import asyncio
@@ -23,19 +23,19 @@ log = logging.getLogger(__name__)
 HEADER_SECONDS = 10
 """From a connection's opening, or a later request's first byte, to the end of the request's headers."""
 IDLE_SECONDS = 30
-"""Between two requests. Longer than the 5 s after which httpx and the openai package give up a connection of theirs: they
-would now and then send a request just as it is closed."""
+"""Between two requests. Longer than the 5 s after which httpx and the openai package close a connection. With a shorter
+time, they would sometimes send a request just as we close the connection."""
 WRITE_SECONDS = 30
-"""How long a client may read nothing of an answer, once all buffers on the way are full."""
+"""How long a client may read nothing of its answer once all buffers in between are full."""
 
 MOST_FILES = 1 << 16
 MOST_CONNECTIONS = 4096
 SPARE = 16
-"""Connections beyond the limit, for whoever asks for the health or has to be told that there are too many."""
+"""Connections beyond the limit, which get the health, or the answer that there are too many."""
 
 
 class Seldom:
-    """A warning that is written at most once a second; the next one tells how many were left out."""
+    """Logs a warning at most once a second. The next one says how many were left out."""
 
     def __init__(self) -> None:
         self._last, self._left_out = float("-inf"), 0
@@ -52,8 +52,8 @@ class Seldom:
 
 @dataclass(frozen=True)
 class Limits:
-    """most: connections at once. of_client: those from one address. at_once: how many asyncio accepts in a row; it looks at
-    none of them before it has accepted all of these."""
+    """most: connections at the same time. of_client: connections from one address. at_once: how many asyncio accepts in a
+    row, before it serves any of them."""
 
     most: int
     of_client: int
@@ -61,10 +61,10 @@ class Limits:
 
     @classmethod
     def of_files(cls, files: int, most: int | None = None, of_client: int | None = None) -> "Limits":
-        """What fits into `files` open files beside the program's own, within what the YAML says."""
+        """What fits into `files` open files beside the program's own files. most and of_client: limits from the YAML."""
         at_once = max(1, min(64, files // 64))
         own = max(48, files // 16)
-        # asyncio may have accepted three more rounds before we hear of the first one's connections.
+        # asyncio may accept three more rounds before it tells us of the first round's connections.
         room = max(1, files - own - SPARE - 4 * at_once)
         most = min(most or MOST_CONNECTIONS, room)
         return cls(most, min(of_client or max(1, most // 2), most), at_once)
@@ -84,7 +84,7 @@ def raise_file_limit() -> int:
 
 
 class Connections:
-    """The open connections of all faces. Lists are dicts without values: in order, and quick to take from."""
+    """The open connections of all ports. Dicts without values serve as lists: they keep the order and remove fast."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -96,11 +96,11 @@ class Connections:
         self._seldom = Seldom()
 
     def protocol(self) -> Callable[..., "Connection"]:
-        """What makes uvicorn's connections."""
+        """The factory of uvicorn's connections."""
         return partial(Connection, self)
 
     def add(self, connection: "Connection", client: str) -> bool:
-        """Takes in a new one, for which an idle one may have to go. False: it may ask for the health alone."""
+        """Takes a connection in; closes an idle one if it must. False: the connection may only ask for the health."""
         if self._counts[client] >= self.limits.of_client:
             full = f"{client} has {self.limits.of_client} connections (max_connections_per_client)"
             room = self._close_idle(self._idle_of.get(client, {}), full)
@@ -121,13 +121,13 @@ class Connections:
         return False
 
     def rest(self, connection: "Connection") -> None:
-        """It has no request."""
+        """The connection has no request now."""
         if client := self._clients.get(connection):
             self._idle[connection] = None
             self._idle_of.setdefault(client, {})[connection] = None
 
     def work(self, connection: "Connection") -> None:
-        """It has a request."""
+        """The connection has a request now."""
         if client := self._clients.get(connection):
             self._idle.pop(connection, None)
             idle = self._idle_of.get(client, {})
@@ -136,7 +136,7 @@ class Connections:
                 self._idle_of.pop(client, None)
 
     def remove(self, connection: "Connection") -> None:
-        """It is gone, or as good as gone."""
+        """The connection is closed, or will be at once."""
         self.work(connection)
         self._spare.pop(connection, None)
         if client := self._clients.pop(connection, None):
@@ -145,7 +145,7 @@ class Connections:
                 del self._counts[client]
 
     def _close_idle(self, idle: "dict[Connection, None]", why: str) -> bool:
-        """Closes the one that has been idle for longest. Returns whether there was one."""
+        """Closes the connection that has been idle for longest. Returns whether there was one."""
         longest = next(iter(idle), None)
         if longest is None:
             return False
@@ -201,18 +201,18 @@ class Connection(H11Protocol):
             self._stop("reading")
 
     def timeout_keep_alive_handler(self) -> None:
-        if self._unread:  # it is not idle: the client is still reading
+        if self._unread:  # not idle: the client is still reading
             self.timeout_keep_alive_task = self.loop.call_later(IDLE_SECONDS, self.timeout_keep_alive_handler)
         else:
             self.transport.abort()
 
     @property
     def _unread(self) -> int:
-        """What is written and the client has not taken yet, in bytes."""
+        """Bytes that were written and that the client has not taken yet."""
         return self.transport.get_write_buffer_size()
 
     def _watch(self) -> None:
-        """Nothing is written meanwhile, so what is unread gets less if the client reads at all."""
+        """Watches whether the client reads: nothing is written meanwhile, so `_unread` falls with each byte read."""
         if "reading" not in self._timers:
             self._timers["reading"] = self.loop.call_later(WRITE_SECONDS, self._look, self._unread)
 
@@ -237,7 +237,7 @@ class Connection(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _start(self, what: str, seconds: float) -> None:
-        """The client has so long for this, unless it is being waited for already."""
+        """Gives the client so many seconds for this, unless a timer runs for it already."""
         if what not in self._timers:
             self._timers[what] = self.loop.call_later(seconds, self.transport.abort)
 
@@ -247,7 +247,7 @@ class Connection(H11Protocol):
 
 
 def network_of(address: str) -> str:
-    """What counts as one client: an IPv4 address, or the /64 that an IPv6 one is in, as its owner has all of that."""
+    """What counts as one client: an IPv4 address, or the /64 network of an IPv6 address, which belongs to one owner."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -260,7 +260,7 @@ def network_of(address: str) -> str:
 
 
 def report_failed_accepts(loop: asyncio.AbstractEventLoop) -> None:
-    """asyncio would write a traceback for each connection that it cannot accept for want of files."""
+    """Logs a short warning instead of asyncio's traceback for each connection that cannot be accepted for lack of files."""
     seldom = Seldom()
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

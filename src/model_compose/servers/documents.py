@@ -1,7 +1,7 @@
 """The OpenAPI document: what each route takes and answers, a page that lists the routes, and the root, which links to all
 of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from html import escape
 from typing import Any
 
@@ -22,11 +22,11 @@ _MEANINGS = {
     400: "The request is wrong; the fields are named",
     401: "An API key is needed",
     403: "A web page of another site sent this, or the file does not allow it",
-    404: "There is no such thing",
-    408: "The body came too slowly",
-    409: "Not in this state, or cancelled",
+    404: "Nothing has this name",
+    408: "The body arrived too slowly",
+    409: "Not possible in this state, or cancelled",
     413: "The body is too large",
-    421: "The Host header names no host that this server is (allowed_hosts)",
+    421: "The Host header is not a name of this server (allowed_hosts)",
     429: "Too many requests wait already; Retry-After says when to try again",
     500: "The run failed",
     503: "Still loading, shutting down, or out of connections",
@@ -44,7 +44,7 @@ _EVENT = {
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
 }
-"""One of a stream's events: OpenAPI 3.1 knows no items of a stream, and its tools take the schema for that of an event."""
+"""One event of a stream. OpenAPI 3.1 cannot describe the items of a stream; tools read the schema as one event's."""
 OPENAI_STREAM = 'data: {"id": "…", "object": "…", "choices": [{"index": 0, "text": "Hel"}]}\n\ndata: [DONE]\n\n'
 
 
@@ -59,7 +59,8 @@ def openai_errors(*statuses: int) -> Responses:
 
 
 def answers(model: type[BaseModel], stream: str | None = None) -> dict[str, Any]:
-    """An answer that is the model; under base_path with output_only the bare output. stream: an example of the events."""
+    """An answer that is this model. A run may also answer with its bare output (output_only). stream: an example of the
+    events."""
     schema = _ref(model) if model is not RunState else {"anyOf": [_ref(model), {"description": "the bare output"}]}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if stream:
@@ -77,8 +78,8 @@ def body_schema(model: type[BaseModel], *kinds: str) -> dict[str, Any]:
     return {"required": True, "content": {kind: {"schema": _ref(model)} for kind in kinds}}
 
 
-def add_documents(app: FastAPI, *, bodies: Sequence[type[BaseModel]], open_path: str, with_keys: bool) -> None:
-    """Adds /openapi.json and /docs. bodies: the models that `body_schema` refers to. open_path: needs no key."""
+def add_documents(app: FastAPI, *, bodies: Collection[type[BaseModel]], open_path: str, with_keys: bool) -> None:
+    """Adds /openapi.json and /docs. bodies: the models that `body_schema` refers to. open_path: the one without a key."""
     document: dict[str, Any] = {}
 
     def describe() -> dict[str, Any]:
@@ -103,12 +104,12 @@ def add_index(app: FastAPI, links: Mapping[str, str]) -> None:
         return JSONResponse(shown(Index(name=app.title, version=app.version, links=dict(links))))
 
 
-def _describe(app: FastAPI, bodies: Sequence[type[BaseModel]], open_path: str, *, with_keys: bool) -> dict[str, Any]:
+def _describe(app: FastAPI, bodies: Collection[type[BaseModel]], open_path: str, *, with_keys: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     models: Any = [(model, "validation") for model in (*ANSWERS, *bodies)]
     schemas.update(models_json_schema(models, ref_template=REFERENCE)[1]["$defs"])
-    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own errors, which are never sent
+    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own errors, which this server never sends
         schemas.pop(unused, None)
     if with_keys:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

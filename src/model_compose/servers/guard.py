@@ -1,4 +1,4 @@
-"""The door of a face: who may ask, by which name, with which key, and how much at once."""
+"""Who may use a server: by which host name, with which key, from which web pages, and with how large bodies."""
 
 import asyncio
 import hmac
@@ -7,7 +7,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -24,9 +24,9 @@ from model_compose.servers.wire import content_type, error_response
 log = logging.getLogger(__name__)
 
 GUESS_SECONDS = 0.5
-"""What each wrong key costs its sender: nothing to a person, an age to one who tries all keys."""
+"""How long the answer to a wrong key takes: a person does not notice it, but trying all keys takes ages."""
 MOST_DEBT_SECONDS = 60.0
-"""With this much to wait for already, a client's keys are not looked at any more."""
+"""A client whose wrong keys add up to a longer wait is refused before its key is compared."""
 KEPT_CLIENTS = 4096
 
 
@@ -35,7 +35,7 @@ class Guard:
 
     def __init__(
         self, app: ASGIApp, hosts: "Hosts", max_body: int,
-        keys: "Keys | None" = None, open_paths: Iterable[str] = (), origins: Sequence[str] = (),
+        keys: "Keys | None" = None, open_paths: Iterable[str] = (), origins: Collection[str] = (),
     ) -> None:  # fmt: skip
         self._app, self._hosts, self._allowance = app, hosts, Allowance(max_body)
         self._keys, self._open, self._origins = keys, frozenset(open_paths), origins
@@ -67,8 +67,8 @@ class Guard:
             await self._keys.check(request)
 
     def _check_origin(self, request: Request) -> None:
-        """Refuses what any site's page could have made a browser send. What a page cannot send without the browser asking
-        first (a preflight) is left to CORS."""
+        """Refuses requests that a page of any site could have made a browser send. Requests for which the browser must ask
+        first (by a preflight) are left to CORS."""
         origin = request.headers.get("origin")
         if origin is None or request.method == "GET" or content_type(request) == "application/json":
             return
@@ -85,7 +85,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Hosts:
-    """The names and addresses by which a face is asked for. bound: the host that it listens on, as the YAML has it."""
+    """The host names and addresses of a server. bound: the host that it listens on, as the YAML has it."""
 
     bound: str
     allowed: tuple[str, ...] = ()
@@ -146,22 +146,22 @@ def _matches(name: str, pattern: str) -> bool:
 
 @dataclass
 class _Client:
-    """What is remembered of an address. free_at: when all of its wrong keys will have been answered. proven: which keys
-    it has used rightly."""
+    """What is remembered of an address. free_at: when all of its wrong keys will have been answered. proven: the numbers of
+    the right keys that it has used."""
 
     free_at: float = 0.0
     proven: set[int] = field(default_factory=set)
 
 
 class Keys:
-    """The keys that open a face, and what guessing costs: a client's wrong keys are answered one after the other, however
-    many connections it guesses on.
+    """The API keys of a server, and the price of guessing: a client's wrong keys are answered one after the other, however
+    many connections it uses.
 
-    A client that owes MOST_DEBT_SECONDS is refused before its key is looked at, since a right key would be told from the
-    others by being answered at once. Keys that it had used before stay good.
+    A client whose wait exceeds MOST_DEBT_SECONDS is refused before its key is compared; otherwise a right key would be
+    recognised by its fast answer. Right keys that the client has used before still work.
     """
 
-    def __init__(self, keys: Sequence[SecretStr]) -> None:
+    def __init__(self, keys: Collection[SecretStr]) -> None:
         self._keys = [key.get_secret_value().encode() for key in keys]
         self._clients: dict[str, _Client] = {}
 
@@ -189,7 +189,7 @@ class Keys:
         raise Unauthorized("this API key is not known here")
 
     def _client(self, address: str) -> _Client:
-        """What is remembered of this address; those that came longest ago are forgotten."""
+        """What is remembered of this address. The addresses that came longest ago are forgotten."""
         client = self._clients.pop(address, None) or _Client()
         self._clients[address] = client
         if len(self._clients) > KEPT_CLIENTS:

@@ -57,10 +57,10 @@ from model_compose.workflow.jobs import WorkflowOptions
 FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 LARGEST = {"session_id": 1 << 10, "metadata": 64 << 10, "callback_url": 8 << 10, "callback_headers": 16 << 10}
-"""What is kept of a request or sent on besides its input, in bytes."""
+"""The largest size, in bytes, of what is kept or sent on of a request besides its input."""
 
 DEEPEST_KEY = 32
-"""Parts of a form's key."""
+"""The most parts of a form's key."""
 
 
 class RunBody(Options):
@@ -91,7 +91,7 @@ class RunBody(Options):
         default=None, description="Shown in the task's state; at most 64 KiB of JSON"
     )
     callback_url: str | None = Field(
-        default=None, description="Told when the task ends; needs wait_for_completion=false"
+        default=None, description="Gets a POST when the task ends; needs wait_for_completion=false"
     )
     callback_headers: dict[str, str] | None = Field(default=None, description="At most 16 KiB in all")
 
@@ -110,7 +110,7 @@ class RunBody(Options):
 
 
 def _size(value: Any) -> int:
-    """In bytes, as JSON; a text without its quotes."""
+    """The size in bytes as JSON; of a text, without its quotes."""
     if value is None:
         return 0
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -142,7 +142,7 @@ def create_app(compose: Compose, options: HttpServerOptions, page: str | None = 
         Guard, hosts=Hosts(options.host, options.allowed_hosts), max_body=options.max_body_size,
         keys=Keys(options.api_keys) if options.api_keys else None, open_paths=(health,), origins=options.origins,
     )  # fmt: skip
-    if options.origins:  # outermost, so that a browser can read the errors of the guard too
+    if options.origins:  # the outermost one, so that browsers can read the guard's errors too
         app.add_middleware(
             CORSMiddleware, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"],
             expose_headers=[REQUEST_ID], max_age=600,
@@ -154,7 +154,7 @@ def _add_metrics(app: FastAPI, compose: Compose) -> None:
     described: Responses = {200: {"description": "Prometheus' text format"}}
 
     @app.get("/metrics", tags=["metrics"], response_class=PlainTextResponse, responses=described)
-    def metrics() -> Response:  # not async: it is written in a thread, beside the event loop
+    def metrics() -> Response:  # not async, so FastAPI writes the text in a thread, beside the event loop
         """Requests, tokens, latencies and the engines' state, for Prometheus, under the names of vLLM."""
         return Response(compose.metrics.text(), media_type=MEDIA_TYPE)
 
@@ -165,7 +165,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
 
     @router.get("/health", responses={200: {"model": Health}, 503: {"model": Health, "description": "Not yet ready"}})
     async def health() -> JSONResponse:
-        """Whether models are loaded. Needs no key."""
+        """Whether the models are loaded. Needs no key."""
         state = Health.of(compose)
         later = {"Retry-After": "1"} if state.status == "loading" else None
         return JSONResponse(shown(state), 200 if state.status == "ok" else 503, later)
@@ -193,7 +193,7 @@ def _create_router(compose: Compose, tasks: Tasks, options: HttpServerOptions) -
         if body.callback_url is not None:
             headers = body.callback_headers or {}
             callback = Callback(body.callback_url, headers, options.callback_private_hosts, options.callback_secret)
-            compose.check_ready()  # before the name is looked up, and again after that took its time
+            compose.check_ready()  # before the host is looked up, and again afterwards, as that may take long
             await callback.check()
         compose.check_ready()
         prepared = compose.prepare(body.input, workflow=body.workflow_id, blend=body.blend, sampling=body.sampling)
@@ -283,7 +283,7 @@ async def _events(task: Task, tasks: Tasks) -> AsyncGenerator[str]:
 
 
 async def _raw_events(task: Task, tasks: Tasks) -> AsyncGenerator[str]:
-    """The dialect's form: the text alone, a `data:` line for each of its lines; an error just ends the connection."""
+    """The dialect's stream: only the text, one `data:` line for each of its lines. An error ends the connection."""
     try:
         async for delta in task.deltas():
             yield "".join(f"data: {line}\n" for line in re.split(r"\r\n|\r|\n", delta.text)) + "\n"
@@ -296,7 +296,7 @@ def _show(delta: Delta) -> str:
 
 
 async def _read_body(request: Request, largest: int) -> tuple[RunBody, int]:
-    """The run, whatever form it came in, and its size in bytes. Raises InputError."""
+    """The run that a request's body holds, as JSON or a form, and the body's size in bytes. Raises InputError."""
     kind = content_type(request)
     if kind == "application/json":
         body, size = await read_body(RunBody, request), len(await request.body())
@@ -312,7 +312,7 @@ async def _read_body(request: Request, largest: int) -> tuple[RunBody, int]:
 
 
 async def _read_form(request: Request, largest: int) -> tuple[RunBody, int]:
-    """Form keys nest: input[prompt] or input.prompt. Values that start like JSON are read as JSON; files are text."""
+    """A form's keys nest: input[prompt] or input.prompt. Values that start like JSON are read as JSON; files are text."""
     _, options = parse_options_header(request.headers["content-type"])
     if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
         raise InputError("a form must be UTF-8; leave 'charset' out", field="Content-Type")

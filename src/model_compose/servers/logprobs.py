@@ -6,8 +6,8 @@ from model_compose.generation import TokenLogprob
 
 
 def _spelt(token: bytes, prefix: str = "") -> str:
-    """A token as text. Bytes that are no whole character are spelt as OpenAI's API does it: "\\xf0\\x9f", in completions
-    behind "bytes:"."""
+    """A token as text. Bytes that are not a whole character are written as OpenAI's API writes them: "\\xf0\\x9f", and in
+    completions with "bytes:" before them."""
     try:
         return token.decode()
     except UnicodeDecodeError:
@@ -15,7 +15,7 @@ def _spelt(token: bytes, prefix: str = "") -> str:
 
 
 def completion_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
-    """Completions' form; text_offset is in characters of the whole text, also in a stream."""
+    """The form of completions. text_offset counts characters of the whole text, also in a stream."""
 
     def spelt(token: bytes) -> str:
         return _spelt(token, "bytes:")
@@ -25,14 +25,14 @@ def completion_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any] | No
     return {
         "tokens": [spelt(token.token) for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        # reversed: of tokens with the same text (a character, and the byte that it is), the most probable one is told
+        # reversed, so that of tokens with the same text (a character, and the byte that it is) the most probable one stays
         "top_logprobs": [{spelt(other): value for other, value in reversed(token.top)} for token in tokens],
         "text_offset": [token.position for token in tokens],
     }
 
 
 def chat_logprobs(tokens: tuple[TokenLogprob, ...]) -> dict[str, Any] | None:
-    """Chat completions' form, with the bytes of each token: joined, they are the text."""
+    """The form of chat completions. The bytes of all tokens, joined, are the text."""
 
     def entry(token: bytes, logprob: float) -> dict[str, Any]:
         return {"token": _spelt(token), "logprob": logprob, "bytes": list(token)}

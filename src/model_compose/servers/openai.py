@@ -1,12 +1,12 @@
 """OpenAI's API at /v1, as the official client speaks it: models, completions, chat completions.
 
-It goes past workflows straight to a model component. A model id is the component's id ("default" for one without), with
-":" and a blend's or an adapter's name behind it where one is meant; `lora` mixes freely.
+Requests go straight to a model component, past workflows. A model id is the component's id ("default" if the file gives
+none). ":" and a name may follow the id: a blend's or an adapter's. The field `lora` mixes adapters freely.
 """
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -43,10 +43,8 @@ from model_compose.servers.logprobs import chat_logprobs, completion_logprobs
 from model_compose.servers.openai_fields import UNSUPPORTED, ClientOptions, Neutral, wrong
 from model_compose.servers.wire import attended, event, openai_error, read_body, start_stream
 
-UNNAMED = "__component__"
-UNNAMED_ON_V1 = "default"
 MOST_ADAPTERS = 256
-"""Of one request."""
+"""The most adapters that one request may name."""
 
 
 class LoraWeight(Options):
@@ -67,7 +65,8 @@ class StreamOptions(ClientOptions):
 
 
 class Body(ClientOptions):
-    """What completions and chat share. Fields without effect here are accepted; unknown ones are refused by name."""
+    """The fields that completions and chat share. Fields without effect here are accepted; unknown ones are refused by
+    name."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = UNSUPPORTED
     model: str = Field(max_length=LONGEST_NAME, description="A component, or component:blend, or component:adapter")
@@ -136,7 +135,7 @@ class Body(ClientOptions):
         return self
 
     def sampling(self, default: Sampling) -> Sampling:
-        """The request's sampling; what it leaves out comes from the component's action, the response_format apart."""
+        """The request's sampling. Fields that it leaves out come from the component's action, except response_format."""
         stops = (self.stop,) if isinstance(self.stop, str) else self.stop
         given: dict[str, Any] = {
             "max_output_length": self.max_tokens,
@@ -168,12 +167,12 @@ class CompletionBody(Body):
         le=20,
         description="Log-probabilities of the tokens, and of this many of the most likely ones",
     )
-    best_of: int | None = Field(default=None, ge=1, description="As many as n: every text that is drawn is answered")
+    best_of: int | None = Field(default=None, ge=1, description="Must equal n: every text that is drawn is answered")
 
     @model_validator(mode="before")
     @classmethod
     def _false_is_none(cls, data: Any) -> Any:
-        """The chat route's way to want no logprobs."""
+        """Takes `logprobs: false`, as the chat route does, for no logprobs."""
         return {**data, "logprobs": None} if isinstance(data, dict) and data.get("logprobs") is False else data
 
     @model_validator(mode="after")
@@ -202,7 +201,7 @@ Content = Annotated[Annotated[str, Tag("text")] | Annotated[Parts, Tag("parts")]
 
 
 class ChatMessage(ClientOptions):
-    """One turn. The assistant's may be null, which is an empty text: clients send that for a turn that was broken off."""
+    """One turn. The assistant's content may be null, which means an empty text; clients send that for an aborted turn."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = {
         "this server calls no tools": {"tool_calls": ([],), "tool_call_id": (), "function_call": ()},
@@ -275,9 +274,9 @@ class Reply:
 
     head: Mapping[str, Any]
     shape: Shape
-    explain: Callable[[Sequence[Text], Usage], tuple[str, ...]]
+    explain: Callable[[Collection[Text], Usage], tuple[str, ...]]
 
-    def whole(self, done: Completion) -> dict[str, Any]:
+    def whole(self, done: Completion) -> BaseModel:
         choices = [self.shape.choice(index, text) for index, text in enumerate(done.texts)]
         notes = self.explain(done.texts, done.usage)
         return self._document(self.shape.whole, choices, notes, usage=TokenUsage.of(done.usage))
@@ -303,12 +302,16 @@ class Reply:
         yield "data: [DONE]\n\n"
 
     def _document(
-        self, kind: tuple[type[BaseModel], str], choices: Sequence[BaseModel], notes: Sequence[str] = (), **more: Any
-    ) -> dict[str, Any]:
+        self,
+        kind: tuple[type[BaseModel], str],
+        choices: Collection[BaseModel],
+        notes: Collection[str] = (),
+        **more: Any,
+    ) -> BaseModel:
         model, name = kind
         if notes:
             more["notes"] = notes
-        return shown(model(**self.head, object=name, choices=choices, **more))
+        return model(**self.head, object=name, choices=choices, **more)
 
 
 def _joined(before: Text | None, chunk: Chunk) -> Text:
@@ -378,7 +381,7 @@ async def _answer(
     head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
     past_template = isinstance(prompt, str) and component.engine.has_chat_template
 
-    def explain(texts: Sequence[Text], usage: Usage) -> tuple[str, ...]:
+    def explain(texts: Collection[Text], usage: Usage) -> tuple[str, ...]:
         chat = "use /v1/chat/completions" if past_template else None
         return empty([text.text for text in texts], [text.finish for text in texts], sampling, usage, chat=chat)
 
@@ -388,7 +391,7 @@ async def _answer(
         return await start_stream(request, reply.events(chunks, with_usage=bool(with_usage)))
     async with attended(request):
         done = await collect(chunks)
-    return JSONResponse(reply.whole(done))
+    return JSONResponse(shown(reply.whole(done)))
 
 
 def _completion_choice(index: int, part: Text | Chunk) -> BaseModel:
@@ -423,16 +426,11 @@ CHAT = Shape(
 )
 
 
-def public_id(component: str) -> str:
-    """The component's id on /v1."""
-    return UNNAMED_ON_V1 if component == UNNAMED else component
-
-
 def _model_ids(compose: Compose) -> list[tuple[str, str | None]]:
-    """Model ids, each with its parent: what lists of known models show."""
+    """All model ids, each with its parent's id."""
     ids: list[tuple[str, str | None]] = []
-    for id, component in compose.models.items():
-        own = public_id(id)
+    for component in compose.models.values():
+        own = component.options.public_name
         names = (*component.blends.named, *component.blends.adapters)
         ids += [(own, None), *((f"{own}:{name}", own) for name in names)]
     return ids
@@ -445,7 +443,7 @@ def _card(id: str, parent: str | None) -> ModelCard:
 def _find(compose: Compose, model: str) -> tuple[ModelComponent, str | None]:
     """The component that a model id names, and the blend behind its colon. Raises NotFound that lists the known ids."""
     id, colon, name = model.partition(":")
-    component = next((part for own, part in compose.models.items() if public_id(own) == id), None)
+    component = next((part for part in compose.models.values() if part.options.public_name == id), None)
     if component is None or (colon and name not in (*component.blends.named, *component.blends.adapters)):
         known = ", ".join(id for id, _ in _model_ids(compose))
         raise NotFound(f"there is no model '{model}'; known: {known}")

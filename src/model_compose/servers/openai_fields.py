@@ -1,6 +1,6 @@
-"""Fields of OpenAI's clients that have no counterpart here: taken where they change nothing, else refused by name.
+"""Fields of OpenAI's clients that have no counterpart here. They are accepted if they change nothing, else refused by name.
 
-The client libraries and front ends send many fields with the value that means "as usual".
+Client libraries and front ends send many fields with the value that means "no change".
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 from model_compose.schema import Options, invalid
 
 Neutral = Mapping[str, tuple[Any, ...]]
-"""Fields, each with the values besides null that change nothing."""
+"""Fields, each with the values that change nothing. null always changes nothing."""
 
 UNSUPPORTED: Mapping[str, Neutral] = {
     "this server calls no tools": {
@@ -43,15 +43,15 @@ UNSUPPORTED: Mapping[str, Neutral] = {
 }  # fmt: skip
 
 WITHOUT_EFFECT = frozenset({"prediction", "prompt_cache_retention", "cache_prompt", "cache_control"})
-"""Fields that make an answer faster or cheaper elsewhere, and never another one."""
+"""Fields that elsewhere make an answer faster or cheaper, but never different."""
 
 _NUMBERS = {int, float}
 
 
 class ClientOptions(Options):
-    """A part of a request's body. A null is a field that was left out, also of a field that is unknown here.
+    """A part of a request's body. A field that is null counts as left out, even if it is unknown here.
 
-    unsupported: what is refused unless it changes nothing, by the reason.
+    unsupported: fields that are refused unless their value changes nothing, by the reason for refusing them.
     """
 
     unsupported: ClassVar[Mapping[str, Neutral]] = {}
@@ -80,12 +80,12 @@ class ClientOptions(Options):
 
 
 def _refuse_boolean(key: str, value: Any, field: FieldInfo) -> None:
-    """pydantic takes true for the number 1."""
+    """Refuses true and false for a number: pydantic would read true as 1."""
     types = {field.annotation, *get_args(field.annotation)}
     if isinstance(value, bool) and types & _NUMBERS and bool not in types:
         raise wrong(key, "a number is needed, not a boolean")
 
 
 def wrong(field: str, message: str) -> PydanticCustomError:
-    """The error of a field, for checks that see the whole body."""
+    """The error about one field, for validators that see the whole body."""
     return invalid(message, field)

@@ -1,4 +1,5 @@
-"""Adapters that come and go while the service runs, in the shape of vLLM's /v1/load_lora_adapter and its counterpart."""
+"""Routes that load and unload adapters while the service runs, with the names and fields of vLLM's /v1/load_lora_adapter
+and /v1/unload_lora_adapter."""
 
 import logging
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from model_compose.daemon import in_daemon_thread
 from model_compose.errors import AdapterError, Forbidden, InputError, NotFound, SourceError
 from model_compose.schema import Options
 from model_compose.servers.documents import body_schema, openai_errors, text_answer
-from model_compose.servers.openai import public_id
 from model_compose.servers.wire import read_body
 
 log = logging.getLogger(__name__)
@@ -54,14 +54,14 @@ def create_router(compose: Compose) -> APIRouter:
         responses={200: text_answer("Success: LoRA adapter 'pirate' added successfully."), **ERRORS},
     )
     async def load(request: Request) -> PlainTextResponse:
-        """Loads an adapter, which requests may name from now on; those that run finish on what they began with."""
+        """Loads an adapter, which requests may name from now on. Running requests finish with what they began with."""
         body = await read_body(LoadBody, request)
         component = _find(compose, body.component)
         compose.check_ready()
         try:
             options = await in_daemon_thread(lambda: component.runtime_adapter(body.lora_name, body.lora_path))
             await component.load_adapter(options, in_place=body.load_inplace)
-        except (AdapterError, SourceError) as error:  # a fault of what the client named, not of the server
+        except (AdapterError, SourceError) as error:  # the adapter that the client named is at fault, not the server
             raise InputError(str(error), field="lora_path") from error
         except OSError as error:
             raise InputError(
@@ -77,7 +77,7 @@ def create_router(compose: Compose) -> APIRouter:
         responses={200: text_answer("Success: LoRA adapter 'pirate' removed successfully."), **ERRORS},
     )
     async def unload(request: Request) -> PlainTextResponse:
-        """Takes an adapter away; requests that run finish with it. 409 where a blend of the file uses it."""
+        """Unloads an adapter. Running requests finish with it. 409 if a blend of the file uses it."""
         body = await read_body(UnloadBody, request)
         component = _find(compose, body.component)
         compose.check_ready()
@@ -89,8 +89,8 @@ def create_router(compose: Compose) -> APIRouter:
 
 
 def _find(compose: Compose, id: str | None) -> ModelComponent:
-    """The model that is meant, which allows runtime adapters. Raises NotFound, Forbidden, InputError."""
-    models = {public_id(own): model for own, model in compose.models.items()}
+    """The model that the client means, if it allows runtime adapters. Raises NotFound, Forbidden, InputError."""
+    models = {model.options.public_name: model for model in compose.models.values()}
     allowing = {id: model for id, model in models.items() if model.options.allow_runtime_adapters}
     if id is not None:
         if id not in models:
@@ -101,6 +101,6 @@ def _find(compose: Compose, id: str | None) -> ModelComponent:
         raise Forbidden("this service takes no adapters from clients; allow_runtime_adapters: true would let a model")
     if len(allowing) > 1:
         raise InputError(
-            f"several models take adapters; say which by 'component': {', '.join(allowing)}", field="component"
+            f"several models take adapters; name one of them by 'component': {', '.join(allowing)}", field="component"
         )
     return next(iter(allowing.values()))

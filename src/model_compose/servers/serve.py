@@ -1,4 +1,4 @@
-"""`up`: binds the ports, serves while the models load, and shuts everything down again."""
+"""`up`: binds the ports, answers while the models load, and shuts everything down at the end."""
 
 import asyncio
 import contextlib
@@ -33,12 +33,12 @@ log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 POLL_SECONDS = 0.1
 BACKLOG = 2048
-"""Connections that the kernel keeps until they are accepted."""
+"""The most connections that the kernel keeps until they are accepted."""
 
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the faces are reached; None for a face that the file does not have."""
+    """The addresses of the API and of the page; None for one that the file does not have."""
 
     api: str | None
     page: str | None
@@ -50,10 +50,10 @@ async def serve(
     announce: Callable[[Addresses], None] = lambda _: None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serves until SIGINT, SIGTERM or SIGHUP; a second one does not wait for running requests, a third one for nothing.
-    The ports answer at once; models load meanwhile.
+    """Serves until SIGINT, SIGTERM or SIGHUP. After a second signal, running requests are not waited for; a third signal
+    ends the process at once. The ports answer from the start, while the models load.
 
-    announce: told the addresses once they listen. on_ready: called once the models are loaded.
+    announce: called with the addresses once they listen. on_ready: called once the models are loaded.
     Raises AddressInUse, and whatever loading raises.
     """
     controller = compose.config.serving
@@ -94,10 +94,10 @@ async def serve(
 
 
 class Ending:
-    """What signals ask for. begun: to end. hurried: not to wait for anybody.
+    """What signals ask for. begun: to end. hurried: to end without waiting for running requests.
 
-    SIGHUP is what a terminal sends that is closed. To load the file anew instead would end the streams of every model that
-    changed, so whoever wants that says `down` and `up`.
+    A terminal sends SIGHUP when it is closed. SIGHUP does not reload the file, because that would end the streams of every
+    model that changed; `down` and `up` do it.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Ending:
         self._signals: list[signal.Signals] = []
 
     def listen(self) -> None:
-        """Takes over the signals, apart from those that somebody had this process ignore, as nohup does."""
+        """Takes over the signals, except those that this process was started to ignore, as nohup does."""
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         self._signals = [one for one in signals if signal.getsignal(one) != signal.SIG_IGN]
         for one in self._signals:
@@ -121,7 +121,7 @@ class Ending:
 
 
 def connections_of(server: HttpServerOptions | None) -> Connections:
-    """Room for as many connections as the options say, and the limit on open files allows."""
+    """The connections of all ports: as many as the options say and the limit on open files allows."""
     most = (server.max_connections, server.max_connections_per_client) if server else (None, None)
     return Connections(Limits.of_files(raise_file_limit(), *most))
 
@@ -156,7 +156,7 @@ def address(listener: socket.socket | None) -> str | None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: `serve` has its own, for all faces together."""
+    """uvicorn without its signal handlers: `serve` has its own, for the API and the page together."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -167,7 +167,7 @@ class _Server(uvicorn.Server):
 async def listening(
     app: ASGIApp, listener: socket.socket, connections: Connections | None = None, ending: Ending | None = None
 ) -> AsyncIterator[None]:
-    """The app answers on the socket within the block."""
+    """Within the block, the app answers on the socket."""
     connections = connections or connections_of(None)
     server = _Server(
         uvicorn.Config(
@@ -181,7 +181,7 @@ async def listening(
         await asyncio.sleep(POLL_SECONDS / 10)
     if running.done():
         await running
-    listener.listen(BACKLOG)  # asyncio has set the kernel's queue to what it accepts at once
+    listener.listen(BACKLOG)  # asyncio has shortened the kernel's queue to the number that it accepts in one go
     try:
         yield
     finally:
@@ -198,7 +198,7 @@ async def _hurry(server: uvicorn.Server, ending: Ending) -> None:
 
 
 async def _drain(compose: Compose, ending: Ending, seconds: float) -> None:
-    """Refuses new requests, and lets running ones go on for as long as the file allows; closing stops what is left."""
+    """Refuses new requests and waits for running ones, for as long as the file allows. `close` then stops the rest."""
     compose.ready, compose.progress = False, None
     deadline = asyncio.get_running_loop().time() + seconds
     while compose.busy and not ending.hurried.is_set() and asyncio.get_running_loop().time() < deadline:
@@ -208,8 +208,8 @@ async def _drain(compose: Compose, ending: Ending, seconds: float) -> None:
 
 
 def _spare_the_collector() -> None:
-    """Lets full collections pass over what is here to stay. torch and transformers alone are 400,000 objects, and to visit
-    them stops the whole process, health included, for a fifth of a second."""
+    """Makes full garbage collections skip all objects that exist now. torch and transformers alone have 400,000 objects;
+    visiting them stops the whole process, health included, for 0.2 s."""
     gc.collect()
     gc.freeze()
 

@@ -1,6 +1,6 @@
-"""Runs as tasks: each has an id, a state that can be asked for, and events for whoever waits.
+"""Runs as tasks. Each has an id, a state that clients can ask for, and events for the client that waits.
 
-A finished task is kept for an hour, as the JSON of its answer: its input, and the objects that ran it, are let go.
+A finished task is kept for an hour, as the JSON of its answer. Its input and the objects that ran it are not kept.
 """
 
 import asyncio
@@ -28,22 +28,22 @@ log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 3600.0
 KEPT_TASKS = 10_000
-"""Finished tasks, by age; running ones are always kept."""
+"""The most finished tasks that are kept, the newest ones. Running ones are always kept."""
 
 ENDED = ("cancelled", "completed", "failed")
 
 
 @dataclass
 class Task:
-    """One run. Its own asyncio task changes it; everybody else reads, waits or cancels.
+    """One run. Only its own asyncio task changes it; all others read it, wait for it or cancel it.
 
-    streaming: its text is kept for `deltas` until it is read; else only the output is.
+    streaming: whether the text is kept for `deltas` until it is read. The output is kept in any case.
     """
 
     id: str
     workflow_id: str
     extras: bytes = b"{}"
-    """JSON of what the caller wants to see in its state."""
+    """JSON of the fields that the caller wants to see in the state."""
     streaming: bool = False
     status: Status = "pending"
     error: ComposeError | None = None
@@ -52,7 +52,7 @@ class Task:
     ended: float = 0.0
     work: asyncio.Task[None] | None = None
     follower: asyncio.Task[None] | None = None
-    """Tells somebody of the end; kept here, since asyncio itself keeps only weak references."""
+    """Sends the callback at the end. Kept here, since asyncio itself keeps only weak references."""
     _deltas: asyncio.Queue[Delta | None] = field(default_factory=asyncio.Queue)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -80,7 +80,7 @@ class Task:
         return shown(RunState(task_id=self.id, status=status, workflow_id=self.workflow_id, **more))
 
     async def deltas(self) -> AsyncIterator[Delta]:
-        """The text as it comes, until the task has finished; for one reader. Raises the error that ended it."""
+        """The text as it is made, until the task has finished. For one reader. Raises the error that ended the task."""
         while (delta := await self._deltas.get()) is not None:
             yield delta
         self.raise_error()
@@ -92,15 +92,15 @@ class Task:
 
     def raise_error(self) -> None:
         if self.error is not None:
-            raise copy.copy(self.error)  # one that was raised holds on to every frame that it went through
+            raise copy.copy(self.error)  # a raised error keeps all frames alive that it went through
 
     def follow(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs `work`, which tells somebody of the end."""
+        """Runs `work`, which waits for the end and reports it."""
         self.follower = asyncio.create_task(work)
         self.follower.add_done_callback(lambda _: setattr(self, "follower", None))
 
     def leave(self) -> None:
-        """Nobody reads its text any more."""
+        """Drops the text, which nobody reads any more."""
         self.streaming, self._deltas = False, asyncio.Queue()
 
     def publish(self, delta: Delta) -> None:
@@ -108,7 +108,7 @@ class Task:
             self._deltas.put_nowait(delta)
 
     def finish(self, status: Status, *, done: Done | None = None, error: ComposeError | None = None) -> None:
-        """Raises ValueError for an output that is no JSON; the task goes on then."""
+        """Ends the task. Raises ValueError, and does not end it, if the output cannot be written as JSON."""
         self.document = _json(self._state(status, done, error))
         self.status, self.error, self.ended = status, copy.copy(error), time.monotonic()
         self._deltas.put_nowait(None)
@@ -131,16 +131,16 @@ class Tasks:
     """The tasks of one server."""
 
     def __init__(self, compose: Compose, kept_bytes: int = DEFAULT_MAX_TASKS_SIZE) -> None:
-        """kept_bytes: for the inputs of running ones, and for the documents of finished ones, the last of which is always
-        kept."""
+        """kept_bytes: the most that inputs of running tasks may have, and again what documents of finished ones may have.
+        The document of the last finished task is always kept."""
         self._compose, self._kept_bytes = compose, kept_bytes
         self._tasks: dict[str, Task] = {}
         self._ended: deque[Task] = deque()
-        """The finished ones, the oldest first."""
+        """The finished tasks, the oldest first."""
         self._size = 0
-        """Of their documents, in bytes."""
+        """The size of their documents, in bytes."""
         self._inputs = 0
-        """Of running ones, in bytes."""
+        """The size of running tasks' inputs, in bytes."""
 
     def start(
         self, prepared: PreparedRun, extras: Mapping[str, Any], *, streaming: bool = False, size: int = 0
@@ -158,7 +158,7 @@ class Tasks:
         shown = {key: value for key, value in extras.items() if value is not None}
         task = Task(uuid.uuid4().hex, prepared.workflow.id, _json(shown), streaming)
         context = {"task_id": task.id, "session_id": extras.get("session_id"), "metadata": extras.get("metadata")}
-        admission = self._compose.admit(prepared)  # the last that may fail: `_settle` gives it back
+        admission = self._compose.admit(prepared)  # nothing after this may fail; `_settle` gives the places back
         events = self._compose.execute(replace(prepared, context=context), admission)
         task.work = asyncio.create_task(self._work(task, events))
         task.work.add_done_callback(partial(self._settle, task, admission, size))
@@ -177,7 +177,8 @@ class Tasks:
         return self._tasks[id]
 
     async def cancel(self, task: Task, *, wait: bool = True) -> None:
-        """Stops a running task; `wait` until its computation has ended. Raises Conflict for one that is ending or has."""
+        """Stops a running task. wait: whether to wait until its computation has ended. Raises Conflict if the task
+        is ending or has ended."""
         if task.finished or task.status == "cancelling" or task.work is None:
             raise Conflict(f"task '{task.id}' is {task.status} already")
         task.status = "cancelling"
@@ -186,7 +187,7 @@ class Tasks:
             await asyncio.wait([task.work])
 
     async def abandon(self, task: Task) -> None:
-        """Nobody waits for this task any more: stops it if it still runs."""
+        """Stops the task, if it still runs, because nobody waits for it any more."""
         task.leave()
         with suppress(Conflict):
             await self.cancel(task)
@@ -204,7 +205,7 @@ class Tasks:
                             log.info("[task-%s] %s", task.id, note)
                     else:
                         task.publish(event)
-            task.finish("completed", done=done)  # now that its place is free
+            task.finish("completed", done=done)  # only here, since its place is free now
         except ComposeError as error:
             level = logging.ERROR if error.status >= 500 else logging.INFO
             # The message, not the error: a log that keeps its records would keep the frames that raised it.
@@ -218,10 +219,10 @@ class Tasks:
             )
 
     def _settle(self, task: Task, admission: Admission, size: int, work: "asyncio.Task[None]") -> None:
-        """The end of a task's work; also of work that was cancelled before its first step."""
+        """Called at the end of a task's work, also if the work was cancelled before its first step."""
         if work.cancelled() and not task.finished:
             task.finish("cancelled", error=Cancelled(f"task '{task.id}' was cancelled"))
-        task.work = None  # it holds on to what it ran
+        task.work = None  # it would keep alive what it ran
         admission.give_back()
         self._inputs -= size
         log.info("[task-%s] %s", task.id, task.status)

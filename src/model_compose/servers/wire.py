@@ -1,9 +1,9 @@
-"""What both HTTP faces share: errors as documents, bodies, and work that ends with its client."""
+"""What /api and /v1 share: errors as documents, reading of bodies, streams, and work that ends when its client leaves."""
 
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing, asynccontextmanager, suppress
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -38,9 +38,9 @@ M = TypeVar("M", bound=BaseModel)
 
 RETRY_AFTER_SECONDS = 5
 LARGE_BODY = 256 << 10
-"""In bytes: reading fewer takes a few milliseconds."""
+"""In bytes. Parsing a smaller body takes at most a few milliseconds."""
 MOST_ERRORS = 64
-"""Of one body, that are told."""
+"""The most errors of one body that an answer names."""
 PROBLEM_TYPE = "application/problem+json"
 STREAM_TYPE = "text/event-stream"
 
@@ -72,12 +72,12 @@ def openai_error(error: ComposeError) -> dict[str, Any]:
 
 
 def error_response(request: Request, error: ComposeError, task_id: str | None = None) -> JSONResponse:
-    """The error in the form of the face that was called."""
+    """The error in the form of the API that was called: OpenAI's under /v1, else a problem document."""
     headers = {}
     if isinstance(error, Crowded | NotReady | Overloaded):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, Crowded):
-        headers["Connection"] = "close"  # there may be room for the client's next one
+        headers["Connection"] = "close"  # there may be room for the client's next connection
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     path = request.url.path
@@ -87,7 +87,7 @@ def error_response(request: Request, error: ComposeError, task_id: str | None = 
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Every way in which a route can fail ends in one of the two error forms; tracebacks go to the log."""
+    """Whatever fails in a route is answered in one of the two error forms. Tracebacks go only to the log."""
 
     async def compose_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ComposeError)
@@ -107,7 +107,7 @@ def add_error_handlers(app: FastAPI) -> None:
         return response
 
     async def left(request: Request, error: Exception) -> Response:
-        return Response(status_code=400)  # nobody reads it: the client left before its body was there
+        return Response(status_code=400)  # nobody reads this: the client left before its body had arrived
 
     async def unexpected(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
@@ -137,13 +137,13 @@ def read_json(text: bytes) -> Any:
 
 
 async def read_body(model: type[M], request: Request) -> M:
-    """A JSON body as a model. A large one is read beside the event loop. Raises InputError."""
+    """A JSON body as a model. A large body is parsed beside the event loop. Raises InputError."""
     body = await request.body()
     return await beside(lambda: parse_body(model, read_json(body)), len(body))
 
 
 async def beside(work: Callable[[], T], size: int) -> T:
-    """The result of `work` on so many bytes: in a thread where that would hold up other requests."""
+    """The result of `work` on `size` bytes. Many bytes are worked on in a thread, so that other requests need not wait."""
     return work() if size <= LARGE_BODY else await in_daemon_thread(work)
 
 
@@ -162,7 +162,7 @@ def parse_body(model: type[M], data: Any) -> M:
         ) from None
 
 
-def _wrong(fields: Sequence[FieldError]) -> InputError:
+def _wrong(fields: Collection[FieldError]) -> InputError:
     return InputError("; ".join(f"{field.field}: {field.message}" for field in fields), fields)
 
 
@@ -196,23 +196,27 @@ async def attended(request: Request) -> AsyncGenerator[None]:
 
 
 def event(data: Any, name: str | None = None) -> str:
-    """One server-sent event with JSON data. Characters that some clients take for the end of a line are escaped."""
+    """One server-sent event with JSON data, or with an answer's model.
+
+    Characters that some clients take for the end of a line are escaped.
+    """
     head = f"event: {name}\n" if name else ""
-    text = json.dumps(data, ensure_ascii=False)
+    is_model = isinstance(data, BaseModel)
+    text = data.model_dump_json(exclude_unset=True) if is_model else json.dumps(data, ensure_ascii=False)
     for character in "\u0085\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return f"{head}data: {text}\n\n"
 
 
 async def start_stream(request: Request, events: AsyncGenerator[str]) -> "EventStream":
-    """The answer that sends these events, after the first has been made: what fails before still gets its own status."""
+    """The answer that sends these events. Waits for the first, so that an error before it has its own status."""
     async with attended(request):
         first = await anext(events, "")
     return EventStream(first, events)
 
 
 class EventStream(StreamingResponse):
-    """Sends events as they come. When the client leaves, the generator is cancelled, and so ends the computation."""
+    """Sends events as they come. When the client leaves, the generator is cancelled, which ends the computation."""
 
     def __init__(self, first: str, rest: AsyncGenerator[str]) -> None:
         super().__init__(

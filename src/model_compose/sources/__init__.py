@@ -6,7 +6,7 @@ the provider. Nothing in this package knows what a model or an adapter is.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,7 +76,7 @@ ModelSource = Annotated[
 
 
 def fetch(
-    source: ModelSource, *, base_dir: Path, only: Sequence[str] | None = None, report: Report = silent
+    source: ModelSource, *, base_dir: Path, only: Collection[str] | None = None, report: Report = silent
 ) -> Fetched:
     """Bring the files of `source` onto this machine and return where they are. Blocks until the download has ended.
 

@@ -3,7 +3,7 @@ files."""
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 from model_compose.errors import SourceError
 
@@ -22,8 +22,8 @@ def choose(
     *,
     repository: str,
     filename: str | None,
-    allow: Sequence[str] | None,
-    only: Sequence[str] | None,
+    allow: Collection[str] | None,
+    only: Collection[str] | None,
 ) -> list[str]:
     """The files to fetch out of all `names`.
 
@@ -51,6 +51,7 @@ def choose(
 
 
 def has_weights(names: Iterable[str]) -> bool:
+    """Whether any of the names is that of a file of weights (safetensors, GGUF or a pickle)."""
     return any(name.endswith((".safetensors", ".gguf", *_PICKLED)) for name in names)
 
 
@@ -71,13 +72,13 @@ def only_gguf(names: Iterable[str], *, folder: str) -> str | None:
     return ggufs[0] if ggufs else None
 
 
-def no_such_file(names: Sequence[str], holder: str, filename: str) -> SourceError:
+def no_such_file(names: list[str], holder: str, filename: str) -> SourceError:
     """The error for a `filename` that is not among `names`. It lists the files with the same ending."""
     alike = [name for name in names if name.endswith("." + filename.rpartition(".")[2])]
     return SourceError(f"{holder} has no file '{filename}': set `filename` to one of {_some(alike or names)}.")
 
 
-def _weights(names: Sequence[str]) -> list[str]:
+def _weights(names: Collection[str]) -> list[str]:
     """The safetensors files; if there are none, the pickles that are not training state (optimizer, scheduler, …)."""
     safetensors = [name for name in names if name.endswith(".safetensors")]
     return safetensors or [name for name in names if name.endswith(_PICKLED) and not _OF_TRAINING.search(name)]
@@ -100,17 +101,17 @@ def _is_small(name: str) -> bool:
     return name.endswith(_SMALL)
 
 
-def _with_shards(filename: str, names: Sequence[str]) -> set[str]:
+def _with_shards(filename: str, names: Collection[str]) -> set[str]:
     """The file; if it is one part of a split GGUF, all parts."""
     shard = _SHARD.match(filename)
     siblings = {name for name in names if shard and (other := _SHARD.match(name)) and other.groups() == shard.groups()}
     return siblings | {filename}
 
 
-def _any(name: str, patterns: Sequence[str]) -> bool:
+def _any(name: str, patterns: Collection[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _some(names: Sequence[str], most: int = 8) -> str:
+def _some(names: list[str], most: int = 8) -> str:
     more = f", … ({len(names) - most} more)" if len(names) > most else ""
     return (", ".join(names[:most]) or "no files at all") + more

@@ -2,7 +2,7 @@
 lists."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +42,7 @@ SourcePattern = Annotated[str, AfterValidator(_check)]
 SourcePatterns = Annotated[tuple[SourcePattern, ...], BeforeValidator(_listed), RelativeToFile(is_path)]
 
 
-def confine(reference: str, allowed: Sequence[str], base_dir: Path, *, field: str) -> ModelSource:
+def confine(reference: str, allowed: Collection[str], base_dir: Path, *, field: str) -> ModelSource:
     """The source that a caller's `org/name` or path means, if one of the patterns in `allowed` permits it. Reads the
     disk.
 
@@ -97,11 +97,11 @@ def _parse(reference: str, field: str) -> LocalSource | HuggingfaceSource:
     return source
 
 
-def _within(path: Path, roots: Sequence[Path]) -> bool:
+def _within(path: Path, roots: Collection[Path]) -> bool:
     return any(path.is_relative_to(root) for root in roots)
 
 
-def _forbidden(reference: str, allowed: Sequence[str]) -> Forbidden:
+def _forbidden(reference: str, allowed: Collection[str]) -> Forbidden:
     hint = "" if is_path(reference) else "; a local folder starts with ./, ../, ~ or /"
     return Forbidden(
         f"this service may not load adapters from '{reference}', only from: {', '.join(allowed) or 'nowhere'} "

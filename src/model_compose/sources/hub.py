@@ -10,7 +10,7 @@ import glob
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -87,7 +87,7 @@ class _Call:
     base_dir: Path
     cache: Path | None
     token: str | None
-    only: Sequence[str] | None
+    only: Collection[str] | None
 
     def choose(self, names: set[str]) -> list[str]:
         source = self.source
@@ -99,14 +99,14 @@ class _Call:
             only=self.only,
         )
 
-    def fetched(self, folder: Path, names: Sequence[str]) -> Fetched:
+    def fetched(self, folder: Path, names: Collection[str]) -> Fetched:
         """The result. `folder` is a snapshot folder of the cache; its name is the commit's hash."""
         file = self.source.filename if self.source.filename in names else None
         identity = f"huggingface:{self.source.repository}@{folder.name}" + (f":{file}" if file else "")
         return Fetched(folder, file, identity, str(self.source))
 
 
-def fetch(source: HuggingfaceSource, *, base_dir: Path, only: Sequence[str] | None, report: Report) -> Fetched:
+def fetch(source: HuggingfaceSource, *, base_dir: Path, only: Collection[str] | None, report: Report) -> Fetched:
     """Make sure that the Hub's cache holds all wanted files, and return their snapshot folder. Raises SourceError.
 
     For a branch or tag, this asks the Hub for the current commit. If the Hub cannot be reached, the commit in the cache
@@ -137,7 +137,7 @@ def at_hand(source: HuggingfaceSource, *, base_dir: Path) -> Fetched | None:
     return _settled(_call(source, base_dir, None))
 
 
-def _call(source: HuggingfaceSource, base_dir: Path, only: Sequence[str] | None) -> _Call:
+def _call(source: HuggingfaceSource, base_dir: Path, only: Collection[str] | None) -> _Call:
     cache = local.absolute(source.cache_dir, base_dir) if source.cache_dir else None
     return _Call(source, base_dir, cache, _token(source), only)
 
@@ -328,7 +328,7 @@ def _sizes_on_disk(folder: Path) -> dict[str, int]:
 
 
 def _names_on_disk(folder: Path) -> set[str]:
-    """The files that a complete snapshot should have, as far as the disk tells: those there, and the shards that an
+    """The files that a complete snapshot should have, as far as we can tell: those on the disk, and the shards that an
     index file lists. For snapshots of tools that store no listing in the cache."""
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     for index in folder.glob("*.index.json"):

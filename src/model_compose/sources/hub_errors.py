@@ -31,9 +31,11 @@ class Failure:
 
     @property
     def sign_in(self) -> str:
+        """What to do about a missing or wrong token."""
         return "set another `token`" if self.with_token else "set `token` or run `hf auth login`"
 
     def explain(self, error: BaseException) -> str:
+        """The sentence for an error of `hub_errors`."""
         from huggingface_hub import errors
 
         if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:

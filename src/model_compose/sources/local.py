@@ -29,7 +29,7 @@ class LocalSource(Options):
     provider: Literal["local"] = Field(default="local", description="A folder or file on this machine")
     path: LocalPath = Field(
         min_length=1,
-        description="The folder or file; a relative path starts at the folder of the YAML file that says it",
+        description="The folder or file; a relative path starts at the folder of the YAML file that holds it",
     )
     filename: str | None = Field(
         default=None, min_length=1, description="One weights file of the folder, such as a GGUF"

@@ -1,4 +1,4 @@
-"""Job types: what a node of the graph does. A new type is a class here plus its line in JobOptions."""
+"""Job types: what a node of a workflow's graph does. A new type is a class here and its line in JobOptions."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -45,7 +45,7 @@ JobOptions = ComponentJob
 
 
 class WorkflowOptions(Options):
-    """Jobs and how their outputs become the workflow's. Without jobs: one job that runs the default component."""
+    """Jobs and how their outputs become the workflow's. Without jobs, one job runs the default component."""
 
     id: str = Field(default="__workflow__", description="The name by which a request chooses this workflow")
     name: str | None = Field(default=None, description="A name for people; nothing depends on it")
@@ -104,6 +104,6 @@ class WorkflowOptions(Options):
 
     @cached_property
     def terminal_jobs(self) -> tuple[JobOptions, ...]:
-        """The jobs that no other depends on; their outputs are the workflow's where it maps none itself."""
+        """The jobs that no other job depends on. Their outputs are the workflow's if the workflow has no `output`."""
         needed = {id for job in self.all_jobs for id in job.depends_on}
         return tuple(job for job in self.all_jobs if job.id not in needed)

@@ -1,6 +1,7 @@
-"""What a workflow takes and gives, read off its expressions: the source of forms, API schemas and input checks."""
+"""A workflow's inputs and outputs, found by reading its expressions. Forms, the API's schemas and checks of inputs use
+them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal
@@ -13,15 +14,15 @@ from model_compose.schema import nearest, shown
 from model_compose.workflow.jobs import JobOptions, WorkflowOptions
 
 MOST_STRAYS = 64
-"""Of one input, that are told: to look for the nearest name takes a while."""
+"""Unknown fields of one input that an error names. Looking for the nearest valid name takes time."""
 
 
 @dataclass(frozen=True)
 class Variable:
-    """One input of a workflow, or one output. path: where it stands in the input; () is the input as a whole.
+    """One input of a workflow, or one output. path: where it stands in the input; () is the whole input.
 
-    role "blend": it chooses the blend of `component`, so a page draws sliders for it. role "messages": it is a whole
-    conversation, so a person may type one message instead.
+    role "blend": the input chooses the blend of `component`, so a page shows sliders for it. role "messages": the input is
+    a whole conversation, so a person may type one message instead.
     """
 
     path: Path
@@ -50,8 +51,8 @@ class Variable:
         return low, high, step
 
 
-def inputs(workflow: WorkflowOptions, components: Sequence[ComponentOptions]) -> tuple[Variable, ...]:
-    """The workflow's inputs, in the order in which they appear; the first mention of a path describes it."""
+def inputs(workflow: WorkflowOptions, components: Collection[ComponentOptions]) -> tuple[Variable, ...]:
+    """The workflow's inputs, in the order in which expressions read them. The first mention of a path describes it."""
     found: dict[Path, Variable] = {}
     of_jobs = (variable for job in workflow.all_jobs for variable in _job_inputs(job, components))
     for variable in (*of_jobs, *_handed_out(workflow.output_template)):
@@ -61,7 +62,7 @@ def inputs(workflow: WorkflowOptions, components: Sequence[ComponentOptions]) ->
 
 
 def outputs(workflow: WorkflowOptions) -> tuple[Variable, ...]:
-    """The leaves of the workflow's output; one without a name where the output is a single value."""
+    """The leaves of the workflow's output; a single one without a name if the output is one value."""
     whole = workflow.output_template
     templates = [job.output_template for job in workflow.terminal_jobs] if whole is None else [whole]
     found = {}
@@ -72,10 +73,10 @@ def outputs(workflow: WorkflowOptions) -> tuple[Variable, ...]:
     return tuple(found.values())
 
 
-def check(variables: Sequence[Variable], value: Any, *, hands_out_all: bool = False) -> None:
+def check(variables: Collection[Variable], value: Any, *, hands_out_all: bool = False) -> None:
     """Raises InputError that names every missing, unconvertible or unknown field. `value` is the workflow's input.
 
-    hands_out_all: the input as a whole is part of the output, so it may hold anything.
+    hands_out_all: the whole input is part of the output, so it may hold any keys.
     """
     problems = [problem for variable in variables if (problem := _problem(variable, value))]
     if not hands_out_all:
@@ -91,16 +92,16 @@ def hands_out_all(workflow: WorkflowOptions) -> bool:
 
 
 def as_messages(text: str) -> Any:
-    """What a person typed for a conversation: messages as JSON, or any other text as one message of the user."""
+    """The conversation that a person typed: messages as JSON, or any other text as one message of the user."""
     found = _from_json(text)
     if isinstance(found, list | dict):
         return found
-    broken = text.lstrip().startswith(("[{", '{"'))  # JSON with a mistake in it, which `check` refuses
+    broken = text.lstrip().startswith(("[{", '{"'))  # JSON with a mistake; `check` refuses it
     return text if broken else [{"role": "user", "content": text}]
 
 
 def _from_json(value: Any) -> Any:
-    """What JSON text says; any other value as it is."""
+    """The value of JSON text; any other value unchanged."""
     try:
         return strict_json(value) if isinstance(value, str) else value
     except ValueError:
@@ -124,10 +125,10 @@ def _problem(variable: Variable, value: Any) -> FieldError | None:
     return None
 
 
-def _strays(known: Sequence[Path], value: Any, at: tuple[str, ...]) -> Iterator[FieldError]:
-    """What no path of `known` reads of `value`, which stands at `at`."""
+def _strays(known: Collection[Path], value: Any, at: tuple[str, ...]) -> Iterator[FieldError]:
+    """An error for each part of `value` that no path of `known` reads. `value` stands at `at`."""
     if value is None or any(not path or not isinstance(path[0], str) for path in known):
-        return  # all of it is read, or it is a list
+        return  # an expression reads all of the value, or reads it as a list
     field, names = ".".join(at), list(dict.fromkeys(str(path[0]) for path in known))
     if not isinstance(value, Mapping):
         if names:
@@ -145,13 +146,13 @@ def _strays(known: Sequence[Path], value: Any, at: tuple[str, ...]) -> Iterator[
             yield FieldError(f"{field}.{key}", problem)
 
 
-def _job_inputs(job: JobOptions, components: Sequence[ComponentOptions]) -> Iterator[Variable]:
-    """What a job asks of the workflow's input: its own expressions, with what the action makes of them."""
+def _job_inputs(job: JobOptions, components: Collection[ComponentOptions]) -> Iterator[Variable]:
+    """The inputs that a job reads: by its own expressions, and by those of its action."""
     component = pick(tuple(components), job.component, "component")
     of_action = {v.path: v for v in _action_inputs(component, component.find_action(job.action))}
     for path, leaf in job.input_template.leaves():
         if isinstance(leaf, Reference) and leaf.key == "input":
-            # `input: ${input}` hands the action's variables through; `{prompt: ${input.question}}` renames one.
+            # `input: ${input}` passes the action's variables on; `{prompt: ${input.question}}` renames one.
             for inner in of_action.values():
                 if inner.path[: len(path)] == path:
                     outer = (*leaf.path, *inner.path[len(path) :])
@@ -163,7 +164,7 @@ def _job_inputs(job: JobOptions, components: Sequence[ComponentOptions]) -> Iter
                         description=leaf.description or inner.description,
                     )  # fmt: skip
             yield from _mentions(leaf.default, required=False)
-            # A whole input that the action takes nothing of is no variable.
+            # The whole input is not a variable if the action reads none of it.
             if leaf.path and not any(inner.path[: len(path)] == path for inner in of_action.values()):
                 yield _variable(leaf, required=False)
         else:
@@ -178,7 +179,7 @@ def _handed_out(output: Template | None) -> Iterator[Variable]:
 
 
 def _mentions(leaf: Any, *, required: bool) -> Iterator[Variable]:
-    """The inputs that a leaf of a template reads. One that stands in for another, as its default, is never required."""
+    """The inputs that a leaf of a template reads. An input that is another one's default is never required."""
     for part in leaf.parts if isinstance(leaf, Splice) else (leaf,):
         first = True
         while isinstance(part, Reference):

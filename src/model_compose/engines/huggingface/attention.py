@@ -1,11 +1,11 @@
-"""One forward pass over a flat batch: which tokens it holds, and their attention to what each row has cached.
+"""One forward pass over a flat batch: which tokens it has, and their attention to what each row has cached.
 
-All tokens of all rows stand in one line, so every linear layer is one product whatever the mixture of prompts and single
-tokens. Only attention looks at rows: rows of one block that stand together decode in one call, a piece of a prompt is a
-call of its own.
+A flat batch has the tokens of all rows in one line, so every linear layer is one product for prompts and single tokens
+alike. Only attention looks at rows. Neighbouring rows of a block that decode attend in one call; each piece of a prompt
+attends in a call of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -17,22 +17,24 @@ from model_compose.engines.huggingface.cache import Row
 
 @dataclass(frozen=True)
 class Piece:
-    """Some new tokens of one row, behind the `start` tokens that it has cached.
+    """Some new tokens of one row. They follow the `start` tokens that the row has cached.
 
-    long: whether the row's text is longer than the switch of the model's rotary embedding (rotary.py).
+    long: whether the row's text is longer than the length at which the model's rotary embedding changes (rotary.py).
     """
 
     row: Row
-    tokens: Sequence[int]
+    tokens: Collection[int]
     start: int
     long: bool = False
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What becomes of the scores q·k. scaling: their factor, one over the root of dim if None. window: how far back a token
-    looks. cap: they become cap · tanh(score / cap). sinks: (heads,), scores of a key that every softmax counts and that has
-    no value.
+    """How attention computes its scores from q·k.
+
+    scaling: multiplies q·k; 1/√dim if None. window: how many tokens back a token looks, itself included. cap: if not 0,
+    a score becomes cap · tanh(score / cap). sinks: (heads,), the scores of a key that takes part in every softmax and
+    has no value.
     """
 
     scaling: float | None = None
@@ -42,9 +44,9 @@ class Scoring:
 
 
 class Decode:
-    """Rows first..first+n-1 of a block, one new token each: tokens at..at+n-1 of the pass."""
+    """Neighbouring rows of a block that decode. The pass's tokens from number `at` on are theirs, one for each row."""
 
-    def __init__(self, at: int, rows: Sequence[Row], starts: Sequence[int], device: torch.device) -> None:
+    def __init__(self, at: int, rows: list[Row], starts: list[int], device: torch.device) -> None:
         self.block, first, count = rows[0].block, rows[0].index, len(rows)
         self.tokens, self.rows, self.longest = slice(at, at + count), slice(first, first + count), max(starts) + 1
         self._row_index = torch.arange(first, first + count, device=device)
@@ -53,15 +55,18 @@ class Decode:
         self._masks: dict[int | None, Tensor | None] = {}
 
     def store(self, kept: Tensor, new: Tensor) -> Tensor:
-        """Writes (n, heads, dim) behind what is cached; the rows' views (n, heads, longest, dim)."""
-        if len(new) == 1:  # an index tensor costs more than the copy
+        """Writes `new` (n, heads, dim) behind what the n rows have cached.
+
+        Returns a view of them (n, heads, longest, dim).
+        """
+        if len(new) == 1:  # indexing by a tensor would take longer than the copy
             kept[self.rows.start, :, self.longest - 1] = new[0]
         else:
             kept[self._row_index, :, self.starts] = new.to(kept.dtype)
         return kept[self.rows, :, : self.longest]
 
     def mask(self, window: int | None) -> Tensor | None:
-        """(n, 1, 1, longest): where each row may look; None where all may look everywhere."""
+        """(n, 1, 1, longest): true where a row may look. None if all rows may look everywhere."""
         if window not in self._masks:
             keys, at = torch.arange(self.longest, device=self.starts.device), self.starts[:, None, None, None]
             if window is not None and window < self.longest:
@@ -73,14 +78,14 @@ class Decode:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
         n, heads, dim = q.shape
         groups = k.shape[1]
-        # The heads that share keys stand where a sequence's queries would: no key is repeated.
+        # Query heads that share a key head take the place of several queries, so that no key has to be repeated.
         sinks = None if how.sinks is None else how.sinks.view(groups, -1, 1)
         out = _scores(q.view(n, groups, heads // groups, dim), k, v, self.mask(how.window), how, sinks)
         return out.reshape(n, heads, v.shape[-1])
 
 
 class Prefill:
-    """A piece of one prompt: tokens at..at+count-1 of the pass."""
+    """A piece of one prompt. Its tokens are those of the pass from number `at` on."""
 
     def __init__(self, at: int, piece: Piece, device: torch.device) -> None:
         self.block, self._row, self._start = piece.row.block, piece.row.index, piece.start
@@ -89,12 +94,15 @@ class Prefill:
         self._masks: dict[int | None, Tensor] = {}
 
     def store(self, kept: Tensor, new: Tensor) -> Tensor:
-        """Writes (tokens, heads, dim) behind what is cached; the row's view (1, heads, end, dim)."""
+        """Writes `new` (tokens, heads, dim) behind what the row has cached.
+
+        Returns a view of the row (1, heads, end, dim).
+        """
         kept[self._row, :, self._start : self._end] = new.transpose(0, 1)
         return kept[self._row : self._row + 1, :, : self._end]
 
     def mask(self, window: int | None) -> Tensor:
-        """(tokens, end): where each token may look."""
+        """(tokens, end): true where a token may look."""
         if window not in self._masks:
             keys = torch.arange(self._end, device=self._device)
             at = torch.arange(self._start, self._end, device=self._device)[:, None]
@@ -110,13 +118,13 @@ class Prefill:
 
 
 class Pass:
-    """The tokens of one forward pass, in the order in which they stand, and `attend` for its layers.
+    """The tokens of one forward pass in their order, and `attend` for its layers.
 
-    order: the pieces' numbers, as given, in the order of the pass. last: where each of them ends. groups: what attends at
-    once.
+    order: the numbers of the given pieces, in the order in which the pass has them. last: the number of each piece's
+    last token. groups: the tokens that attend in one call.
     """
 
-    def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
+    def __init__(self, pieces: list[Piece], device: torch.device) -> None:
         singles = [i for i, piece in enumerate(pieces) if len(piece.tokens) == 1]
         singles.sort(key=lambda i: (id(pieces[i].row.block), pieces[i].row.index))
         self.order = singles + [i for i, piece in enumerate(pieces) if len(piece.tokens) > 1]
@@ -130,7 +138,7 @@ class Pass:
 
     @property
     def long(self) -> Tensor:
-        """(tokens,): `long` of each token's piece."""
+        """(tokens,): the `long` of each token's piece."""
         return torch.tensor(self._long).repeat_interleave(torch.tensor(self.counts)).to(self._device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
@@ -143,14 +151,17 @@ class Pass:
 
 
 def attend_group(group: Decode | Prefill, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
-    """`Pass.attend` for one group, of the pass's q, k and v. The cache may have a narrower dtype than they."""
+    """`Pass.attend` for one group. q, k, v: of the whole pass. The cache may have a narrower dtype than they have."""
     keys = group.store(group.block.keys[layer], k[group.tokens]).to(k.dtype)
     values = group.store(group.block.values[layer], v[group.tokens]).to(v.dtype)
     return group.attend(q[group.tokens], keys, values, how)
 
 
-def _groups(pieces: Sequence[Piece], device: torch.device) -> list[Decode | Prefill]:
-    """Single tokens come first in `pieces`; neighbours in a block become one group."""
+def _groups(pieces: list[Piece], device: torch.device) -> list[Decode | Prefill]:
+    """The groups of a pass.
+
+    Single tokens come first in `pieces`; those of neighbouring rows of a block become one group.
+    """
     groups: list[Decode | Prefill] = []
     run: list[Piece] = []
     at = 0
@@ -171,9 +182,9 @@ def _groups(pieces: Sequence[Piece], device: torch.device) -> list[Decode | Pref
 def _scores(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, how: Scoring, sinks: Tensor | None, *, causal: bool = False
 ) -> Tensor:
-    """Attention of (n, heads, queries, dim) to (n, key heads, keys, dim); mask is true where a query may look.
+    """Attention of q (n, heads, queries, dim) to k and v (n, key heads, keys, dim). mask: true where a query may look.
 
-    sinks: as they stand beside the scores, (heads, queries or 1, 1).
+    sinks: in the shape of a column of the scores, (heads, queries or 1, 1).
     """
     if not how.cap and sinks is None:
         return F.scaled_dot_product_attention(

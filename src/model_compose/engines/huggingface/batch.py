@@ -1,14 +1,14 @@
-"""The scheduler: which sequences run, how many tokens of each, and one forward pass for all of them a step.
+"""The scheduler: which sequences run, how many tokens each gets in a step, and one forward pass for all of them.
 
-A step gives every sequence that decodes one token, and shares PREFILL_TOKENS among the prompts that are being read, so
-that a long prompt stalls nobody and short ones overtake it. Sequences join in the order in which they came; one whose
-blend runs folded only waits until all that run have its blend, and those behind it wait too, so that nobody starves. When
-the KV cache is full, old prefixes go first, then the youngest sequence, which is computed again later.
+In a step, every sequence that decodes gets one token. The prompts that are being read share PREFILL_TOKENS, so a long
+prompt delays nobody and short prompts overtake it. Sequences start in the order in which they came. A sequence whose
+blend only runs folded waits until all running sequences have that blend; those behind it wait too, so that it is not
+overtaken for ever. When the KV cache is full, old prefixes are dropped first. Then the youngest sequence gives up its
+row and is computed again later.
 """
 
 import logging
 from collections import deque
-from collections.abc import Sequence as List
 
 from torch import Tensor
 
@@ -17,27 +17,33 @@ from model_compose.engines.huggingface.cache import KVCache, Row, copy
 from model_compose.engines.huggingface.forward import Forward
 from model_compose.engines.huggingface.prefix import PrefixCache, paste
 from model_compose.engines.prompts import common
-from model_compose.engines.stepping.scheduler import WORTH_WAITING, Scheduler, Work
+from model_compose.engines.stepping.scheduler import Scheduler, Work
 from model_compose.engines.stepping.sequence import Sequence
 from model_compose.lora.layers import LoraModel
 
 log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 256
-"""Prompt tokens a step, over all rows: the others wait no longer than these take."""
+"""How many tokens of prompts a step reads at most. Sequences that decode wait for these."""
 
 PIECE_TOKENS = 64
-"""Least of a prompt in a step, if it has so many and they fit: many prompts at once are read some after the others."""
+"""A step reads at least this many tokens of a prompt, if it has them and they fit:
+
+of many prompts, some have to wait.
+"""
 
 RESERVED_TOKENS = 64
-"""A row starts with room for so many tokens behind its prompt, if that many may come."""
+"""A new row has room for this many tokens behind the prompt, unless the text must end earlier."""
 
 FOLD_AFTER = 256
-"""Passes with one blend alone before `fold: auto` folds it: folding takes as long as some of them."""
+"""`fold: auto` folds a blend after this many passes that used no other blend: folding takes as long as many passes."""
 
 
 class Batch(Scheduler):
-    """lora and forward: the model. max_rows: sequences that run at once. auto_fold: fold what all of them use."""
+    """lora, forward:
+
+    the model. max_rows: how many sequences run at once. auto_fold: folds a blend that all of them use.
+    """
 
     def __init__(
         self, lora: LoraModel, forward: Forward, cache: KVCache, *, max_rows: int, prefix_cache: bool = True,
@@ -55,7 +61,7 @@ class Batch(Scheduler):
         return sequence in self._rows
 
     def step(self) -> None:
-        """One forward pass: a token for each sequence that decodes, a piece of some prompts."""
+        """One forward pass: one token for each sequence that decodes, and pieces of some prompts."""
         self._drop_done()
         work = self._decodes()
         work += self._prompts()
@@ -65,10 +71,10 @@ class Batch(Scheduler):
         self._drop_done()
 
     def _decodes(self) -> list[Work]:
-        """The running sequences that decode, each with room for its next token."""
-        for sequence in list(self.running):  # the oldest first: it takes the room of younger ones
+        """The running sequences that decode, after each got room for its next token."""
+        for sequence in list(self.running):  # the oldest first, since it may take the row of a younger one
             if sequence in self.running and sequence.pending == 1:
-                if self._is_long(sequence) and not sequence.long:  # what is cached was rotated by other factors
+                if self._is_long(sequence) and not sequence.long:  # its cached keys were rotated by other factors
                     sequence.long, sequence.cached = True, 0
                 self._reserve(sequence)
         return [(sequence, 1) for sequence in self.running if sequence.pending == 1]
@@ -77,7 +83,10 @@ class Batch(Scheduler):
         return self._forward.switch is not None and len(sequence.tokens) > self._forward.switch
 
     def _reserve(self, sequence: Sequence) -> None:
-        """Makes room for all of the sequence's tokens: by letting prefixes go, then by preempting the youngest."""
+        """Gives the sequence a row for all of its tokens.
+
+        If needed, drops prefixes, then preempts the youngest sequences.
+        """
         while (larger := self._cache.grow(self._rows[sequence], len(sequence.tokens), sequence.cached)) is None:
             if self.prefixes is not None and self.prefixes.drop_one():
                 continue
@@ -88,15 +97,21 @@ class Batch(Scheduler):
         self._rows[sequence] = larger
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the front of the queue; its tokens stay, what was computed of them goes."""
+        """Puts a running sequence back to the front of the queue.
+
+        It keeps its tokens and loses their keys and values.
+        """
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
     def _prompts(self) -> list[Work]:
-        """Pieces of prompts: the budget is shared evenly among those that are being read, but not in small pieces, as each
-        costs attention of its own. The shortest go first; the oldest has a piece in any case, and what is left over."""
+        """Pieces of the prompts that are being read.
+
+        The prompts share the step's budget evenly, but no piece is small, since each attends in a call of its own. The
+        shortest prompts come first. The oldest prompt always gets a piece, and whatever is left.
+        """
         self._admit()
         reading = [sequence for sequence in self.running if sequence.pending > 1]
         if not reading:
@@ -114,9 +129,10 @@ class Batch(Scheduler):
         return [*work, (oldest, min(oldest.pending, left))]
 
     def _admit(self) -> None:
-        """Gives waiting sequences a row, oldest first, as long as there is room for them.
+        """Starts waiting sequences, oldest first, as long as the KV cache has rows for them.
 
-        One whose prompt starts as that of another that is just being read waits for it, and others may pass meanwhile.
+        A sequence waits if another one that starts with the same tokens is just being read. Others may overtake it
+        then.
         """
         kept: list[Sequence] = []
         while self.waiting and len(self.running) < self._max_rows:
@@ -138,16 +154,15 @@ class Batch(Scheduler):
             self.running.append(sequence)
         self.waiting.extendleft(reversed(kept))
 
-    def _is_worth_waiting(self, sequence: Sequence) -> bool:
-        return self.prefixes is not None and any(
-            other.pending > 1
-            and other.kept_as == sequence.kept_as
-            and common(other.tokens, sequence.tokens[:-1]) >= other.cached + WORTH_WAITING
-            for other in self.running
-        )
+    @property
+    def _shares_prefixes(self) -> bool:
+        return self.prefixes is not None
 
     def _goes_with_running(self, sequence: Sequence) -> bool:
-        """A blend that only runs folded has the batch to itself; of others, there may be a limit of adapters."""
+        """Whether the sequence may share the batch with those that run.
+
+        A blend that only runs folded has the batch to itself. For other blends, the number of adapters may be limited.
+        """
         if not self.running:
             return True
         first = self.running[0].blend
@@ -157,14 +172,17 @@ class Batch(Scheduler):
         return self._max_adapters is None or len(used) <= self._max_adapters
 
     def _give_row(self, sequence: Sequence) -> bool:
-        """A row with whatever is known of the beginning of the sequence's tokens. False where there is no room."""
+        """Gives the sequence a row that already holds what is known of the beginning of its tokens.
+
+        False if there is no room.
+        """
         tokens = min(len(sequence.tokens) + RESERVED_TOKENS, sequence.most_tokens)
         while (row := self._cache.take(tokens)) is None:
             if self.prefixes is None or not self.prefixes.drop_one():
                 return False
         self._rows[sequence] = row
         if self.prefixes is not None:
-            wanted = sequence.tokens[:-1]  # the last token is computed in any case, for its logits
+            wanted = sequence.tokens[:-1]  # the last token is always computed, since we need its logits
             entry, length = self.prefixes.find(sequence.kept_as, wanted)
             alike = [other for other in self.running if other.kept_as == sequence.kept_as]
             other = max(alike, key=lambda other: common(other.tokens[: other.cached], wanted), default=None)
@@ -181,7 +199,7 @@ class Batch(Scheduler):
         return True
 
     def _drop_done(self) -> None:
-        """Gives back the rows of sequences that have ended, or that nobody reads any more."""
+        """Gives back the rows of sequences that have ended or whose reader has left."""
         self.waiting = deque(sequence for sequence in self.waiting if not sequence.done)
         for sequence in [sequence for sequence in self.running if sequence.done]:
             self.running.remove(sequence)
@@ -195,7 +213,7 @@ class Batch(Scheduler):
             return
         try:
             self.prefixes.keep(sequence.kept_as, sequence.tokens[: sequence.cached], self._rows[sequence])
-        except (RuntimeError, MemoryError) as error:  # torch says by a RuntimeError that memory is short
+        except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError if there is no memory
             log.warning("a prefix of %d tokens was not kept: %s", sequence.cached, error)
 
     def _unload(self, adapter: str) -> None:
@@ -205,8 +223,11 @@ class Batch(Scheduler):
         self._cache.give_back(self._rows.pop(sequence))
         sequence.cached = 0
 
-    def _fold_or_not(self, sequences: List[Sequence]) -> None:
-        """With `fold: auto`: folded while all use the same blend; live as soon as one uses another."""
+    def _fold_or_not(self, sequences: list[Sequence]) -> None:
+        """With `fold:
+
+        auto`, folds the blend if all sequences use the same one for long, and unfolds it once one uses another.
+        """
         first, folded = sequences[0].blend, self._lora.folded
         if folded is not None and folded.full_rank and not folded.equals(first):
             self._lora.unfold(keep=True)
@@ -223,13 +244,13 @@ class Batch(Scheduler):
         if self._same > FOLD_AFTER or (self._same and self._lora.keeps(first)):
             try:
                 self._lora.fold(first)
-            except (RuntimeError, MemoryError) as error:  # live serves as well
+            except (RuntimeError, MemoryError) as error:  # the live way computes the same
                 log.warning("no memory to fold the blend, it stays live: %s", error)
                 self._auto_fold = False
 
-    def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
-        """Logits (sequences, vocabulary) in the order that comes with them: numbers into `work`."""
-        if work[0][0].blend.full_rank:  # and thus all of them
+    def _compute(self, work: list[Work]) -> tuple[Tensor, list[int]]:
+        """Logits (sequences, vocabulary), and for each of their rows its number in `work`."""
+        if work[0][0].blend.full_rank:  # then all have this blend
             self._lora.fold(work[0][0].blend)
         pieces = []
         for sequence, count in work:

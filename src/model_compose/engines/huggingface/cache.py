@@ -1,12 +1,13 @@
 """The KV cache: keys and values of the running sequences, within a budget of bytes.
 
-Memory is cut into blocks of a few rows of equal capacity; a sequence has one row, and moves to a larger one as it grows.
-The rows of a block that are in use stand together, so that attention reads views and copies nothing, and rows of very
-different lengths do not share a padded tensor. Knows nothing of tokens or blends.
+Memory consists of blocks with a few rows of equal capacity. A sequence has one row and moves to a larger one as it
+grows. The used rows of a block lie together, so attention reads views and copies nothing. Rows of very different
+lengths are in different blocks, so short rows are not padded to the longest. This module knows nothing of tokens or
+blends.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor
 
 SMALLEST = 64
-"""Capacity of the smallest rows, in tokens; each larger kind has twice as many."""
+"""Capacity of the smallest rows in tokens. Each larger kind of row has twice the capacity."""
 
 ROWS = 8
-"""Most rows in a block."""
+"""The most rows of a block."""
 
 BLOCK_SHARE = 8
-"""A block of several rows is at most this part of the budget."""
+"""A block of several rows takes at most one of this many parts of the budget."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,16 @@ class LayerShape:
 
 
 class Row:
-    """One sequence's place: row `index` of a block. Both change when the cache moves rows to close a gap."""
+    """The place of one sequence:
+
+    row `index` of a block. Block and index change when the cache moves rows to close a gap.
+    """
 
     def __init__(self, block: "Block", index: int) -> None:
         self.block, self.index = block, index
 
     def views(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """The first `tokens` keys and values of a layer, (heads, tokens, dim): views."""
+        """Views of the first `tokens` keys and values of a layer: (heads, tokens, dim) each."""
         block = self.block
         return block.keys[layer][self.index, :, :tokens], block.values[layer][self.index, :, :tokens]
 
@@ -53,8 +57,8 @@ class Row:
 class Block:
     """keys[layer], values[layer]: (rows, heads, capacity, dim). Rows 0..len(used)-1 are in use."""
 
-    def __init__(self, layers: Sequence[LayerShape], rows: int, capacity: int) -> None:
-        # Zeros, not uninitialised memory: a masked position counts 0 times its value, and 0 times NaN is NaN.
+    def __init__(self, layers: Collection[LayerShape], rows: int, capacity: int) -> None:
+        # Zeros, since attention multiplies the value of a masked position by 0, and 0 · NaN is NaN.
         self.keys, self.values = (
             [torch.zeros(rows, s.heads, capacity, dim(s), dtype=s.dtype, device=s.device) for s in layers]
             for dim in (attrgetter("key_dim"), attrgetter("value_dim"))
@@ -62,7 +66,7 @@ class Block:
         self.pointers = [
             (ctypes.c_void_p * len(kept))(*(t.data_ptr() for t in kept)) for kept in (self.keys, self.values)
         ]
-        """To keys and values, for native code."""
+        """The addresses of all layers' keys, and of all layers' values, for native code."""
         self.rows, self.capacity = rows, capacity
         self.used: list[Row] = []
         self._touched = 0
@@ -74,7 +78,7 @@ class Block:
     def take(self) -> Row:
         row = Row(self, len(self.used))
         self.used.append(row)
-        if row.index < self._touched:  # what a failed sequence left there may be NaN
+        if row.index < self._touched:  # a sequence that failed may have left NaN
             for kept in self.tensors:
                 kept[row.index].zero_()
         self._touched = max(self._touched, len(self.used))
@@ -82,9 +86,9 @@ class Block:
 
 
 class KVCache:
-    """Hands out rows. budget: bytes for rows and for whatever else is kept in their stead (`spend`)."""
+    """Hands out rows. budget: bytes for rows and prefixes. spent: how many of these bytes are used."""
 
-    def __init__(self, layers: Sequence[LayerShape], budget: int, context: int) -> None:
+    def __init__(self, layers: Collection[LayerShape], budget: int, context: int) -> None:
         self._layers, self.budget, self._context = layers, budget, context
         self.token_bytes = sum(shape.token_bytes for shape in layers)
         self.spent = 0
@@ -95,14 +99,14 @@ class KVCache:
         return [block for blocks in self._blocks.values() for block in blocks]
 
     def capacity(self, tokens: int) -> int:
-        """Of the kind of row that holds so many tokens."""
+        """The capacity of the smallest kind of row that holds this many tokens."""
         size = SMALLEST
         while size < tokens:
             size *= 2
         return min(size, -(-self._context // SMALLEST) * SMALLEST)
 
     def take(self, tokens: int) -> Row | None:
-        """A row for so many tokens; None where the budget has no room for it."""
+        """A row for this many tokens. None if the budget has no room for it."""
         capacity = self.capacity(tokens)
         blocks = self._blocks.setdefault(capacity, [])
         if not blocks or len(blocks[-1].used) == blocks[-1].rows:
@@ -116,7 +120,8 @@ class KVCache:
         return blocks[-1].take()
 
     def grow(self, row: Row, tokens: int, used: int) -> Row | None:
-        """A row for `tokens` tokens with the first `used` of them as they are in `row`; None where there is no room."""
+        """A row for `tokens` tokens that holds the first `used` of `row`; `row` itself if it is large enough. None if the
+        budget has no room."""
         if tokens <= row.block.capacity:
             return row
         larger = self.take(tokens)
@@ -126,7 +131,7 @@ class KVCache:
         return larger
 
     def give_back(self, row: Row) -> None:
-        """The last row of its kind moves into the gap; blocks without rows give their memory back."""
+        """Takes a row back. The last row of its kind moves to its place; a block without rows gives its memory back."""
         blocks = self._blocks[row.block.capacity]
         last = blocks[-1].used[-1]
         if last is not row:
@@ -141,7 +146,7 @@ class KVCache:
 
 
 def copy(source: Row, target: Row, tokens: int) -> None:
-    """The first `tokens` keys and values, layer by layer."""
+    """Copies the first `tokens` keys and values of all layers."""
     for layer in range(len(source.block.keys)):
         for mine, theirs in zip(source.views(layer, tokens), target.views(layer, tokens), strict=True):
             theirs.copy_(mine)

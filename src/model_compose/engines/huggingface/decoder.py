@@ -1,9 +1,9 @@
 """Logits of a pass from a lean decoder of the Llama family: the same function as transformers' code, in fewer operations.
 
-q, k, v are one product, and so are gate and up; positions are rotated once for q and k together. It takes its weights
-from a transformers model. Rotary embeddings, whatever their scaling, are that model's own. On a CPU, native code runs a
-decode-only step in one call (`NativeLayers`). In other steps it computes the products, and the attention of the rows that
-decode. Activations are float32 then.
+q, k and v are one product, and so are gate and up; q and k are rotated together. It takes its weights from a
+transformers model. Rotary embeddings, whatever their scaling, are that model's own. On a CPU, native code runs a
+decode-only step in one call (`NativeLayers`). In other steps it computes the products, and the attention of the rows
+that decode. Activations are float32 then.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +29,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer. qk_norm: (heads + key heads, dim) where queries and keys are normalised (Qwen 3)."""
+    """One decoder layer. qk_norm: (heads + key heads, dim), for models that normalise queries and keys (Qwen 3)."""
 
     norm: Tensor
     qkv: Projection
@@ -46,7 +46,10 @@ Turn = tuple[Tensor, Tensor]
 
 
 class LlamaForward:
-    """quantization: int8 or int4, what the Linears' weights become. native: what `native_for` found; None: by torch."""
+    """The lean decoder.
+
+    quantization: int8 or int4, for the Linears' weights. native: from `native_for`; None: torch computes.
+    """
 
     def __init__(self, lora: LoraModel, quantization: str | None = None, native: Kernels | None = None) -> None:
         def make(linear: nn.Linear, *, head: bool = False) -> nn.Module:
@@ -67,8 +70,8 @@ class LlamaForward:
         weight = inner.embed_tokens.weight
         shape = LayerShape(keys, dim, dim, weight.dtype, weight.device)
         self.layers = [shape] * len(self._layers)
-        whole = CHeads(heads, keys, dim, config.rms_norm_eps, dim**-0.5)
-        self._native = None if native is None else NativeLayers(native, lora, self._layers, whole, self._norm)
+        sizes_in_c = CHeads(heads, keys, dim, config.rms_norm_eps, dim**-0.5)
+        self._native = None if native is None else NativeLayers(native, lora, self._layers, sizes_in_c, self._norm)
         sizes = Sizes(heads, keys, dim, config.rms_norm_eps)
         self._between = Between(sizes, inner.layers[0].mlp.act_fn, self._native)
 
@@ -99,7 +102,7 @@ class LlamaForward:
         x, y = self._embed(step.tokens, mix), None
         rotary = self._rotary if self.switch is None else partial(rotate_by_row, self._rotary, self.switch, step.long)
         cosine, sine = (part[0] for part in rotary(x[None], step.positions[None]))
-        # Rotating halves is a roll, with the first half's sign in the sine.
+        # RoPE: swap the two halves; `sine` already carries the minus sign.
         turn = (cosine.contiguous(), torch.cat([-sine[:, : dim // 2], sine[:, dim // 2 :]], dim=-1))
         if self._native is not None:
             normed = self._native.decode(x, step, turn, mix)
@@ -115,14 +118,16 @@ class LlamaForward:
         return self._head(normed, mix)
 
 
-# The layers by native code.
+# The layers, computed by native code.
 
 
 @dataclass(frozen=True)
 class Table:
-    """The layers as native code reads them, with pointers to weights and adapters. layouts: of its stacks, by number.
+    """The layers as native code reads them: pointers to weights and to the adapters' factors.
 
-    swaps, selection: the pointers hold as long as these are the same. kept: keeps alive what they point to.
+    layers: None if native code cannot add these adapters. layouts: of the stacks; a stack names its layout by its
+    number here. swaps, selection: the pointers are valid as long as these are the same. kept: keeps alive what they
+    point to.
     """
 
     layers: Any
@@ -133,17 +138,20 @@ class Table:
 
 
 class NativeLayers:
-    """layers: of the decoder. norm: the last one."""
+    """Computes decode-only steps in one C call; in other steps, what lies between the products. norm: the last one."""
 
     def __init__(
-        self, native: Kernels, lora: LoraModel, layers: Iterable[Layer], shape: CHeads, norm: Tensor
+        self, native: Kernels, lora: LoraModel, layers: Iterable[Layer], heads: CHeads, norm: Tensor
     ) -> None:  # fmt: skip
-        self._native, self._lora, self._layers, self._shape, self._norm = native, lora, layers, shape, norm
+        self._native, self._lora, self._layers, self._heads, self._norm = native, lora, layers, heads, norm
         self._table: Table | None = None
 
     def decode(self, x: Tensor, step: Pass, turn: Turn, mix: Mix | None) -> Tensor | None:
-        """x (tokens, size), overwritten -> the last layer's output, normed. None where it takes more than one call: a step
-        with prompts, or adapters on another device or in another dtype."""
+        """All layers in one call. x: the embeddings (tokens, size), which are overwritten. Returns the last norm of the
+        last layer's output.
+
+        None if one call cannot do it: the step has prompts, or adapters compute on another device or in another dtype.
+        """
         groups = [group for group in step.groups if isinstance(group, Decode)]
         if len(groups) < len(step.groups) or len(x) > FEW:
             return None
@@ -154,17 +162,17 @@ class NativeLayers:
         if table.layers is None:
             return None
         scales = [mix.scales(layout, len(x)) for layout in table.layouts] if mix is not None else []
-        runs = [_run(group) for group in groups]
-        return self._native.decode(table.layers, scales, runs, self._shape, turn, self._norm, x)
+        rows = [_cache_rows(group) for group in groups]
+        return self._native.decode(table.layers, scales, rows, self._heads, turn, self._norm, x)
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return x, self._native.add_norm(x, y, weight, self._shape.eps)
+        return x, self._native.add_norm(x, y, weight, self._heads.eps)
 
     def gate(self, gate_up: Tensor) -> Tensor:
         return self._native.silu_mul(gate_up)
 
     def attend(self, group: Decode, number: int, layer: Layer, qkv: Tensor, turn: Turn, out: Tensor) -> None:
-        self._native.attend(_run(group), number, self._shape, layer.qk_norm, layer.window, qkv, *turn, out)
+        self._native.attend(_cache_rows(group), number, self._heads, layer.qk_norm, layer.window, qkv, *turn, out)
 
     def _read(self, mix: Mix | None, selection: Selection | None) -> Table:
         kept: list[Any] = []
@@ -203,7 +211,7 @@ def _layer(layer: Layer, stack_of: Callable[[Projection], CStack | None], keep: 
     return CLayer(layer.norm.data_ptr(), layer.mlp_norm.data_ptr(), norm, layer.window or 0, *found)
 
 
-def _run(group: Decode) -> CCacheRows:
+def _cache_rows(group: Decode) -> CCacheRows:
     block, tokens, rows = group.block, group.tokens, group.rows
     keys, values = block.pointers
     kind = KINDS[block.keys[0].dtype]
@@ -220,12 +228,12 @@ def _run(group: Decode) -> CCacheRows:
     )
 
 
-# What lies between the products.
+# What a layer computes between its products.
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """heads: of queries; keys: of keys and of values; dim: of a head; eps: of the norms."""
+    """heads: of the queries; keys: heads of the keys, and of the values; dim: of a head; eps: of the norms."""
 
     heads: int
     keys: int
@@ -234,13 +242,16 @@ class Sizes:
 
 
 class Between:
-    """What lies between the products of a layer. act: of the gate. native: attends for rows that decode, if given."""
+    """What a layer computes between its products.
+
+    act: the gate's activation. native: computes in place of torch, if given.
+    """
 
     def __init__(self, sizes: Sizes, act: Callable[[Tensor], Tensor], native: NativeLayers | None = None) -> None:
         self._sizes, self._act, self._native = sizes, act, native
 
     def add_norm(self, x: Tensor, y: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """x + y, and its norm."""
+        """x + y, and its RMSNorm."""
         if self._native is not None:
             return self._native.add_norm(x, y, weight)
         x = x if y is None else x + y
@@ -279,7 +290,7 @@ class Between:
 
 
 def native_for(model: nn.Module, device: torch.device) -> Kernels | None:
-    """The kernels for a model that the lean decoder takes; None where torch computes it."""
+    """Native code, for a model that it can compute; None if torch must do it."""
     config: Any = model.config
     dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
     fits = device.type == "cpu" and takes(model) and dtype in KINDS and config.hidden_act == "silu"
@@ -287,7 +298,7 @@ def native_for(model: nn.Module, device: torch.device) -> Kernels | None:
 
 
 def takes(model: nn.Module) -> bool:
-    """Whether the lean decoder computes this model. A config can make a Llama look at later tokens, too: not that one."""
+    """Whether the lean decoder computes this model. It does not if the config lets tokens look at later ones."""
     return type(model).__name__ in ARCHITECTURES and getattr(model.config, "is_causal", True) is True
 
 
@@ -295,5 +306,5 @@ def _window(attention: Any) -> int | None:
     if hasattr(attention, "sliding_window"):
         window: int | None = attention.sliding_window
         return window
-    # Mistral has one for all layers, in its config; Llama's config has none.
+    # Mistral has one window for all layers, in its config; Llama has none.
     return getattr(attention.config, "sliding_window", None)

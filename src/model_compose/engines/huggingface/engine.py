@@ -1,4 +1,7 @@
-"""The embedded engine: transformers in this process, any blend for any request. `driver: huggingface`."""
+"""The embedded engine (`driver:
+
+huggingface`): transformers' models in this process, with any blend for each request.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,11 +24,11 @@ from model_compose.schema import Options
 if TYPE_CHECKING:
     from model_compose.engines.huggingface.batch import Batch
     from model_compose.engines.huggingface.cache import KVCache
-    from model_compose.engines.huggingface.loading import Loaded
+    from model_compose.engines.huggingface.loading import LoadedModel
 
 
 class HuggingfaceEngine(SteppingEngine):
-    """transformers' models, with any mixture of blends in one batch."""
+    """Runs a transformers model. Requests with different blends share one batch."""
 
     Options: ClassVar[type[Options]] = HuggingfaceOptions
     needs = staticmethod(needs)
@@ -33,14 +36,14 @@ class HuggingfaceEngine(SteppingEngine):
 
     @classmethod
     def preflight(cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
-        """The base's and the adapters' own files say everything."""
+        """Checks nothing: the common checks of the base's and the adapters' files are enough for this driver."""
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         own = options.options
         assert isinstance(own, HuggingfaceOptions)
         super().__init__(blends, base_dir, rows=own.max_batch_size, queue=own.max_queue)
         self._options, self._own, self._blends = options, own, blends
-        self._loaded: Loaded | None = None
+        self._loaded: LoadedModel | None = None
         self._batch: Batch | None = None
         self._cache: KVCache | None = None
 
@@ -59,7 +62,8 @@ class HuggingfaceEngine(SteppingEngine):
         loaded = load(self._options, self._base_dir, report, max_adapters=own.max_adapters_on_device)
         for blend in self._blends.full_rank:
             _fold_ahead(loaded, blend, report)
-        # In fewer bits a fold would round small deltas away. It takes a second copy of the weights that it touches.
+        # Folding in fewer than 32 bits would round small deltas away. A fold needs a second copy of the weights it
+        # changes.
         auto = own.fold == "auto" and loaded.dtype == torch.float32 and self._options.quantization is None
         free = free_memory(loaded.device)
         auto = auto and (free is None or 2 * loaded.lora.fold_bytes(self._blends.default) < free)
@@ -67,7 +71,7 @@ class HuggingfaceEngine(SteppingEngine):
             loaded.lora.fold(self._blends.default)
         cache, context = open_cache(loaded.forward.layers, loaded.device, loaded.context, own)
         grammars = Grammars(loaded.tokenizer, loaded.vocabulary, loaded.eos)
-        if loaded.eos:  # reads the vocabulary, which would hold up all other threads later
+        if loaded.eos:  # reads the vocabulary now, since this would block all other threads later
             grammars.start(ResponseFormat("json_object"))
         batch = Batch(
             loaded.lora, loaded.forward, cache, max_rows=own.max_batch_size, prefix_cache=own.prefix_cache,
@@ -87,14 +91,14 @@ class HuggingfaceEngine(SteppingEngine):
         loaded, batch, loop, cache = self._loaded, self._batch, self._loop, self._cache
         if loaded is None or batch is None or loop is None or cache is None:
             return None
-        present = loop.running  # a tuple, and numbers: the engine's thread may go on meanwhile
+        present = loop.running  # a tuple: the engine's thread may replace it meanwhile
         done = sum(sequence.done for sequence in present)
         running = sum(batch.computes(sequence) and not sequence.done for sequence in present)
         prefixes = batch.prefixes
         return Stats(
             running=running,
             waiting=max(0, loop.load - done - running) + self.room.promised,
-            kv_cache_used=cache.spent - (prefixes.size if prefixes else 0),  # prefixes give way
+            kv_cache_used=cache.spent - (prefixes.size if prefixes else 0),  # prefixes are dropped when needed
             kv_cache_total=cache.budget,
             kv_cache_prefixes=prefixes.size if prefixes else 0,
             prefix_queries=prefixes.queries if prefixes else 0,
@@ -129,8 +133,8 @@ class HuggingfaceEngine(SteppingEngine):
             )
 
 
-def _fold_ahead(loaded: "Loaded", blend: Blend, report: Report) -> None:
-    """Makes the weights of a blend of full rank and lays them aside, so that a request for it only swaps them in.
+def _fold_ahead(loaded: "LoadedModel", blend: Blend, report: Report) -> None:
+    """Computes the weights of a blend of full rank and keeps them, so that a request for it only swaps them in.
 
     Raises LoadError.
     """
@@ -142,7 +146,7 @@ def _fold_ahead(loaded: "Loaded", blend: Blend, report: Report) -> None:
     report(Progress(f"folding {which}", 0, 1, "blends"))
     try:
         lora.fold(blend)
-    except (RuntimeError, MemoryError) as error:  # torch says by a RuntimeError that memory is short
+    except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError if there is no memory
         size = size_text(lora.fold_bytes(blend))
         raise LoadError(
             f"no memory for {which}, whose weights take {size} besides the base's; use method: svd"

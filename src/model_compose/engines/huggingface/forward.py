@@ -1,6 +1,6 @@
-"""Logits of a pass from transformers' own model code: any architecture whose attention goes through AttentionInterface.
+"""Logits of a pass by transformers' own model code, for any architecture whose attention uses AttentionInterface.
 
-The code runs without a cache of its own: it sees all tokens in one line, and its attention calls `Pass.attend`.
+The model's code gets all tokens in one line and keeps no cache of its own: its attention calls `Pass.attend`.
 """
 
 from collections.abc import Iterator
@@ -21,25 +21,31 @@ from model_compose.errors import LoadError
 from model_compose.lora.live import Mix
 
 NAME = "model_compose"
-"""Of our attention in transformers' registry."""
+"""The name of our attention in transformers' registry."""
 
 
 class Forward(Protocol):
-    """A model's code. layers: what each of them keeps in the KV cache. switch: the length beyond which all tokens of a text
-    have other keys (rotary.py); None where there is no such length."""
+    """Computes a pass with a model.
+
+    layers: what each layer keeps in the KV cache. switch: if a text becomes longer than this, all of its keys change
+    (rotary.py); None for most models.
+    """
 
     layers: list[LayerShape]
     switch: int | None
 
     def __call__(self, step: Pass, mix: Mix | None) -> Tensor:
-        """(pieces, vocabulary): the logits behind the last token of each piece, in the order of the pass."""
+        """(pieces, vocabulary): the logits after the last token of each piece, in the order of the pass."""
 
 
 _running: ContextVar[Pass | Probe] = ContextVar("running")
 
 
 class TransformersForward:
-    """Raises LoadError where the model's code cannot be taken over. unfit: modules that take no adapter, and why."""
+    """Raises LoadError if the embedded engine cannot run the model's code.
+
+    unfit: modules that take no adapter, and why.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device, name: str) -> None:
         self._model, self._device, self._context = model, device, context_length(model.config)
@@ -54,7 +60,7 @@ class TransformersForward:
             raise LoadError(f"{title} {error}, which the embedded engine does not compute; use another base") from error
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except Exception as error:  # the model's own code, which may fail in any way
+        except Exception as error:  # the model's own code may raise anything
             raise LoadError(
                 f"{title} cannot be run as the embedded engine does, by token, position and attention "
                 f"({type(error).__name__}: {error}); use another base"
@@ -65,9 +71,11 @@ class TransformersForward:
         self.layers, self.unfit = probe.layers, probe.unfit
 
     def __call__(self, step: Pass, mix: Mix | None) -> Tensor:
-        # The hooks of the LoraModel know the mix.
+        # The hooks of the LoraModel have the mix already.
         logits = self._ask(step, step.tokens, step.positions, step.last)
-        return logits if len(logits) == len(step.last) else logits[step.last]  # some models compute those of all tokens
+        return (
+            logits if len(logits) == len(step.last) else logits[step.last]
+        )  # some models compute the logits of all tokens
 
     def _ask(self, running: Pass | Probe, tokens: Tensor, positions: Tensor | None, last: Tensor) -> Tensor:
         given = {} if positions is None else {"position_ids": positions[None]}
@@ -88,7 +96,7 @@ class TransformersForward:
             logits = self._ask(first, tokens, None, kept)
         if len(logits) not in (len(kept), len(tokens)):
             raise NotServed(f"gives logits for {len(logits)} of {len(tokens)} tokens")
-        # Tokens 4, 2 and 0 at their positions again, in another order and beside others.
+        # Tokens 4, 2 and 0 again at the same positions, but in another order and next to other tokens.
         again = Probe(tokens)
         others = tokens[[4, 3, 2, 1, 0]] + torch.tensor([0, 5, 0, 5, 0], device=self._device)
         self._ask(again, others, torch.tensor([4, 9, 2, 7, 0], device=self._device), kept)
@@ -97,12 +105,12 @@ class TransformersForward:
 
 
 def own_attention(name: str, architecture: str) -> str:
-    """What to say of a model that does not go through AttentionInterface."""
+    """The error for a model that does not use AttentionInterface."""
     return f"{name} ({architecture}) has attention of its own, which the embedded engine cannot take over; use another base"
 
 
 def _rotary_by_row(module: nn.Module, switch: int) -> Rotary:
-    """layer_type: where a module computes for several kinds of layers, of which some may be as without longrope."""
+    """The module's forward, with each row's own set of factors. Some of a module's layer types may not use longrope."""
     rotary: Rotary = module.forward
     kinds: Any = module.rope_type
 
@@ -130,7 +138,7 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None,
     sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """`attend` in the shapes of AttentionInterface: (1, heads, tokens, dim) -> (1, tokens, heads, dim)."""
+    """`Pass.attend` in the shapes of AttentionInterface: (1, heads, tokens, dim) -> (1, tokens, heads, dim)."""
     running = _running.get()
     if isinstance(running, Probe):
         running.check(module, attention_mask, sliding_window, others)

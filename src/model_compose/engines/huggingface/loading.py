@@ -42,8 +42,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Everything that generation needs. context: the longest prompt plus text, in tokens; eos: ids that end a text."""
+class LoadedModel:
+    """Everything that generation needs.
+
+    context: the longest prompt plus text, in tokens. eos: the ids that end a text. identity: of the base.
+    """
 
     lora: LoraModel
     forward: Forward
@@ -59,7 +62,7 @@ class Loaded:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
+        """The dtype in which the base computes."""
         return self.model.get_input_embeddings().weight.dtype  # type: ignore[operator,no-any-return]
 
     @property
@@ -69,8 +72,8 @@ class Loaded:
         return int(config.get_text_config().vocab_size)
 
 
-def load(options: ModelOptions, base_dir: Path, report: Report, *, max_adapters: int | None = None) -> Loaded:
-    """Fetches and loads base and adapters. Blocking. Raises SourceError, AdapterError, LoadError."""
+def load(options: ModelOptions, base_dir: Path, report: Report, *, max_adapters: int | None = None) -> LoadedModel:
+    """Fetches and loads base and adapters. Blocks. Raises SourceError, AdapterError, LoadError."""
     from transformers.utils import logging as transformers_logging
 
     device = pick_device(options.device)
@@ -112,14 +115,17 @@ def load(options: ModelOptions, base_dir: Path, report: Report, *, max_adapters:
             lora.refuse(theirs.unfit)
             forward = theirs
     context = sizes.context_length(model.config, options.max_seq_length)
-    loaded = Loaded(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
+    loaded = LoadedModel(lora, forward, tokenizer, device, context, _eos(model, tokenizer), base.identity)
     if native is None:
         _warn_of_slow_dtype(loaded)
     return loaded
 
 
-def _warn_of_slow_dtype(loaded: Loaded) -> None:
-    """bfloat16 where the processor has no instructions for it: a prompt takes ten times as long."""
+def _warn_of_slow_dtype(loaded: LoadedModel) -> None:
+    """Warns if the base is bfloat16 and the processor has no instructions for it:
+
+    prompts take ten times as long then.
+    """
     if loaded.dtype == torch.bfloat16 and pick_dtype("auto", loaded.device) == torch.float32:
         log.warning(
             "this processor does not compute bfloat16 natively, so prompts and batches are slow; precision: float32, or "
@@ -134,8 +140,10 @@ def placement(options: AdapterOptions) -> Placement:
 
 
 def _preflight(options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter]) -> bool:
-    """Checks adapters and memory by the base's config alone, before its weights are fetched. False where that would gain
-    nothing."""
+    """Checks adapters and memory by the base's config, before its weights are fetched.
+
+    Returns False, and checks nothing, if all files are here already.
+    """
     if not isinstance(options.model, HuggingfaceSource) or options.model.filename is not None:
         return False  # everything is on disk already, or the config is inside the GGUF file: checked when attached
     configs = fetch(options.model, base_dir=base_dir, only=CONFIG_FILES)
@@ -150,7 +158,10 @@ def _preflight(options: ModelOptions, base_dir: Path, adapters: list[LoraAdapter
 def _check_blueprint(
     options: ModelOptions, blueprint: Blueprint, checkpoint: sizes.Checkpoint, adapters: list[LoraAdapter]
 ) -> None:
-    """That the adapters' shapes fit the base, and all of it into memory. Raises AdapterError, LoadError."""
+    """Checks that the adapters' shapes fit the base, and that all of it fits into memory.
+
+    Raises AdapterError, LoadError.
+    """
     _check_layers(blueprint)
     held = {adapter.name: sizes.loaded_size(check(adapter, blueprint.shapes)) for adapter in adapters}
     for needs in memory.needs(options, blueprint, held, checkpoint, Devices()):
@@ -158,7 +169,7 @@ def _check_blueprint(
 
 
 def _warn_of_other_base(adapters: list[LoraAdapter], options: ModelOptions, base: Fetched) -> None:
-    """After the shapes have been checked."""
+    """Warns of adapters that were trained on another base. Their shapes have been checked before."""
     for adapter in adapters:
         if name := other_base(adapter, options, base):
             log.warning(
@@ -181,7 +192,7 @@ def _load_model(base: Fetched, config: Any, options: ModelOptions, device: torch
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             base.folder,
             attn_implementation=ATTENTION,
-            config=config,  # a GGUF file takes seconds to read one from
+            config=config,  # reading a config from a GGUF file takes seconds
             dtype=pick_dtype(options.precision, device),
             trust_remote_code=options.trust_remote_code,
             local_files_only=True,
@@ -195,16 +206,18 @@ def _load_model(base: Fetched, config: Any, options: ModelOptions, device: torch
 
 
 def _holds(base: Fetched, model: Any) -> Callable[[str, torch.Tensor], bool | None]:
-    """Says whether the base's parameter of a name is a tensor. Its files tell, as the model's own weights may be packed or
-    folded."""
-    from model_compose.checkpoint.reading import holder
+    """A function that tells whether a tensor equals the base's parameter of that name.
 
-    stored = holder(base, model)
+    It reads the base's files, since the model's own weights may be packed or folded.
+    """
+    from model_compose.checkpoint.reading import copy_checker
+
+    stored = copy_checker(base, model)
 
     def holds(name: str, tensor: torch.Tensor) -> bool | None:
         try:
             return stored(name, tensor)
-        except LoadError:  # stored quantised: embedding and head are plain there
+        except LoadError:  # the files are quantised; embedding and head are plain in the model
             return is_copy(tensor, dict(model.named_parameters(remove_duplicate=False)).get(name))
 
     return holds
@@ -222,7 +235,7 @@ def _bitsandbytes(options: ModelOptions) -> Any:
 
 
 def _check_layers(blueprint: Blueprint) -> None:
-    """The KV cache holds what attention layers keep, and nothing else. Raises LoadError."""
+    """Refuses layers that are no attention layers: the KV cache holds only keys and values. Raises LoadError."""
     listed = getattr(blueprint.config.get_text_config(), "layer_types", None) or []
     kinds = set(listed) - {"full_attention", "sliding_attention"}
     if kinds:
@@ -240,7 +253,9 @@ def _eos(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
 
 @contextmanager
 def _tqdm_reports(report: Report) -> Iterator[None]:
-    """Sends transformers' own progress bars (reading GGUF blocks, placing weights) to the report."""
+    """Sends the progress of transformers (reading GGUF blocks, placing weights) to the report instead of to its own
+    bars.
+    """
     import transformers.modeling_gguf_pytorch_utils as gguf_reader
     from transformers.utils import logging as transformers_logging
 
@@ -248,7 +263,7 @@ def _tqdm_reports(report: Report) -> Iterator[None]:
         return _Bar(report, *args, **kwargs)
 
     before = transformers_logging.set_tqdm_hook(bar)
-    # The GGUF reader takes tqdm itself, past the hook.
+    # The GGUF reader uses tqdm directly, without the hook.
     gguf: Any = gguf_reader
     gguf_bar, gguf.tqdm = gguf.tqdm, functools.partial(_Bar, report)
     try:
@@ -259,7 +274,7 @@ def _tqdm_reports(report: Report) -> Iterator[None]:
 
 
 class _Bar:
-    """As much of tqdm's interface as transformers uses while loading."""
+    """The part of tqdm's interface that transformers uses while loading."""
 
     def __init__(self, report: Report, iterable: Any = None, *, desc: str = "", total: int | None = None, **_: Any):
         self._report, self._iterable, self._done = report, iterable, 0

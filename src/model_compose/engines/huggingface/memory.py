@@ -1,7 +1,7 @@
-"""What a model needs of each device's memory: arithmetic over configs, before any weights are read.
+"""How much memory a model needs on each device, computed from configs before any weights are read.
 
-`plan` prints these numbers, `up` refuses by them, and the engine takes its KV cache by them. How large the parts are is
-read off their configs in sizes.py. Knows nothing of where files come from.
+`plan` prints these numbers, `up` refuses a model that does not fit, and the engine chooses the size of its KV cache.
+sizes.py reads the sizes of the parts from their configs. This module knows nothing of where files come from.
 """
 
 import logging
@@ -10,9 +10,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from model_compose.engines import ENGINES
-from model_compose.engines.devices import KINDS, Devices, device_name, free_memory, pick_dtype, size_text
+from model_compose.engines.devices import KINDS, Devices, device_name, free_memory, pick_dtype
 from model_compose.engines.huggingface.options import HuggingfaceOptions
-from model_compose.engines.needs import LEAST_TOKENS, Needs
+from model_compose.engines.needs import LEAST_TOKENS, Needs, limit_context
 from model_compose.engines.options import ModelOptions
 from model_compose.engines.sizes import (
     AdapterSize,
@@ -26,7 +26,6 @@ from model_compose.engines.sizes import (
     stored_bits,
     weight_of,
 )
-from model_compose.errors import LoadError
 from model_compose.lora.blend import Blend
 from model_compose.lora.methods import LowRank
 
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNKNOWN_MEMORY = 8 << 30
-"""Free memory where the system does not tell: what a common machine has."""
+"""The free memory that we assume if the system does not tell it."""
 
 
 def kv_budget(
@@ -48,8 +47,9 @@ def kv_budget(
 ) -> int:
     """Bytes for the KV cache. free_bytes: what is free on the device once the weights are there.
 
-    `kv_cache` where it is given. Else 90 % of an accelerator's memory, the rest being for activations; on CPU, whose memory
-    others use too, a quarter; and never more than max_batch_size sequences of the whole context could fill.
+    That is `kv_cache` if it is given. Otherwise it is 90 % of an accelerator's free memory, as activations need the
+    rest, or a quarter of a CPU's, as other programs use it, too. It is never more than max_batch_size texts of the
+    whole context can fill.
     """
     if options.kv_cache is not None:
         return int(options.kv_cache)
@@ -60,11 +60,12 @@ def kv_budget(
 def open_cache(
     layers: "list[LayerShape]", device: "torch.device", context: int, options: HuggingfaceOptions
 ) -> "tuple[KVCache, int]":
-    """The KV cache, and the longest context in tokens: no longer than what one sequence alone may fill of it.
+    """The KV cache, and the longest context in tokens, which one sequence alone can fill.
 
-    layers: what the model keeps for each token. context: its own limit. Called once the weights are there.
+    Called once the weights are loaded.
 
-    Raises LoadError where kv_cache is too small for max_context, or for any sequence.
+    layers: what the model keeps for each token. context: the model's own limit. Raises LoadError if kv_cache is too
+    small for max_context, or for any sequence.
     """
     from model_compose.engines.huggingface.cache import SMALLEST, KVCache
 
@@ -75,18 +76,7 @@ def open_cache(
     budget = kv_budget(options, device, UNKNOWN_MEMORY if free is None else free, per_token, row)
     holds = budget // per_token // SMALLEST * SMALLEST
     wanted = SMALLEST if options.max_context is None else row
-    if holds < wanted:
-        raise LoadError(
-            f"a KV cache of {size_text(budget)} holds {holds} tokens of this model, which takes "
-            f"{size_text(per_token)} for each, and one sequence needs {wanted}; set a larger kv_cache, or a smaller "
-            "max_context"
-        )
-    if holds < context:
-        log.warning(
-            "the KV cache of %s holds %d tokens, so prompt and answer together are limited to these instead of %d",
-            size_text(budget), holds, context,
-        )  # fmt: skip
-        context = holds
+    context = limit_context(budget, per_token, holds, context, wanted)
     return KVCache(layers, budget, context), context
 
 
@@ -97,10 +87,10 @@ def needs(
     checkpoint: Checkpoint,
     devices: Devices,
 ) -> tuple[Needs, ...]:
-    """What each device has to hold, the base's first.
+    """What each device has to hold. The base's device comes first.
 
-    adapters: by name; one whose size is not known yet is left out. devices: this machine's, or those that `plan` pretends.
-    Raises LoadError for a device that is not there.
+    adapters: by name, without those whose size is not known yet. devices: this machine's, or those that `plan`
+    pretends. Raises LoadError for a device that is not there.
     """
     import torch
 
@@ -132,7 +122,7 @@ def needs(
     made = {blend.described: parameters(_compressed(blend, adapters), shapes) for blend in blends.low_rank}
     held = {name: size * compute.itemsize for name, size in made.items()}
     found[base.device] = replace(found[base.device], adapters={**found[base.device].adapters, **held})
-    # What svd makes is kept in float32.
+    # The adapters that svd makes are kept in float32.
     if kept := sum(adapter.stored for adapter in adapters.values()) + 4 * sum(made.values()):
         found["cpu"] = replace(on(torch.device("cpu")), kept=kept)
     at_once = _own(options).max_adapters_on_device
@@ -147,7 +137,7 @@ def _touched(blend: Blend, adapters: Mapping[str, AdapterSize]) -> set[str]:
 
 
 def _compressed(blend: Blend, adapters: Mapping[str, AdapterSize]) -> dict[str, int]:
-    """Ranks by module of what a method of low rank makes of a blend."""
+    """The ranks, by module, of the adapter that a method of low rank makes of a blend."""
     assert isinstance(blend.method, LowRank)
     known = [adapters[name].ranks for name in adapters.keys() & blend.active]
     return {
@@ -164,13 +154,13 @@ def _base_needs(
     dtype: "torch.dtype",
     checkpoint: Checkpoint,
 ) -> dict[str, Any]:
-    """The fields of `Needs` that tell of the base's own weights. in_place: they can be read where the files are mapped."""
+    """The fields of `Needs` for the base's own weights. in_place: they can be used where the files are mapped."""
     import torch
 
     from model_compose.engines.huggingface.decoder import takes
 
     wish, bits, fold = options.quantization, stored_bits(model.config), _own(options).fold
-    if wish is None and bits is not None:  # how much of it is packed differs, so its files tell, or a lower bound
+    if wish is None and bits is not None:  # its files give the size; else this is a lower bound
         numbers = sum(parameter.numel() for parameter in model.parameters())
         return {"base": checkpoint.size or numbers * bits // 8}
     base, smaller = base_bytes(model, dtype, wish, device.type), dict[str, int]()
@@ -214,9 +204,12 @@ def _with_kv_cache(
 
 
 def _working(config: Any, rows: int, dtype: "torch.dtype", adapters: int) -> int:
-    """An estimate of what a step holds besides weights and cache: one layer's activations (four as wide as the model, three
-    as its MLP), the logits of all rows with three float32 copies for sampling, and the adapters in use once more, stacked,
-    where B is as wide as the products that are fused."""
+    """An estimate of the bytes that a step needs besides weights and cache.
+
+    These are the activations of one layer (four as wide as the model, three as wide as its MLP), the logits of all rows
+    with three float32 copies for sampling, and another copy of the adapters in use for their stacks, in which B is as
+    wide as the fused products.
+    """
     from model_compose.engines.huggingface.batch import PREFILL_TOKENS
 
     widest = max(_inner(layer) for layer in layer_configs(config))
@@ -227,13 +220,13 @@ def _working(config: Any, rows: int, dtype: "torch.dtype", adapters: int) -> int
 
 
 def _inner(config: Any) -> int:
-    """How wide a layer's MLP is; Gemma 3n lists all layers' widths in each config."""
+    """The width of a layer's MLP. Gemma 3n lists the widths of all layers in each config."""
     inner: Any = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     return int(max(inner) if isinstance(inner, list) else inner)
 
 
 def _honours(options: ModelOptions, kind: str) -> bool:
-    """Whether the driver takes this quantization; a remedy that it refuses is none."""
+    """Whether the driver takes this quantization: we must not suggest one that it refuses."""
     try:
         ENGINES[options.driver].refuse(options.model_copy(update={"quantization": kind}))
     except ValueError:

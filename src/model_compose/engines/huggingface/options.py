@@ -33,7 +33,7 @@ class HuggingfaceOptions(Options):
 
 
 def refuse(options: ModelOptions) -> None:
-    """Raises ValueError for a valid option of every driver that this one cannot honour."""
+    """Raises ValueError for an option that is valid in general but that this driver cannot honour."""
     refuse_common(options)
     assert isinstance(options.options, HuggingfaceOptions)
     if options.allow_runtime_adapters and options.options.fold == "always":
@@ -50,7 +50,7 @@ def refuse(options: ModelOptions) -> None:
 
 
 def _refuse_full_rank(options: ModelOptions, fold: str) -> None:
-    """A blend of full rank runs folded, in a copy of the weights. Raises ValueError where it cannot."""
+    """Raises ValueError for a blend of full rank that cannot run: such blends run folded, in a copy of the weights."""
     blends = options.to_blends().full_rank
     if not blends:
         return

@@ -1,11 +1,12 @@
-"""The prefix cache: keys and values of texts that have ended, for prompts that start alike under the same blend.
+"""The prefix cache: keys and values of texts that have ended, for prompts that start with the same tokens and blend.
 
-An entry belongs to one blend's identity and is never used for another: keys and values depend on every weight. Entries
-live in the KV cache's budget and give way, least recently used first, as soon as a running sequence needs the room.
+Keys and values depend on every weight, so an entry is only used for the blend (by its identity) that computed it.
+Entries take part of the KV cache's budget. They are dropped, least recently used first, when a running sequence needs
+the room.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,15 +15,15 @@ from model_compose.engines.huggingface.cache import KVCache, Row
 from model_compose.engines.prompts import common
 
 CHUNK = 16
-"""Prefixes are found by chunks of so many tokens, and are worth keeping from one chunk on."""
+"""Prefixes are found by chunks of this many tokens. A text that is shorter than one chunk is not kept."""
 
 Chain = tuple[int, int]
-"""A chunk's number and the hash of all tokens up to its end, with the blend's identity."""
+"""The number of a chunk, and a hash of the blend's identity and all tokens up to the chunk's end."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """tokens, with their keys and values by layer: (heads, tokens, dim)."""
+    """Tokens with their keys and values by layer, (heads, tokens, dim) each. size: in bytes."""
 
     identity: str
     tokens: tuple[int, ...]
@@ -31,7 +32,7 @@ class Entry:
 
 
 class PrefixCache:
-    """queries and hits count prompt tokens that were looked for and found, also in running sequences."""
+    """queries, hits: how many prompt tokens were looked up and how many were found, here or in running sequences."""
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
@@ -39,10 +40,10 @@ class PrefixCache:
         self._chunks: dict[Chain, list[Entry]] = {}
         self.queries = self.hits = 0
         self.size = 0
-        """Bytes, part of what the KV cache has spent."""
+        """In bytes; the KV cache counts them as spent."""
 
-    def find(self, identity: str, tokens: Sequence[int]) -> tuple[Entry | None, int]:
-        """The entry with the longest common beginning, and its length."""
+    def find(self, identity: str, tokens: Collection[int]) -> tuple[Entry | None, int]:
+        """The entry that shares the longest beginning with these tokens, and the length of that in tokens."""
         for chain in reversed(list(_chains(identity, tokens))):
             alike = [entry for entry in self._chunks.get(chain, ()) if entry.identity == identity]
             entry = max(alike, key=lambda entry: common(entry.tokens, tokens), default=None)
@@ -51,13 +52,13 @@ class PrefixCache:
                 return entry, length
         return None, 0
 
-    def keep(self, identity: str, tokens: Sequence[int], row: Row) -> None:
-        """Copies the row's keys and values of these tokens, where the budget has room or others can give way."""
+    def keep(self, identity: str, tokens: Collection[int], row: Row) -> None:
+        """Keeps a copy of the row's keys and values of these tokens, if there is room or older entries can be dropped."""
         found, length = self.find(identity, tokens)
         size = len(tokens) * self._cache.token_bytes
         if len(tokens) < CHUNK or length == len(tokens):
             return
-        if found is not None and length == len(found.tokens):  # the new one goes on where that ends
+        if found is not None and length == len(found.tokens):  # the new entry contains it
             self._drop(found)
         if not self.make_room(size):
             return
@@ -73,7 +74,7 @@ class PrefixCache:
             self._chunks.setdefault(chain, []).append(entry)
 
     def make_room(self, size: int) -> bool:
-        """Lets entries go until the cache has `size` bytes left. False where that cannot be, and nothing is lost then."""
+        """Drops entries until the cache has `size` bytes left. Returns False, and drops none, if that is impossible."""
         if self._cache.spent - self.size + size > self._cache.budget:
             return False
         while self._cache.spent + size > self._cache.budget:
@@ -81,7 +82,7 @@ class PrefixCache:
         return True
 
     def drop_one(self) -> bool:
-        """Lets the least recently used entry go; False where there is none."""
+        """Drops the least recently used entry. Returns False if there is none."""
         if not self._entries:
             return False
         self._drop(next(iter(self._entries)))
@@ -98,7 +99,7 @@ class PrefixCache:
 
 
 def paste(entry: Entry, row: Row, tokens: int) -> None:
-    """Puts the first `tokens` keys and values of an entry into a row."""
+    """Copies the first `tokens` keys and values of an entry into a row."""
     for layer, kept in enumerate(entry.layers):
         for target, source in zip(row.views(layer, tokens), kept, strict=True):
             target.copy_(source[:, :tokens])

@@ -1,8 +1,8 @@
-"""Whether the embedded engine may run a model's own code: what that code does with a few tokens, before it is trusted.
+"""Whether the embedded engine may run a model's own code. We test the code with a few tokens when the model loads.
 
-A pass puts tokens of several rows in one line. That is exact only if the model's code brings tokens together nowhere but in
-attention, places them by the positions that we give, and wants the attention that a Pass computes. A model for which this
-does not hold would answer, and the answers would be wrong. So its code is asked here, and refused with the reason.
+A pass has the tokens of several rows in one line. The result is exact only if the model's code combines tokens in
+attention alone, places them by the positions that we give, and asks for an attention that a Pass computes. Any other
+model would give wrong answers without an error, so it is refused here with the reason.
 """
 
 import threading
@@ -19,29 +19,32 @@ from model_compose.engines.huggingface.cache import LayerShape
 from model_compose.lora.layers import module_shapes
 
 HARMLESS = ("position_ids", "logits_to_keep")
-"""Keywords that model code passes on to attention, which has no use for them."""
+"""Keywords that model code passes to attention although attention does not need them."""
 
 TOLERANCE = {torch.float32: 0.005}
-"""How much rounding may change, relative to the largest number: in float32 with Linears that round to bfloat16."""
+"""The largest difference by rounding, relative to the largest number. Quantised Linears of a float32 model round to
+bfloat16."""
 
 TOLERANCE_OF_16_BITS = 0.03
 
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(batch, head, query, key) -> whether that query may look at that key: how transformers describes a mask."""
+"""How transformers describes a mask: (batch, head, query, key) -> whether that query may look at that key."""
 
 
 _registry = threading.Lock()
-"""transformers' registry of masks belongs to the process, and two models may be loaded at once."""
+"""transformers has one registry of masks for the process, and two models may be loaded at the same time."""
 
 
 class NotServed(Exception):
-    """The model wants something that a Pass does not compute. The message goes on after "the model"."""
+    """The model needs something that a Pass does not compute. The message continues a sentence: the model …"""
 
 
 class Probe:
-    """Stands where a Pass does. context: the longest text, in tokens; None to trust what is asked of attention.
+    """Takes the place of a Pass and records what the model does.
 
-    seen: the q, k and v (tokens, heads, dim) of each layer. unfit: modules that adapters cannot act on, with the reason.
+    context: the longest text in tokens; if None, the arguments of attention are not checked.
+
+    seen: q, k and v (tokens, heads, dim) of each layer. unfit: modules that adapters cannot act on, and why.
     """
 
     def __init__(self, tokens: Tensor, context: int | None = None) -> None:
@@ -51,7 +54,7 @@ class Probe:
         self.unfit: dict[str, str] = {}
 
     def check(self, module: Any, mask: Tensor | None, window: int | None, others: Mapping[str, Any]) -> None:
-        """What the code asks of attention. Raises NotServed."""
+        """Checks the arguments that the code passes to attention. Raises NotServed."""
         if not isinstance(getattr(module, "layer_idx", None), int):
             raise NotServed("has attention outside its numbered layers")
         if self._context is None:
@@ -73,7 +76,7 @@ class Probe:
             raise NotServed(f"names a window of {window} tokens {layer}, and masks nothing")
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, how: Scoring) -> Tensor:
-        """The tokens' own values, as if each attended to itself alone."""
+        """Returns each token's own value, as if it attended only to itself."""
         if layer in self.seen:
             raise NotServed(f"calls attention more than once in layer {layer}")
         heads, keys = q.shape[1], k.shape[1]
@@ -86,7 +89,7 @@ class Probe:
 
     @property
     def layers(self) -> list[LayerShape]:
-        """What each layer keeps."""
+        """What each layer keeps in the KV cache."""
         return [
             LayerShape(k.shape[1], k.shape[2], v.shape[2], k.dtype, k.device)
             for _, (_, k, v) in sorted(self.seen.items())
@@ -95,7 +98,10 @@ class Probe:
 
 @contextmanager
 def watching(model: nn.Module, probe: Probe, kept: int) -> Iterator[None]:
-    """Finds the modules that are unfit for adapters while the model runs. kept: tokens of which it computes logits."""
+    """Finds modules that adapters cannot act on, while the model runs.
+
+    kept: the count of tokens whose logits it computes.
+    """
     shapes, called = module_shapes(model), set[str]()
 
     def note(path: str, inputs: tuple[Any, ...], output: Any) -> None:
@@ -119,14 +125,16 @@ def watching(model: nn.Module, probe: Probe, kept: int) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     for path in shapes.keys() - called:
-        if path.rpartition(".")[0] in called:  # unlike the parts of a vision tower, which rest as a whole
+        if path.rpartition(".")[0] in called:  # a vision tower is not called as a whole
             probe.unfit[path] = "the model's code does not call it"
 
 
 def check_alike(one: Probe, other: Probe, pairs: Mapping[int, int]) -> None:
-    """That a token is the same in both runs, whatever stands around it: there number i, here number pairs[i]. Raises
-    NotServed."""
-    # Two layers tell enough. Further down, a router may send a rounding difference to another expert.
+    """Checks that a token gets the same numbers in both runs: number i of `one` is number pairs[i] of `other`.
+
+    Raises NotServed.
+    """
+    # Two layers are enough. In later layers, a rounding difference may make a router choose another expert.
     for layer in sorted(one.seen)[:2]:
         for mine, theirs in zip(one.seen[layer], other.seen[layer], strict=True):
             tolerance = TOLERANCE.get(mine.dtype, TOLERANCE_OF_16_BITS)
@@ -140,7 +148,9 @@ def check_alike(one: Probe, other: Probe, pairs: Mapping[int, int]) -> None:
 
 @contextmanager
 def mask_rules(attention: str) -> Iterator[None]:
-    """Models that have this attention get masks that know their rule. Without it transformers makes them none."""
+    """Within the block, transformers gives models with this attention masks that carry their rule; otherwise it makes
+    none.
+    """
     with _registry:
         AttentionMaskInterface.register(attention, _with_rule)
         try:
@@ -163,12 +173,13 @@ def _check_mask(mask: Tensor, window: int | None, context: int, layer: str) -> N
     def looks(query: int, key: int) -> bool:
         try:
             return bool(rule(*(torch.tensor(number) for number in (0, 0, query, key))))
-        except IndexError:  # it looks up something of each token
+        except IndexError:  # the rule looks up something that belongs to each token
             raise NotServed(f"masks attention {layer} by what tokens are, not by their positions alone") from None
 
     if looks(0, 1):
         raise NotServed(f"lets tokens attend to later ones {layer}, as no causal language model does")
-    # At the end of the longest text, where a window shows; two neighbours, since a chunk may begin at one of them.
+    # We ask at the end of the longest text, where a window has an effect, and for two neighbours, since chunked
+    # attention may start a chunk at one of them.
     for query in (context - 2, context - 1):
         first = 0 if window is None else max(0, query - window + 1)
         if not looks(query, first) or (first and looks(query, first - 1)):

@@ -1,7 +1,7 @@
-"""Linears on CPU by kernels of our own (native) or those that torch ships, with int8 or int4 weights if wanted.
+"""Linears for CPUs, computed by native code or by torch's kernels, with int8 or int4 weights if wanted.
 
-Weight-only: every row of a batch is computed alone, there is no scale that rows share. Adapters act outside, in their own
-precision.
+Only the weights are quantised. Each row of a batch is computed on its own: rows share no scale. Adapters are added
+outside of these modules, in their own precision.
 """
 
 from dataclasses import replace
@@ -14,14 +14,17 @@ from model_compose.engines.devices import multiplies_bfloat16
 from model_compose.native import FEW, GROUP, Affine, Kernels, kernels
 
 WIDE = 96
-"""From so many rows on, int8 weights are expanded and multiplied in float32: torch's kernel is made for few rows."""
+"""From this many rows on, int8 weights are expanded and multiplied in float32:
+
+torch's int8 kernel is made for few rows.
+"""
 
 
 class NativeLinear(nn.Linear):
-    """A Linear by the kernels of native: float32 in and out, whatever its weight is.
+    """A Linear that native code computes. Input and output are float32, whatever the weight is.
 
-    packed: the weight in fewer bits, without which it is the Linear's own. Many tokens go by torch: in bfloat16 where the
-    weight is, and the processor multiplies that natively; else in float32.
+    packed: the weight in fewer bits; if None, the Linear's own weight is used. torch computes calls of many tokens: in
+    bfloat16 if the weight is bfloat16 and the processor has instructions for it, else in float32.
     """
 
     def __init__(self, native: Kernels, linear: nn.Linear, packed: Affine | None = None) -> None:
@@ -34,7 +37,7 @@ class NativeLinear(nn.Linear):
 
     @property
     def affine(self) -> Affine:
-        """As it stands: a fold exchanges the weight."""
+        """The weight as it is now: a fold replaces it."""
         if self._packed is not None:
             return replace(self._packed, bias=self.bias)
         return Affine(self.weight.data, self.in_features, bias=self.bias)
@@ -54,9 +57,9 @@ class NativeLinear(nn.Linear):
 
 
 class QuantizedLinear(nn.Linear):
-    """A Linear whose weight is kept in fewer bits. Input and output are rounded to bfloat16, whatever the dtype around.
+    """A Linear whose weight is kept in fewer bits, by torch's kernels. They take and return bfloat16.
 
-    Of nn.Linear it keeps the sizes and the bias; `weight` is empty.
+    It keeps the sizes and the bias of the nn.Linear; `weight` is empty.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -76,7 +79,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class Int8Linear(QuantizedLinear):
-    """w = q · s, q in -127..127, one scale for each output."""
+    """w = q · s with q in -127..127 and one scale s for each output."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -91,7 +94,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int4Linear(QuantizedLinear):
-    """w = (q - 8) · s + z, q in 0..15, one scale and one offset for each group of inputs."""
+    """w = (q - 8) · s + z with q in 0..15, and one scale s and one offset z for each group of inputs."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear)
@@ -107,9 +110,9 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The nearest 4-bit groups of a float32 weight (out, in): q in 0..15 (out, in), scales and offsets (out, in / GROUP),
     with w ≈ (q - 8) · scale + offset.
 
-    Each group takes the better of two grids: from its least to its greatest value in 15 steps, or zero in the middle and
-    the value of largest size at -8 steps. These are the grids of GGUF's Q4_1 and Q4_0, so that weights which come
-    from such blocks are found again without a second rounding.
+    Each group takes the better of two grids: one goes from its least to its greatest value in 15 steps; the other has
+    zero in the middle, and its value of largest size is 8 steps from there. These are the grids of GGUF's Q4_1 and
+    Q4_0, so weights that come from such blocks are not rounded a second time.
     """
     groups = weight.view(len(weight), -1, GROUP)
     low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
@@ -136,7 +139,10 @@ def quantize_groups(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize(kind: str, linear: nn.Linear, *, head: bool = False) -> nn.Module:
-    """The Linear in int8 or int4. The output head stays at int8, and so does what the int4 kernel has no shape for."""
+    """The Linear in int8 or int4.
+
+    Output heads are always int8, and so are Linears whose shape the int4 kernel cannot take.
+    """
     native = kernels()
     four = kind == "int4" and not head and linear.in_features % GROUP == 0 and linear.out_features % GROUP == 0
     if native is not None:
@@ -158,7 +164,7 @@ def _packed4(weight: Tensor) -> Affine:
 
 
 def quantize_modules(model: nn.Module, kind: str) -> None:
-    """Replaces all Linears of a model."""
+    """Replaces all Linears of a model by quantised ones."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):

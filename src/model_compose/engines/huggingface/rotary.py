@@ -1,8 +1,9 @@
 """Rotary embeddings that change with the length of a text: longrope, as in Phi-3, Phi-4 and other models of 128k tokens.
 
-Such a model has two sets of factors: one for texts up to the length of its first training, one for all positions of longer
-texts. transformers chooses the set by the highest position that it is given. In our passes that position may belong to
-another row, and a row may be longer than the piece of it that is read, so here each token gets the set of its whole row.
+Such a model has two sets of factors: one for texts up to the length of its first training, and one for all positions of
+longer texts. transformers chooses the set by the highest position of a call. In our passes that position may belong to
+another row, and a row may be longer than the piece of it that is read. So here each token gets the set that fits its
+whole row.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from model_compose.errors import LoadError
 
 Rotary = Callable[..., tuple[Tensor, ...]]
-"""(x, positions (…, tokens)) -> cosine and sine, (…, tokens, dim) each. Of x it reads dtype and device only."""
+"""(x, positions (…, tokens)) -> cosine and sine, (…, tokens, dim) each. It reads only the dtype and device of x."""
 
 
 def longrope_modules(model: nn.Module) -> list[nn.Module]:
@@ -22,7 +23,10 @@ def longrope_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def switch_length(model: nn.Module, name: str) -> int | None:
-    """The longest text that has the first set of factors; None for a model with one set only. Raises LoadError."""
+    """The length of the longest text that has the first set of factors. None if the model has only one set.
+
+    Raises LoadError if several modules change at different lengths.
+    """
     lengths = {
         int(parameters["original_max_position_embeddings"])
         for module in longrope_modules(model)
@@ -40,8 +44,8 @@ def switch_length(model: nn.Module, name: str) -> int | None:
 def rotate_by_row(
     rotary: Rotary, switch: int, long: Tensor, x: Tensor, positions: Tensor, **options: Any
 ) -> tuple[Tensor, ...]:
-    """Cosine and sine. long: (tokens,), true for tokens of a row that is longer than `switch`."""
-    # The module looks at the highest position, so we add one beyond the switch, or keep all of them below it.
+    """Cosine and sine. long: (tokens,), true for the tokens of rows that are longer than `switch`."""
+    # The module chooses by the highest position, so we add a position beyond the switch, or clamp all to lie below.
     beyond = positions.new_full((*positions.shape[:-1], 1), switch)
     second = rotary(x, torch.cat([positions, beyond], dim=-1), **options)
     first = rotary(x, positions.clamp(max=switch - 1), **options)
@@ -49,7 +53,7 @@ def rotate_by_row(
 
 
 def _kinds(module: nn.Module) -> tuple[str, ...]:
-    """What kinds of rotary embedding a module computes: one, or one for each type of layer."""
+    """The kinds of rotary embedding that a module computes: one, or one for each type of layer."""
     kinds: Any = getattr(module, "rope_type", None)
     return tuple(kinds.values()) if isinstance(kinds, dict) else (kinds,) if isinstance(kinds, str) else ()
 

@@ -1,4 +1,4 @@
-"""`driver: llamacpp`: llama.cpp with a GGUF base, in this process or as a llama-server."""
+"""`driver: llamacpp`: llama.cpp with a GGUF base, in this process or as a llama-server process."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from model_compose.schema import Options
 
 
 class LlamacppDriver:
-    """Chooses how llama.cpp runs: `options.server` names a llama-server; without it llama-cpp-python computes here."""
+    """Chooses how llama.cpp runs: as the llama-server that `options.server` names, or else here, by llama-cpp-python."""
 
     Options: ClassVar[type[Options]] = own.LlamacppOptions
     needs = None

@@ -1,4 +1,4 @@
-"""What a GGUF base says of itself: its architecture, its modules' shapes, its context. Reads headers, no weights."""
+"""Reads the headers of a GGUF base: its architecture, its modules' shapes and its context. Reads no weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Base:
-    """A GGUF base. file: the first one where it is split. identity: of its content. matrices: by GGUF name, mapped.
+    """A GGUF base.
 
-    head: keys' and values' sizes together, in one layer and token.
+    file: the file; of a split base, the first part. identity: stands for the content, as in `Fetched`. name: GGUF's
+    general.architecture. head: the numbers in one head's key and value of a token, together. context: the model's own, in
+    tokens. matrices: the two-dimensional tensors, mapped, by GGUF name.
     """
 
     file: Path
@@ -35,50 +37,54 @@ class Base:
 
     @cached_property
     def architecture(self) -> Architecture:
-        """Raises AdapterError where adapters cannot be converted for it."""
+        """The architecture, for converting adapters. Raises AdapterError if adapters cannot be converted for it."""
         tied = "output.weight" not in self.matrices
         return Architecture(checked_name(self.name), self.layers, self.heads, self.kv_heads, tied)
 
     @property
     def vocabulary(self) -> int:
-        """Tokens, which is the logits' width."""
+        """The number of tokens, which is the width of the logits."""
         return int(self.matrices["token_embd.weight"].shape[1])
 
     def kv_bytes_per_token(self, item_bytes: int) -> int:
-        """Keys and values of one token in all layers."""
+        """The bytes of one token's keys and values over all layers."""
         return self.layers * self.kv_heads * self.head * item_bytes
 
     def check(self, adapter: LoraAdapter) -> LoraAdapter:
-        """The preflight: every module of the adapter exists here and fits. Returns it with one name for each module,
-        which others call alike, so that they can be summed. Raises AdapterError."""
+        """Check that the base has every module of the adapter, with fitting sizes. Raises AdapterError.
+
+        Returns the adapter with canonical module paths, so that adapters with different spellings can be summed.
+        """
         sizes = {name: tuple(map(int, matrix.shape)) for name, matrix in self.matrices.items()}
         adapter = check(adapter, self.architecture.shapes(adapter.modules, sizes))
         check_copies(adapter, self._holds)
         return adapter
 
     def _holds(self, parameter: str, copy: "torch.Tensor") -> bool | None:
-        """Whether the base's matrix is that tensor; None where that cannot be said."""
+        """Whether the base's matrix equals `copy`; None if the two cannot be compared."""
         found = self.architecture.tensor(parameter.removesuffix(".weight"))
         matrix = self.matrices.get(found[1]) if found else None
         return False if matrix is None else is_stored(copy, matrix)
 
 
 def read_base(file: Path, identity: str) -> Base:
-    """Reads the header, of a split base all of them. Takes seconds: GGUF holds the vocabulary there.
+    """Read the header of a GGUF base; of a split base, all headers. This takes seconds, since they hold the vocabulary.
 
-    Raises LoadError for what is no GGUF file, or no language model.
+    Raises LoadError for a file that is not GGUF, or not a language model.
     """
     import gguf
 
     try:
         readers = [gguf.GGUFReader(path) for path in gguf_parts(file)]
     except (ValueError, OSError, IndexError) as error:
-        raise LoadError(f"{file} is no GGUF file that can be read ({error}); download it again") from error
+        raise LoadError(f"{file} cannot be read as a GGUF file ({error}); download it again") from error
     fields = readers[0].fields
     tensors = [tensor for reader in readers for tensor in reader.tensors]
     matrices = {tensor.name: tensor for tensor in tensors if len(tensor.shape) == 2}
     if len({tensor.name for tensor in tensors}) < len(tensors):
-        raise LoadError(f"the parts of {file} hold a tensor twice, so they are not of one base; download them again")
+        raise LoadError(
+            f"the parts of {file} hold a tensor twice, so they do not belong to one base; download them again"
+        )
     name = _value(fields, "general.architecture", file)
     heads = _number(fields, f"{name}.attention.head_count", file)
     kv_heads = _number(fields, f"{name}.attention.head_count_kv", file, heads)
@@ -93,12 +99,12 @@ def read_base(file: Path, identity: str) -> Base:
 
 def _value(fields: Mapping[str, Any], key: str, file: Path) -> Any:
     if key not in fields:
-        raise LoadError(f"{file} has no '{key}', so it is no language model that can be served; use another GGUF file")
+        raise LoadError(f"{file} has no '{key}', so it cannot be served as a language model; use another GGUF file")
     return fields[key].contents()
 
 
 def _number(fields: Mapping[str, Any], key: str, file: Path, default: int | None = None) -> int:
-    """Where layers differ, the largest."""
+    """A number of the header. If it is a list (one for each layer), the largest."""
     if default is not None and key not in fields:
         return default
     value = _value(fields, key, file)

@@ -1,28 +1,29 @@
-"""The scheduler on llama.cpp: whose turn it is, and one pass for all texts of that blend.
+"""The scheduler for llama.cpp: it decides which blend has its turn, and runs one pass for all texts of that blend.
 
-A pass of llama.cpp has one blend, so blends take turns: each gets some passes, in which all its texts share a batch. Texts
-join in the order in which they came. A row's keys and values stay when its text has ended, for texts of the same blend that
-start alike; they give way when there is no room, then the youngest text does, which is computed again later.
+A pass of llama.cpp can only have one blend, so blends take turns of several passes. In a turn, all texts of the blend share
+a batch. Texts join in the order of their arrival.
+
+When a text has ended, its row keeps the keys and values for later texts of the same blend with the same beginning. If room
+is needed, these rows are freed first; then the youngest running text is preempted and computed again later.
 """
 
 from collections import deque
-from collections.abc import Sequence as List
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from model_compose.engines.llamacpp.llama import Llama, Piece
 from model_compose.engines.prompts import common
-from model_compose.engines.stepping.scheduler import WORTH_WAITING, Scheduler, Work
+from model_compose.engines.stepping.scheduler import Scheduler, Work
 from model_compose.engines.stepping.sequence import Sequence
 
 TURN = 8
-"""Passes before another blend has its turn: a change costs llama.cpp about as much as a pass of a small model."""
+"""The passes in a blend's turn. A change of blend costs llama.cpp about as much as a pass of a small model."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a row holds whose text has ended. The blend's identity is part of it: no other blend may use it."""
+    """The content of a row whose text has ended. Only texts with the same blend identity may use it."""
 
     row: int
     identity: str
@@ -30,7 +31,7 @@ class Kept:
 
 
 class Batch(Scheduler):
-    """max_rows: texts that run at once. tokens_per_step: of all texts in a pass, at most."""
+    """max_rows: the most texts that run at once. tokens_per_step: the most tokens in a pass, over all texts."""
 
     def __init__(self, llama: Llama, *, max_rows: int, tokens_per_step: int) -> None:
         super().__init__()
@@ -43,11 +44,11 @@ class Batch(Scheduler):
 
     @property
     def used(self) -> int:
-        """Cells that running texts fill."""
+        """The KV cache cells (one for each token) that running texts fill."""
         return sum(sequence.cached for sequence in self.running)
 
     def step(self) -> None:
-        """One pass of the blend whose turn it is."""
+        """Make one pass for the blend whose turn it is."""
         self._drop_done()
         self._admit()
         if self.running and (work := self._make_room(self._choose())):
@@ -55,9 +56,9 @@ class Batch(Scheduler):
         self._drop_done()
 
     def _admit(self) -> None:
-        """Gives waiting sequences a row, oldest first, as long as there is room for them.
+        """Give waiting sequences a row, oldest first, as long as there is room.
 
-        One whose prompt starts as that of another that is just being read waits for it.
+        A sequence waits if another one with the same beginning is being read, since it can then share that one's cells.
         """
         while self.waiting and (self._free or self._kept):
             sequence = self.waiting[0]
@@ -73,11 +74,11 @@ class Batch(Scheduler):
                 self.prefix_hits += shared
 
     def _take_row(self, sequence: Sequence) -> tuple[int, int]:
-        """A row, and how many of the sequence's tokens it holds already."""
+        """A row for the sequence, and how many of its tokens the row holds already."""
         donor, shared = self._donor(sequence)
         if not self._free:
             others = [kept for kept in self._kept if kept.row != donor]
-            if not others:  # what is left is the donor's own row
+            if not others:  # the only row left is the donor's own
                 self._kept.clear()
                 self._llama.cut(donor, shared)
                 return donor, shared
@@ -87,27 +88,24 @@ class Batch(Scheduler):
             self._llama.copy(donor, row, shared)
         return row, shared
 
-    def _is_worth_waiting(self, sequence: Sequence) -> bool:
-        return self._llama.can_copy and any(
-            other.pending > 1
-            and other.identity == sequence.identity
-            and common(other.tokens, sequence.tokens[:-1]) >= other.cached + WORTH_WAITING
-            for other in self.running
-        )
+    @property
+    def _shares_prefixes(self) -> bool:
+        return self._llama.can_copy
 
     def _donor(self, sequence: Sequence) -> tuple[int, int]:
-        """The row of this blend that starts most alike, and how many tokens it shares; 0 where there is none."""
+        """The row of the same blend with the longest common beginning, and the number of tokens in common (0: none)."""
         if not self._llama.can_copy:
             return -1, 0
         held = [(kept.row, kept.tokens) for kept in self._kept if kept.identity == sequence.identity]
         held += [(self._rows[s], s.tokens[: s.cached]) for s in self.running if s.identity == sequence.identity]
-        wanted = sequence.tokens[:-1]  # the last token is computed in any case, for its logits
+        wanted = sequence.tokens[:-1]  # the last token must be computed for its logits
         shared = [(common(tokens, wanted), row) for row, tokens in held]
         tokens, row = max(shared, default=(0, -1))
         return row, tokens
 
     def _choose(self) -> list[Work]:
-        """The blend whose turn it is: a token of each text that decodes, and as much of prompts as a pass holds."""
+        """The work for a pass of the blend whose turn it is: one token of each text that decodes, and as many tokens of
+        prompts as fit."""
         identities = list(dict.fromkeys(sequence.identity for sequence in self.running))
         if self._turn not in identities or self._passes >= TURN:
             at = identities.index(self._turn) + 1 if self._turn in identities else 0
@@ -122,9 +120,10 @@ class Batch(Scheduler):
         return work
 
     def _make_room(self, work: list[Work]) -> list[Work]:
-        """The same, once there are cells for it: what ended texts left gives way, then the youngest running ones do.
+        """Free cells until the work fits, and return the work that is left. Rows of ended texts are freed first; then the
+        youngest running texts are preempted.
 
-        Rows that share cells count alone, so there may be more room than this sees, never less.
+        Cells that rows share are counted for each of them, so there may be more room than computed here, but never less.
         """
         while self.used + sum(tokens for _, tokens in work) > self._llama.cells - sum(
             len(k.tokens) for k in self._kept
@@ -132,23 +131,23 @@ class Batch(Scheduler):
             if self._kept:
                 self._drop(self._kept[0])
                 continue
-            youngest = self.running[-1]  # one alone has room, as its context ends where the cells do
+            youngest = self.running[-1]  # never the only text: its context is at most the number of cells
             self._release(youngest)
             self.waiting.appendleft(youngest)
             self.preemptions += 1
             work = [each for each in work if each[0] is not youngest]
         return work
 
-    def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
+    def _compute(self, work: list[Work]) -> tuple[Tensor, list[int]]:
         self._llama.use(work[0][0].blend.active)
         pieces = []
         for sequence, count in work:
             start = sequence.cached
             pieces.append(Piece(self._rows[sequence], sequence.tokens[start : start + count], start))
-        return self._llama.compute(pieces), range(len(work))
+        return self._llama.compute(pieces), list(range(len(work)))
 
     def _drop_done(self) -> None:
-        """Takes out sequences that have ended, or that nobody reads any more."""
+        """Remove sequences that have ended or whose reader has left."""
         self.waiting = deque(sequence for sequence in self.waiting if not sequence.done)
         for sequence in [sequence for sequence in self.running if sequence.done]:
             if self._llama.can_copy and sequence.cached and not sequence.failed:

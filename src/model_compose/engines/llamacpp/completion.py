@@ -1,7 +1,7 @@
-"""Some tokens of a text from llama-server's /completion: ids go in, ids come out.
+"""Asks llama-server's /completion for the next tokens of a text. Token ids go in, token ids come out.
 
-llama-server (tools/server/server-context.cpp, process_token) tells nothing of a token that ends within a character: it is
-missing in a stream, and has no log-probability. An answer that is not streamed has all ids.
+llama-server does not report a token that ends within a character (tools/server/server-context.cpp, process_token): a stream
+leaves it out, and it has no log-probability. An answer that is not streamed has all token ids.
 """
 
 import json
@@ -13,20 +13,20 @@ from typing import Any
 import httpx
 
 from model_compose.engines.served.connection import error_of
-from model_compose.engines.stepping.sampling import SMALLEST_TEMPERATURE
 from model_compose.errors import InputError, LoadError, RunError
 from model_compose.generation import Sampling
 
 PATH = "/completion"
 TURN = 16
-"""Tokens that a text gets at once, before another blend has its turn."""
+"""The most tokens that a text gets in one request, before another blend has its turn."""
 FORCING = 1e6
-"""Added to a score that must win, in float32."""
+"""Added to the logit of a token that must win, in float32."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """A token. cached: how many tokens of the prompt were not computed; probabilities: llama-server's own, if asked for."""
+class Sampled:
+    """A token of llama-server's answer. cached: how many tokens of the prompt came from its cache. probabilities:
+    llama-server's own JSON with log-probabilities, if they were asked for."""
 
     token: int
     cached: int
@@ -35,10 +35,11 @@ class Told:
 
 @dataclass(frozen=True)
 class Ask:
-    """The next tokens of a text. tokens: prompt and what the text has so far, which is `generated` tokens.
+    """A request for the next tokens of a text.
 
-    slot: its number. weights: of all adapters, in the server's order. reuse: whether the slot holds keys and values of
-    this very blend. seed: of these tokens alone.
+    tokens: the prompt and the text so far, whose length is `generated` tokens. slot: the number of the slot. weights: the
+    weights of all adapters, in the server's order. reuse: whether the slot's keys and values belong to this same blend.
+    budget: the most tokens of the whole text. seed: the seed for these tokens only.
     """
 
     tokens: list[int]
@@ -53,7 +54,8 @@ class Ask:
 
     @property
     def count(self) -> int:
-        """One alone where llama-server counts otherwise than we do, or tells no more of the tokens before."""
+        """How many tokens to ask for. Only one at a time with log-probabilities (llama-server gives them for one token
+        only) or with penalties that llama-server would count over another window than we do."""
         sampling = self.sampling
         if sampling.logprobs is not None or sampling.presence_penalty or sampling.frequency_penalty:
             return 1
@@ -62,16 +64,18 @@ class Ask:
 
     @property
     def may_not_end(self) -> bool:
+        """Whether the text is still shorter than min_output_length."""
         return 1 < self.sampling.min_output_length > self.generated
 
     def body(self, *, stream: bool) -> dict[str, Any]:
-        """The request's JSON. All of the sampling is said, so that no default of the server's applies.
+        """The request's JSON. It gives all sampling options, so that the server's defaults do not apply.
 
-        Every adapter is listed: a request that names none has those of before (launch_slot_with_task). The window of the
-        presence and frequency penalties is the new text, and there is one for both kinds: see `refuse`.
+        It lists every adapter, since a request that lists none gets those of the slot's last request
+        (launch_slot_with_task). llama-server has one window of tokens for all penalties: it is the new text for presence
+        and frequency penalties, else the whole text (`refuse` rejects requests that need both).
         """
         sampling = self.sampling
-        greedy = not sampling.do_sample or sampling.temperature < SMALLEST_TEMPERATURE
+        greedy = sampling.greedy
         apart = sampling.presence_penalty or sampling.frequency_penalty
         biases: list[tuple[int, float | bool]] = [*sampling.logit_bias]
         if self.may_not_end:
@@ -81,7 +85,7 @@ class Ask:
             "id_slot": self.slot,
             "lora": [{"id": number, "scale": weight} for number, weight in enumerate(self.weights)],
             "cache_prompt": self.reuse,
-            "n_cache_reuse": 0,  # pieces out of the middle, moved: they have seen other tokens before them
+            "n_cache_reuse": 0,  # never shift cached pieces: their keys and values depend on the tokens before them
             "n_predict": self.count,
             "stream": stream,
             "return_tokens": True,
@@ -103,47 +107,49 @@ class Ask:
 
 
 def refuse(sampling: Sampling) -> None:
-    """Raises InputError for what llama-server cannot do as the other drivers do it."""
+    """Raise InputError for sampling options for which llama-server's results differ from the other drivers'."""
     penalised = sampling.repetition_penalty != 1.0
     problems = {
         "response_format": (
-            sampling.response_format is not None, "its grammars leave out what they do not know of a schema"
+            sampling.response_format is not None, "its grammars ignore the parts of a schema that they do not support"
         ),
         "repetition_penalty": (
             penalised and bool(sampling.presence_penalty or sampling.frequency_penalty),
-            "it counts over one window for all penalties, so not together with presence_penalty or frequency_penalty",
+            "it counts all penalties over the same tokens, so this cannot be combined with presence_penalty or "
+            "frequency_penalty",
         ),
         "logit_bias": (
-            penalised and bool(sampling.logit_bias), "it adds that before it penalises, so not with repetition_penalty"
+            penalised and bool(sampling.logit_bias),
+            "it adds biases before penalties, so this cannot be combined with repetition_penalty",
         ),
     }  # fmt: skip
     for field, (given, reason) in problems.items():
         if given:
             raise InputError(
-                f"llama-server cannot do this {field} exactly: {reason}; leave it out, or leave options.server out of the "
-                "file, with which llama.cpp runs in this process",
+                f"llama-server cannot do this {field} exactly: {reason}; leave it out, or remove options.server from the "
+                "file, so that llama.cpp runs in this process",
                 field=field,
             )
 
 
 class LeftOut(Exception):
-    """A stream has left a token out, and is of no more use. cached: as in Told."""
+    """A stream has left a token out, so it cannot be continued. cached: as in Sampled."""
 
     def __init__(self, cached: int) -> None:
         super().__init__("a token ends within a character")
         self.cached = cached
 
 
-async def next_tokens(client: httpx.AsyncClient, ask: Ask, *, stream: bool) -> AsyncGenerator[Told]:
-    """At most ask.count tokens. Closing the iterator closes the connection, which makes llama-server stop.
+async def next_tokens(client: httpx.AsyncClient, ask: Ask, *, stream: bool) -> AsyncGenerator[Sampled]:
+    """Yield at most ask.count tokens. Closing the iterator closes the connection, which makes llama-server stop.
 
-    Raises LeftOut where it streams, InputError, RunError, and httpx's TransportError where the connection breaks.
+    Raises LeftOut (only if `stream`), InputError or RunError, and httpx's TransportError if the connection breaks.
     """
     if not stream:
         answer = await _post(client, ask.body(stream=False))
         probabilities = next(iter(answer.get("completion_probabilities") or ()), None)
         for token in answer["tokens"]:
-            yield Told(token, answer["timings"]["cache_n"], probabilities)
+            yield Sampled(token, answer["timings"]["cache_n"], probabilities)
         return
     made = 0
     async with aclosing(_events(client, ask.body(stream=True))) as events:
@@ -152,17 +158,18 @@ async def next_tokens(client: httpx.AsyncClient, ask: Ask, *, stream: bool) -> A
             if event["tokens_predicted"] != made:
                 raise LeftOut(event["timings"]["cache_n"])
             for token in event["tokens"]:
-                yield Told(token, event["timings"]["cache_n"])
+                yield Sampled(token, event["timings"]["cache_n"])
 
 
 async def distribution(client: httpx.AsyncClient, ask: Ask, plain: int, vocabulary: int) -> dict[int, float]:
-    """The log-probabilities of all next tokens, the likeliest first.
+    """The log-probabilities of all possible next tokens, the likeliest first: {token: log-probability}.
 
-    plain: a token of whole characters. It is forced, since others may tell nothing; what it tells is of the scores before.
+    plain: a token of complete characters. We force this token, because llama-server reports no log-probabilities for
+    partial characters. The values are from before forcing.
     """
     body = ask.body(stream=False) | {"logit_bias": [(plain, FORCING)], "n_probs": vocabulary}
-    (told,) = (await _post(client, body))["completion_probabilities"]
-    return {each["id"]: each["logprob"] for each in told["top_logprobs"]}
+    (forced,) = (await _post(client, body))["completion_probabilities"]
+    return {each["id"]: each["logprob"] for each in forced["top_logprobs"]}
 
 
 async def ends(client: httpx.AsyncClient) -> tuple[int, ...]:
@@ -174,7 +181,7 @@ async def ends(client: httpx.AsyncClient) -> tuple[int, ...]:
         return tuple(bias["token"] for bias in answer["generation_settings"]["logit_bias"])
     except (LookupError, ValueError, TypeError) as error:
         raise LoadError(
-            f"this llama-server does not tell what is needed of a text ({error!r}); use a newer one"
+            f"this llama-server's answers lack fields that model-compose needs ({error!r}); use a newer one"
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""llama.cpp in this process: a GGUF base, any blend for any request. `driver: llamacpp`.
+"""The engine of `driver: llamacpp` in this process: a GGUF base, and any blend for any request.
 
-llama.cpp computes logits. Prompts, sampling, response formats and text are the embedded engine's own code, so that both
-drivers give the same answer to the same request.
+llama.cpp only computes logits. Prompts, sampling, response formats and text are handled by the same code as in the embedded
+engine, so that both drivers give the same answer to the same request.
 """
 
 import logging
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """token_bytes: of keys and values, for each token."""
+class LlamaModel:
+    """A loaded model. token_bytes: the bytes of one token's keys and values."""
 
     llama: "Llama"
     batch: "Batch"
@@ -39,14 +39,14 @@ class Loaded:
 
 
 class EmbeddedEngine(SteppingEngine):
-    """llama.cpp's models. A step computes one blend, so blends take turns."""
+    """Runs llama.cpp. A step computes only one blend, so blends take turns."""
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         own = options.options
         assert isinstance(own, LlamacppOptions)
         super().__init__(blends, base_dir, rows=own.max_batch_size, queue=own.max_queue)
         self._options, self._own = options, own
-        self._loaded: Loaded | None = None
+        self._loaded: LlamaModel | None = None
 
     async def open(self, report: Report) -> None:
         self._begin(await in_daemon_thread(lambda: self._load(report)))
@@ -57,7 +57,7 @@ class EmbeddedEngine(SteppingEngine):
         from model_compose.engines.llamacpp.loading import kv_bytes_per_token, read, room, settings
         from model_compose.engines.stepping.grammar import Grammars
 
-        import_llama_cpp()  # before anything is fetched
+        import_llama_cpp()  # fails if it is not installed, before anything is fetched
         adapters, base, tokenizer = read(self._options, self._base_dir, report)
         token_bytes = kv_bytes_per_token(self._options, base)
         context, cells = room(self._options, base)
@@ -68,13 +68,13 @@ class EmbeddedEngine(SteppingEngine):
                 report(Progress("attaching adapters", number, len(adapters), "adapters"))
             eos = tuple(sorted({*llama.eos, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}))
             grammars = Grammars(tokenizer, llama.vocabulary, eos)
-            if eos:  # reads the vocabulary, which would hold up all other threads later
+            if eos:  # read the vocabulary now; later, this would block all other threads
                 grammars.start(ResponseFormat("json_object"))
         except BaseException:
             llama.close()
             raise
         batch = Batch(llama, max_rows=self._own.max_batch_size, tokens_per_step=self._own.n_batch)
-        self._loaded = Loaded(llama, batch, token_bytes)
+        self._loaded = LlamaModel(llama, batch, token_bytes)
 
         def attach(adapter: LoraAdapter, key: str, options: AdapterOptions | None) -> None:
             _attach(llama, base, base.check(adapter), key)
@@ -110,7 +110,7 @@ class EmbeddedEngine(SteppingEngine):
 
 
 def _attach(llama: "Llama", base: "Base", adapter: LoraAdapter, key: str) -> None:
-    """Converts the adapter and loads it. Raises AdapterError."""
+    """Convert the adapter to GGUF and load it. Raises AdapterError."""
     from model_compose.lora.gguf import write_gguf
 
     with tempfile.TemporaryDirectory(prefix="model-compose-") as folder:

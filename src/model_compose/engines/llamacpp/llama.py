@@ -1,11 +1,11 @@
-"""llama.cpp in this process, by the C functions that llama-cpp-python wraps: a model, its context, and its adapters.
+"""llama.cpp in this process, through the C functions that llama-cpp-python wraps: a model, its context and its adapters.
 
-A context has numbered rows, each one text's keys and values. Knows nothing of requests. One thread at a time.
+A context has numbered rows; each holds the keys and values of one text. Only one thread may use these objects at a time.
 """
 
 import ctypes
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from model_compose.progress import Progress, Report
 log = logging.getLogger(__name__)
 
 UBATCH = 512
-"""Tokens that llama.cpp computes at once; its buffers grow with it."""
+"""The most tokens that llama.cpp computes at once. Its buffers grow with this number."""
 
 REQUIRED = "'llama-cpp-python>=0.3.36'"
 
 
 @dataclass(frozen=True)
 class Attached:
-    """An adapter, and llama.cpp's pointer to what it has loaded of it."""
+    """An adapter, with llama.cpp's pointer to its loaded copy."""
 
     adapter: LoraAdapter
     pointer: Any
@@ -36,7 +36,8 @@ class Attached:
 
 @dataclass(frozen=True)
 class Settings:
-    """cells: tokens that all rows hold together. gpu_layers: -1 is all. kv_float32: keys and values, else float16."""
+    """cells: the most tokens in all rows together. rows: the number of rows. gpu_layers: -1 means all. kv_float32: whether
+    keys and values are float32; else they are float16. flash_attention: None lets llama.cpp decide."""
 
     cells: int
     rows: int
@@ -49,15 +50,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of one row, which has `start` tokens already."""
+    """Tokens to compute for one row, which holds `start` tokens already."""
 
     row: int
-    tokens: Sequence[int]
+    tokens: Collection[int]
     start: int
 
 
 class Llama:
-    """vocabulary: the logits' width. eos: what ends a text. cells: what all rows hold together, in tokens.
+    """A model with its context. vocabulary: the width of the logits. eos: the tokens that end a text. cells: the most
+    tokens in all rows together.
 
     Raises LoadError with llama.cpp's reason.
     """
@@ -66,7 +68,7 @@ class Llama:
         self._lib = import_llama_cpp()
         self._used: dict[str, float] | None = None
         self.adapters: dict[str, Attached] = {}
-        """By the keys that callers chose."""
+        """The loaded adapters, by the callers' keys."""
         self._model = self._context = self._batch = None
         lib = self._lib
         try:
@@ -83,7 +85,7 @@ class Llama:
         self.eos = tuple(sorted({token for token in ends if token >= 0}))
         self.cells = int(lib.llama_n_ctx(self._context))
         self.can_copy = not lib.llama_model_is_recurrent(self._model) and not lib.llama_model_is_hybrid(self._model)
-        """Whether a row's beginning can be given to another: a recurrent state has no beginning."""
+        """Whether the beginning of a row can be copied to another row. A recurrent state cannot be cut at a token."""
 
     def _load(self, file: Path, gpu_layers: int, report: Report) -> Any:
         lib, reported = self._lib, [-1]
@@ -108,7 +110,7 @@ class Llama:
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = settings.cells, settings.rows, True
         params.n_batch, params.n_ubatch = settings.tokens_per_step, min(UBATCH, settings.tokens_per_step)
-        params.n_outputs_max = settings.rows  # one for each piece; else its buffers hold logits of a whole batch
+        params.n_outputs_max = settings.rows  # one for each piece; by default, buffers hold logits for the whole batch
         params.n_threads = params.n_threads_batch = settings.threads
         params.type_k = params.type_v = lib.GGML_TYPE_F32 if settings.kv_float32 else lib.GGML_TYPE_F16
         params.flash_attn_type = {None: -1, False: 0, True: 1}[settings.flash_attention]
@@ -123,7 +125,7 @@ class Llama:
         return context
 
     def load_adapter(self, key: str, adapter: LoraAdapter, file: Path) -> None:
-        """Reads a GGUF adapter into memory; the file is not needed any more. Raises AdapterError."""
+        """Read a GGUF adapter into memory; the file is not needed afterwards. Raises AdapterError."""
         errors.clear()
         pointer = self._lib.llama_adapter_lora_init(self._model, str(file).encode())
         if not pointer:
@@ -131,12 +133,13 @@ class Llama:
         self.adapters[key] = Attached(adapter, pointer)
 
     def free_adapter(self, key: str) -> None:
-        # The context may still point to it, and another adapter may come to lie where it lay.
+        """Free a loaded adapter, and stop using all adapters."""
+        # Clear the context's adapters first: it may point to this one, whose memory another adapter could get.
         self.use({})
         self._lib.llama_adapter_lora_free(self.adapters.pop(key).pointer)
 
     def use(self, weights: Mapping[str, float]) -> None:
-        """The adapters of the passes from now on, by their keys. All at once: llama.cpp adds Σ w · B (A x)."""
+        """Set the adapters, by key, and their weights for the following passes. llama.cpp then adds Σ w · B (A x)."""
         if weights == self._used:
             return
         count = len(weights)
@@ -145,10 +148,10 @@ class Llama:
         self._lib.llama_set_adapters_lora(self._context, adapters, count, (ctypes.c_float * count)(*weights.values()))
         self._used = dict(weights)
 
-    def compute(self, pieces: Sequence[Piece]) -> Tensor:
-        """One pass. Logits of the last token of each piece: (pieces, vocabulary), float32.
+    def compute(self, pieces: Collection[Piece]) -> Tensor:
+        """Make one pass. Returns the logits after the last token of each piece, (pieces, vocabulary) in float32.
 
-        Raises RuntimeError; the rows then hold what they held before.
+        Raises RuntimeError; the rows then have the same content as before.
         """
         batch, number, last = self._batch, 0, []
         assert batch is not None
@@ -171,15 +174,15 @@ class Llama:
         return torch.from_numpy(np.stack([np.ctypeslib.as_array(each, (self.vocabulary,)) for each in pointers]))
 
     def copy(self, source: int, row: int, tokens: int) -> None:
-        """Gives the first tokens of a row to an empty one. They share the cells."""
+        """Copy the first `tokens` tokens of a row to an empty row. The two rows share the cells."""
         self._lib.llama_memory_seq_cp(self._memory, source, row, 0, tokens)
 
     def cut(self, row: int, tokens: int) -> None:
-        """Keeps the first tokens of a row alone."""
+        """Remove all tokens of a row after the first `tokens`."""
         self._lib.llama_memory_seq_rm(self._memory, row, tokens, -1)
 
     def close(self) -> None:
-        """Frees everything. The object is of no use afterwards."""
+        """Free everything. The object cannot be used afterwards."""
         if self._batch is not None:
             self._lib.llama_batch_free(self._batch)
         if self._context is not None:
@@ -190,13 +193,13 @@ class Llama:
 
 
 errors: list[str] = []
-"""What llama.cpp has called an error since this was last cleared: its functions return no reasons."""
+"""The error lines in llama.cpp's log since this list was last cleared. llama.cpp's functions return no reasons."""
 
 _callback: Any = None
 
 
 def import_llama_cpp() -> Any:
-    """The module, its log in ours. Raises LoadError where it is not installed."""
+    """The module llama_cpp, whose log goes to ours from now on. Raises LoadError if it is missing or too old."""
     global _callback
     try:
         import llama_cpp
@@ -204,8 +207,8 @@ def import_llama_cpp() -> Any:
         if error.name != "llama_cpp":
             raise
         raise LoadError(
-            f"driver llamacpp needs llama-cpp-python, which is not installed; pip install {REQUIRED} (it compiles for some "
-            "minutes; its documentation has prebuilt wheels and the builds for GPUs)"
+            f"driver llamacpp needs llama-cpp-python, which is not installed; pip install {REQUIRED} (this compiles for "
+            "some minutes; its documentation lists prebuilt wheels and builds for GPUs)"
         ) from None
     except (OSError, RuntimeError) as error:
         raise LoadError(f"llama-cpp-python cannot be imported ({error}); install it again") from error
@@ -221,7 +224,7 @@ def import_llama_cpp() -> Any:
 
 
 def _log(level: int, text: bytes, _: object) -> None:
-    """A line of llama.cpp's own log. Errors reach people by the exceptions that follow them."""
+    """Handle a line of llama.cpp's log. Errors are kept for the exceptions that follow; all lines are logged at DEBUG."""
     line = text.decode("utf-8", "replace").strip()
     if level == 3:  # GGML_LOG_LEVEL_ERROR
         errors.append(line)
@@ -230,5 +233,5 @@ def _log(level: int, text: bytes, _: object) -> None:
 
 
 def _reason() -> str:
-    """The first error, without the function that says it."""
-    return errors[0].partition(": ")[2] or errors[0] if errors else "it gives no reason"
+    """The first error, without the name of the C function that logged it."""
+    return errors[0].partition(": ")[2] or errors[0] if errors else "it gave no reason"

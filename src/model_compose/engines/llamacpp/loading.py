@@ -1,4 +1,4 @@
-"""What is known before llama.cpp computes, here or in another process: base, adapters, tokenizer, what fits. Blocking."""
+"""What both ways of running llama.cpp do first: read base, adapters and tokenizer, and compute what fits. Blocks."""
 
 import logging
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from model_compose.engines.adapters import fetch_adapters
-from model_compose.engines.devices import free_memory, size_text
+from model_compose.engines.devices import free_memory
 from model_compose.engines.llamacpp.base import Base, read_base
 from model_compose.engines.llamacpp.llama import Settings
 from model_compose.engines.llamacpp.options import LlamacppOptions
+from model_compose.engines.needs import limit_context
 from model_compose.engines.on_disk import check_kind
 from model_compose.engines.options import ModelOptions
 from model_compose.engines.tokenizer import load_tokenizer
-from model_compose.errors import LoadError
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.progress import Report
 from model_compose.sources import fetch
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 def read(options: ModelOptions, base_dir: Path, report: Report) -> tuple[list[LoraAdapter], Base, Any]:
-    """The adapters, the base that they fit, and its tokenizer. Raises SourceError, AdapterError, LoadError."""
+    """The adapters, the base (which they fit), and its tokenizer. Raises SourceError, AdapterError or LoadError."""
     adapters = fetch_adapters(options, base_dir, report)
     fetched = fetch(options.model, base_dir=base_dir, report=report)
     check_kind(fetched, "llamacpp")
@@ -34,15 +34,16 @@ def read(options: ModelOptions, base_dir: Path, report: Report) -> tuple[list[Lo
 
 
 def kv_bytes_per_token(options: ModelOptions, base: Base) -> int:
-    """Keys and values of one token, of which `precision` decides the size."""
+    """The bytes of one token's keys and values: float32 with precision: float32, else float16."""
     return base.kv_bytes_per_token(4 if options.precision == "float32" else 2)
 
 
 def room(options: ModelOptions, base: Base, *, rows: int = 1) -> tuple[int, int]:
-    """The longest context, and how many tokens each row of the KV cache holds; if it is unset, a context for each, or a
-    quarter of what is free. rows: into which it is divided; 1 where all texts share it.
+    """The longest context, and how many tokens each row of the KV cache holds. rows: into how many rows the cache is
+    divided; 1 if all texts share it.
 
-    Raises LoadError where it is too small for max_context, or for any text.
+    If kv_cache is not set, the cache holds a full context for each row, but takes at most a quarter of the free memory.
+    Raises LoadError if the cache is too small for max_context, or for any text.
     """
     own = options.options
     assert isinstance(own, LlamacppOptions)
@@ -56,23 +57,11 @@ def room(options: ModelOptions, base: Base, *, rows: int = 1) -> tuple[int, int]
         budget = int(own.kv_cache)
     cells = budget // token_bytes // rows
     least = context if own.max_context is not None else 1
-    each = f" for each of {rows} texts" if rows > 1 else ""
-    fewer = ", a smaller max_batch_size" if rows > 1 else ""
-    if cells < least:
-        raise LoadError(
-            f"a KV cache of {size_text(budget)} holds {cells} tokens of this model{each}, which takes "
-            f"{size_text(token_bytes)} for each token, and one text needs {least}; set a larger kv_cache{fewer}, or a "
-            "smaller max_context"
-        )
-    if cells < context:
-        log.warning(
-            "the KV cache of %s holds %d tokens%s, so prompt and answer together are limited to these instead of %d",
-            size_text(budget), cells, each, context,
-        )  # fmt: skip
-    return min(context, cells), cells
+    return limit_context(budget, token_bytes, cells, context, least, rows=rows), cells
 
 
 def settings(options: ModelOptions, cells: int) -> Settings:
+    """The settings for llama.cpp. cells: tokens in the KV cache, from `room`."""
     own = options.options
     assert isinstance(own, LlamacppOptions)
     float32 = options.precision == "float32"

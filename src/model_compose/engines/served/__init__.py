@@ -1,1 +1,1 @@
-"""What engines share whose model runs in another process, behind HTTP."""
+"""What the engines share whose model runs in a server process and is reached by HTTP."""

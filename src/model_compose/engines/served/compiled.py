@@ -1,6 +1,7 @@
-"""Blends as stacked adapters, for engines that take one LoRA a request: written to disk, loaded, and evicted.
+"""Keeps blends as stacked adapters, for engines that take only one LoRA per request: writes them to disk, has the engine
+load them, and evicts the least recently used.
 
-Knows nothing of the engine but how it loads and unloads a PEFT folder.
+All that it knows of the engine is two functions, which load and unload a PEFT folder.
 """
 
 import asyncio
@@ -18,7 +19,7 @@ from model_compose.lora.blend import Blend, stack
 
 @dataclass
 class Entry:
-    """One stacked adapter. name: what the engine knows it by. users: requests that run on it or wait for it."""
+    """One stacked adapter. name: its name in the engine. users: the number of requests that use it or wait for it."""
 
     name: str
     folder: Path
@@ -27,10 +28,11 @@ class Entry:
 
 
 class Compiled:
-    """The stacked adapters that an engine has: at most `limit`, the least recently used leaves for a new one, and those
-    in use stay; where all are in use, a new one waits.
+    """The stacked adapters that an engine has loaded, at most `limit`. For a new one, the least recently used is unloaded.
+    Adapters in use stay; if all are in use, a new one waits.
 
-    folder: an empty one, whose name no other user of the engine has. load, unload: by name; they may raise.
+    folder: an empty folder, whose name is unique among all clients of the engine. load(name, folder), unload(name): the
+    engine's functions; they may raise.
     """
 
     def __init__(
@@ -44,26 +46,27 @@ class Compiled:
 
     @property
     def names(self) -> list[str]:
+        """The names of the loaded adapters in the engine, the least recently used first."""
         return [entry.name for entry in self._entries.values()]
 
     @asynccontextmanager
     async def use(self, identity: str, blend: Blend, adapters: Mapping[str, LoraAdapter]) -> AsyncGenerator[str]:
-        """The name of the blend's stacked adapter, which stays loaded within the block. identity: the blend's digest.
+        """Yield the name of the blend's stacked adapter, which stays loaded within the block. identity: the blend's digest.
 
-        Raises what loading raises; the next use tries again.
+        Raises the errors of `load`; the next use then tries again.
         """
         entry = self._entries.get(identity)
         if entry is None or not entry.users:
             await self._in_use.acquire()
             entry = self._entries.get(identity)
-            if entry is not None and entry.users:  # another use came first
+            if entry is not None and entry.users:  # another request loaded it meanwhile
                 self._in_use.release()
         if entry is None:
             entry = self._add(identity, blend, adapters)
         self._entries[identity] = self._entries.pop(identity)
         entry.users += 1
         try:
-            await asyncio.shield(entry.loading)  # others may wait for it too
+            await asyncio.shield(entry.loading)  # other requests may be waiting for it too
             yield entry.name
         finally:
             entry.users -= 1
@@ -71,19 +74,19 @@ class Compiled:
                 self._in_use.release()
 
     def clear(self) -> None:
-        """Forgets all of them: the engine has lost what it had loaded."""
+        """Forget all adapters, because the engine has lost them (it was restarted)."""
         for identity in list(self._entries):
             self.forget(identity)
 
     def forget(self, identity: str) -> None:
-        """The engine has lost this one; the next use loads it again."""
+        """Forget one adapter, because the engine has lost it. The next use loads it again."""
         if entry := self._entries.pop(identity, None):
             shutil.rmtree(entry.folder, ignore_errors=True)
 
     def _add(self, identity: str, blend: Blend, adapters: Mapping[str, LoraAdapter]) -> Entry:
         evicted = None
         if len(self._entries) >= self._limit:
-            # There is one, as fewer than `limit` others are in use.
+            # One of them has no users: this use holds one of the `limit` places of _in_use.
             evicted = self._entries.pop(next(key for key, entry in self._entries.items() if not entry.users))
         folder = self._folder / f"{identity}-{next(self._numbers)}"
         name = f"{self._folder.name}-{identity}"

@@ -1,4 +1,4 @@
-"""HTTP to a server that computes for us, wherever it listens. Knows nothing of what is said."""
+"""An HTTP client for a server that runs a model for us, at a URL or behind a Unix socket."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ _UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
 
 class Connection:
-    """A server at `url`, or behind a Unix socket. Requests may last for as long as they like."""
+    """A server at `url`, or behind a Unix socket. Requests have no time limit, only connecting has."""
 
     def __init__(self, url: str, *, socket: Path | None = None, api_key: str | None = None) -> None:
         self.url = url
@@ -22,6 +22,7 @@ class Connection:
         )
 
     async def is_ready(self) -> bool:
+        """Whether the server answers that it is healthy."""
         try:
             return (await self.client.get("/health")).is_success
         except httpx.TransportError:
@@ -32,9 +33,8 @@ class Connection:
 
 
 def error_of(response: httpx.Response) -> str:
-    """The server's own words, of a response that has been read."""
+    """The error message in a response whose body has been read; else its status and the beginning of the body."""
     try:
-        said = response.json()
-        return str(said["error"]["message"])
+        return str(response.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return f"HTTP {response.status_code}: {response.text[:200]}"

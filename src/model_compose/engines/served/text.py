@@ -1,6 +1,6 @@
-"""A text whose tokens another server decides: what they say, and where it ends. By the embedded engine's code for both."""
+"""Turns the tokens that a server generates into text, and decides where the text ends, with the embedded engine's code."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from model_compose.engines.text import Transcript, token_bytes
@@ -8,10 +8,10 @@ from model_compose.generation import Finish, Sampling, TokenLogprob
 
 
 class ServedText:
-    """Sequence `index` of a request. budget: the most tokens that it may have; eos: those that end it."""
+    """Text `index` of a request. budget: the most tokens that it may have. eos: the tokens that end it."""
 
     def __init__(
-        self, index: int, tokenizer: Any, prompt: Sequence[int], sampling: Sampling, budget: int, eos: Sequence[int]
+        self, index: int, tokenizer: Any, prompt: list[int], sampling: Sampling, budget: int, eos: Collection[int]
     ) -> None:
         self.index, self.budget, self.eos = index, budget, eos
         self.tokens: list[int] = []
@@ -21,7 +21,7 @@ class ServedText:
         self._position = 0
 
     def push(self, token: int) -> str:
-        """The text that this token completes; it may end the whole."""
+        """Add a token. Returns the text that can be sent now, and sets `finish` if the token ends the text."""
         self.tokens.append(token)
         self._position = self._text.position
         if token in self.eos:
@@ -34,11 +34,11 @@ class ServedText:
         return ready
 
     def end(self, finish: Finish) -> str:
-        """What was held back, as it was no stop string after all."""
+        """End the text. Returns the text that was held back, since no stop string can follow any more."""
         self.finish = finish
         return self._text.end()
 
     def logprob(self, token: int, value: float, top: Iterable[tuple[int, float]]) -> TokenLogprob:
-        """Of the token that was pushed last. top: the likeliest tokens with theirs."""
-        told = tuple((token_bytes(self._tokenizer, other), chance) for other, chance in top)
-        return TokenLogprob(token_bytes(self._tokenizer, token), value, told, self._position)
+        """The log-probability of the token that was pushed last. top: the likeliest tokens with their log-probabilities."""
+        likeliest = tuple((token_bytes(self._tokenizer, other), logprob) for other, logprob in top)
+        return TokenLogprob(token_bytes(self._tokenizer, token), value, likeliest, self._position)

@@ -1,8 +1,8 @@
-"""Runs a command in a session of its own, and takes it down with all that it has started when standard input ends.
+"""Runs a command in a session of its own, and kills the command and its children when standard input ends.
 
-A script by itself, of the standard library alone: watcher.py SECONDS COMMAND… The other end of standard input is held by
-model-compose: it lets go of it to stop the command, and the kernel does so where model-compose is killed. SECONDS pass
-between SIGTERM and SIGKILL.
+A script that uses only the standard library: watcher.py SECONDS COMMAND… model-compose holds the other end of standard
+input. It closes that end to stop the command; if model-compose is killed, the kernel closes it. SECONDS pass between
+SIGTERM and SIGKILL.
 """
 
 import ctypes
@@ -26,23 +26,23 @@ def main() -> int:
     except OSError as error:
         print(f"{command[0]} cannot be run ({error.strerror})", file=sys.stderr)
         return 127
-    threading.Thread(target=_take_down, args=(child, patience), daemon=True).start()
+    threading.Thread(target=_stop_at_end_of_input, args=(child, patience), daemon=True).start()
     code = child.wait()
-    _kill_group(child.pid)  # what the command has left running
+    _kill_group(child.pid)  # processes that the command has left running
     return code if code >= 0 else 128 - code
 
 
 def _end_with_this_process() -> None:
-    """In the command's process, on Linux: somebody may kill the watcher as well."""
+    """Runs in the command's process. On Linux, the kernel then ends the command even if the watcher is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _take_down(child: "subprocess.Popen[bytes]", patience: float) -> None:
-    while os.read(sys.stdin.fileno(), 4096):  # empty at the end of the stream
+def _stop_at_end_of_input(child: "subprocess.Popen[bytes]", patience: float) -> None:
+    while os.read(sys.stdin.fileno(), 4096):  # returns b"" at the end of the stream
         pass
-    child.terminate()  # it alone: it ends its own processes in order
-    time.sleep(patience)  # this process leaves earlier where the command obeys
+    child.terminate()  # only the command, so that it can stop its own processes in order
+    time.sleep(patience)  # if the command obeys, main returns and this daemon thread ends with the process
     _kill_group(child.pid)
 
 

@@ -1,6 +1,6 @@
-"""What engines that step sequences in this process do alike: from a request to sequences, adapters that come and go.
+"""What engines that compute sequences in this process have in common: requests become sequences, adapters come and go.
 
-A driver derives from SteppingEngine, opens what it runs on, and calls `_begin`.
+A driver derives from SteppingEngine, opens its model, and calls `_begin`.
 """
 
 import asyncio
@@ -29,16 +29,19 @@ if TYPE_CHECKING:
     from model_compose.engines.stepping.scheduler import Scheduler
     from model_compose.engines.stepping.sequence import Sequence
 
-# Before torch loads GNU's OpenMP: its threads wait for each other by spinning for milliseconds. Where another process wants
-# the core, each of a step's hundreds of waits then costs such a time slice. After 0.1 ms they sleep instead.
+# This must be set before torch loads GNU's OpenMP. Its threads wait for each other by spinning for milliseconds. If
+# another process wants the core, each of the hundreds of waits in a step then costs such a time slice. So we let them
+# sleep after 0.1 ms.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 @dataclass(frozen=True)
 class Running:
-    """What a driver steps. identity: of the base. adapters: those that are held, by key. attach: one more, under a key, in
-    the engine's thread; one that was made here has no options. Raises AdapterError.
+    """A driver's model and what belongs to it.
+
+    identity: of the base. adapters: gives all loaded adapters by key. attach: adds an adapter under a key; it runs in
+    the engine's thread, gets no options for an adapter that was made here, and raises AdapterError.
     """
 
     prompts: Prompts
@@ -52,18 +55,22 @@ class Running:
 
 
 class SteppingEngine:
-    """Tokenizes, hands sequences to its thread, and turns what comes back into one stream a request."""
+    """Tokenizes prompts, gives sequences to the engine's thread, and turns their chunks into one stream for each
+    request.
+    """
 
     def __init__(self, blends: Blends, base_dir: Path, *, rows: int, queue: int) -> None:
-        """rows: sequences that run at once; queue: those that may wait besides."""
+        """rows: how many sequences run at once. queue: how many more may wait."""
         self._base_dir, self.room = base_dir, Room(rows, queue)
         self._running: Running | None = None
         self._loop: Loop | None = None
         self._formats = Lane("response formats")
         self._low_rank: LowRank
         self._keys = {name: name for name in blends.adapters}
-        """What an adapter is held under. One that is loaded again gets another key, as running requests finish on the old
-        one."""
+        """The key of each adapter.
+
+        An adapter that is loaded again gets a new key, since running requests keep the old one.
+        """
 
     def _begin(self, running: Running) -> None:
         from model_compose.engines.stepping.loop import Loop
@@ -75,12 +82,12 @@ class SteppingEngine:
         )  # fmt: skip
 
     def _check(self, request: Request) -> None:
-        """Raises InputError for what this driver cannot do."""
+        """Raises InputError for a request that this driver cannot run."""
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         from model_compose.engines.stepping.loop import Mailbox
 
-        running, loop = self._running, self._loop  # both are None once closed, which may happen while this runs
+        running, loop = self._running, self._loop  # `close` sets both to None, maybe while this runs
         if running is None or loop is None:
             raise NotReady("the model is not loaded")
         check_logit_bias(request, running.vocabulary)
@@ -103,18 +110,18 @@ class SteppingEngine:
                 yield replace(chunk, usage=usage)
             finally:
                 for sequence in sequences:
-                    sequence.done = True  # the engine's thread drops it before its next step
+                    sequence.done = True  # the engine's thread drops it before the next step
 
     async def _sequences(
         self, running: Running, request: Request, emit: Callable[[Chunk | ComposeError], None]
     ) -> "list[Sequence]":
-        """One sequence for each text of the request, with its prompt read. Raises InputError."""
+        """Tokenizes the prompt and makes one sequence for each text of the request. Raises InputError."""
         from model_compose.engines.stepping.sequence import Prompt, Sequence
 
         tokens = await running.prompts.read(request)
         constraints = await self._constraints(running.grammars, request.sampling)
-        # From here until the engine's thread has the sequences, only the adapter that an svd is made into is awaited: an
-        # adapter that the blend names could be unloaded meanwhile.
+        # Do not await from here on until the engine's thread has the sequences: an adapter of the blend could be
+        # unloaded meanwhile. Only a blend by svd waits, for the adapter that it is made into.
         identity = self.identity(request.blend)
         blend = replace(request.blend, weights={self._keys[name]: w for name, w in request.blend.active.items()})
         if blend.low_rank:
@@ -126,7 +133,7 @@ class SteppingEngine:
         ]
 
     async def _constraints(self, grammars: "Grammars", sampling: Sampling) -> "list[Constraint | None]":
-        """The response_format's, one for each text. Raises InputError."""
+        """The constraints by the response_format, one for each text. Raises InputError."""
         format, texts = sampling.response_format, sampling.num_return_sequences
         if format is None:
             return [None] * texts
@@ -156,7 +163,7 @@ class SteppingEngine:
         adapter = await in_daemon_thread(lambda: fetch_adapter(name, options, self._base_dir, report))
         await asyncio.wrap_future(loop.call(lambda: running.attach(adapter, key, options)))
         old = self._keys.get(name)
-        self._keys[name] = key  # before the old one goes: whoever starts now takes the new one
+        self._keys[name] = key  # before the old one is retired: new requests take the new one
         await self._retire(old)
 
     async def unload_adapter(self, name: str) -> None:

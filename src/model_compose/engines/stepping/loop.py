@@ -1,4 +1,4 @@
-"""The engine's thread: steps of the batch, one after the other, for as long as there is a sequence in it."""
+"""The engine's thread. It runs steps of the batch, one after the other, as long as the batch has sequences."""
 
 import asyncio
 import threading
@@ -31,21 +31,21 @@ class Mailbox:
 
 
 class Loop:
-    """Runs sequences until they are done. Sequences join and leave between any two steps."""
+    """Runs sequences until they are done. Sequences join and leave between two steps."""
 
     def __init__(self, batch: Scheduler) -> None:
         self._batch = batch
         self._joining: list[Sequence] = []
         self._calls: list[tuple[Callable[[], None], Future[None]]] = []
         self.running: tuple[Sequence, ...] = ()
-        """What is being computed or waits for it, as of the last step."""
+        """The sequences that ran or waited when the last step began."""
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        """Raises NotReady once closed."""
+        """Adds sequences to the batch before the next step. Raises NotReady once closed."""
         with self._changed:
             if self._closed:
                 raise _shutting_down()
@@ -54,7 +54,7 @@ class Loop:
 
     @property
     def load(self) -> int:
-        """Sequences that run or wait, and those that have just been added."""
+        """How many sequences run, wait, or have just been added."""
         return len(self.running) + len(self._joining)
 
     def call(self, work: Callable[[], None]) -> Future[None]:
@@ -68,7 +68,7 @@ class Loop:
         return future
 
     def close(self) -> None:
-        """Stops within one step; requests that still run get an error. Blocks until the thread has ended."""
+        """Stops after the current step. Requests that still run get an error. Blocks until the thread has ended."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -78,14 +78,14 @@ class Loop:
         while self._join():
             try:
                 self._batch.step()
-            except Exception as error:  # a bug of ours outside any request; nobody may wait for ever because of it
+            except Exception as error:  # our own bug outside any request: fail all, so that none waits for ever
                 for sequence in self._batch.sequences:
                     sequence.fail(error)
         for sequence in self._batch.sequences:
             sequence.fail(_shutting_down())
 
     def _join(self) -> bool:
-        """Takes in what has been added; waits while there is nothing to do. False once closed."""
+        """Takes new sequences and calls; waits while there is nothing to do. Returns False once closed."""
         with self._changed:
             while not (self._joining or self._calls or self._closed) and self._batch.idle:
                 self.running = ()

@@ -1,6 +1,6 @@
-"""Blends by a method of low rank (svd) on engines that mix adapters themselves: each is made into one adapter on first use.
+"""Blends by a method of low rank (svd) on engines that mix adapters themselves: each becomes one adapter on first use.
 
-An engine gives two functions that run in its thread; it retires an adapter once no sequence uses it.
+The engine gives two functions that run in its thread: one loads an adapter, one retires it once no sequence uses it.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from model_compose.engines.stepping.loop import Loop
 
 KEPT = 8
-"""Beyond so many, the least recently used leaves as soon as no sequence uses it."""
+"""If there are more of these adapters, the least recently used is retired."""
 
 
 class LowRank:
-    """Belongs to the event loop. adapters: those that are loaded, by the names that blends have when they come here."""
+    """Used in the event loop only. adapters: gives the loaded adapters by the names that the given blends use."""
 
     def __init__(
         self, loop: "Loop", adapters: Callable[[], Mapping[str, LoraAdapter]], load: Callable[[LoraAdapter], None],
@@ -34,11 +34,15 @@ class LowRank:
         self._one_at_a_time = asyncio.Lock()
 
     async def blend(self, identity: str, blend: Blend) -> Blend:
-        """The same function as one adapter at weight 1, which stays for a caller who awaits nothing until it is in use."""
+        """The blend as one adapter at weight 1.
+
+        The caller must not await until a sequence uses it, or it may be retired.
+        """
         async with self._one_at_a_time:
             if identity not in self._names:
                 adapter = await in_daemon_thread(lambda: stack(blend, self._adapters()))
-                # No adapter of the file has a ':' in its name; the number tells it from one that is about to leave.
+                # No adapter of the file has ':' in its name. The number distinguishes it from one that is being
+                # retired.
                 adapter = replace(adapter, name=f"{identity}:{next(self._made)}")
                 await asyncio.wrap_future(self._loop.call(lambda: self._load(adapter)))
                 self._names[identity] = adapter.name

@@ -1,11 +1,12 @@
-"""Drawing the next token of every row at once. A row's draw depends on its own scores and generator alone.
+"""Draws the next tokens of all rows at once. What a row draws depends only on its own scores and random numbers.
 
-The filters are those of transformers (temperature, top_k, top_p, min_p, in this order), over the likeliest candidates
-instead of the whole vocabulary; penalties follow transformers (repetition) and OpenAI's API (presence, frequency).
+The filters are those of transformers, in this order: temperature, top_k, top_p, min_p. They look at the most probable
+tokens instead of the whole vocabulary. Penalties follow transformers (repetition) and OpenAI's API (presence,
+frequency).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -14,26 +15,31 @@ from torch import Tensor
 from model_compose.engines.stepping.grammar import Constraint
 from model_compose.engines.text import token_bytes
 from model_compose.errors import InputError
-from model_compose.generation import Sampling, TokenLogprob
-
-SMALLEST_TEMPERATURE = 1e-5
-"""Below, the division overflows: greedy."""
+from model_compose.generation import LEAST_LOGPROB, Sampling, TokenLogprob
 
 CANDIDATES = 1024
-"""As many of the likeliest tokens are looked at where only top_p or min_p filters; all of them if that is too few."""
+"""How many of the most probable tokens top_p and min_p look at, without top_k.
+
+If these are too few, they look at all.
+"""
 
 
 class Chooser:
     """How one sequence draws: its sampling, its random numbers, and the tokens that penalties count.
 
-    One seed gives one sequence; sequence `index` of a request uses seed + index.
+    The same seed gives the same sequence. Sequence number `index` of a request uses seed + index.
     """
 
     def __init__(
-        self, sampling: Sampling, index: int, prompt: Sequence[int], eos: Sequence[int], constraint: Constraint | None
+        self,
+        sampling: Sampling,
+        index: int,
+        prompt: Collection[int],
+        eos: Collection[int],
+        constraint: Constraint | None,
     ) -> None:
         self.sampling, self._eos, self._constraint = sampling, list(eos), constraint
-        self.greedy = not sampling.do_sample or sampling.temperature < SMALLEST_TEMPERATURE
+        self.greedy = sampling.greedy
         self._seen = dict.fromkeys(prompt) if sampling.repetition_penalty != 1.0 else None
         self._counts: dict[int, int] = {}
         self._drawn = 0
@@ -46,7 +52,7 @@ class Chooser:
             or any((sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias))
         )
         """Whether `edit` may change anything."""
-        # On the CPU one seed means one text on every machine.
+        # The generator is on the CPU, so that a seed gives the same numbers on every machine.
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -54,7 +60,7 @@ class Chooser:
             self._generator.manual_seed(sampling.seed + index)
 
     def edit(self, scores: Tensor) -> None:
-        """Penalties, biases and bans of this row, in place. scores: (vocabulary,)."""
+        """Applies penalties, biases and bans to the scores of this row (vocabulary,), in place."""
         sampling = self.sampling
         if self._seen is not None:
             ids = torch.tensor(list(self._seen))
@@ -86,8 +92,8 @@ class Chooser:
         return float(torch.rand((), generator=self._generator, dtype=torch.float64))
 
 
-def draw(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | Exception]:
-    """A token for each row of (rows, vocabulary), or what went wrong in that row."""
+def draw(logits: Tensor, choosers: list[Chooser]) -> list[int | Exception]:
+    """A token for each row of logits (rows, vocabulary), or the error of that row."""
     scores = logits.float().cpu()
     failed: dict[int, Exception] = {}
     if scores is logits and any(chooser.edits for chooser in choosers):
@@ -108,20 +114,20 @@ def draw(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | Exception]:
             chosen[row] = failed.get(row) or _not_finite()
             continue
         try:
-            choosers[row].accept(int(chosen[row]))  # type: ignore[arg-type]  # a token, as nothing has failed
+            choosers[row].accept(int(chosen[row]))  # type: ignore[arg-type]  # a token: nothing has failed
         except Exception as error:
             chosen[row] = error
     return chosen
 
 
-def _sample(scores: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+def _sample(scores: Tensor, choosers: list[Chooser]) -> list[int]:
     samplings = [chooser.sampling for chooser in choosers]
     width = scores.shape[1]
     scores = scores / torch.tensor([s.temperature for s in samplings])[:, None]
     widths = [_candidates(s, width) for s in samplings]
     numbers = [chooser.random() for chooser in choosers]
     tokens = [0] * len(choosers)
-    for wanted in set(widths):  # rows of a kind together; most often there is one kind
+    for wanted in set(widths):  # rows with the same count together; usually all have the same
         rows = [row for row, each in enumerate(widths) if each == wanted]
         kept = [samplings[row] for row in rows]
         drawn = _from_candidates(scores[rows], wanted, kept, [numbers[row] for row in rows])
@@ -131,21 +137,26 @@ def _sample(scores: Tensor, choosers: Sequence[Chooser]) -> list[int]:
 
 
 def _candidates(sampling: Sampling, width: int) -> int:
-    """How many of the likeliest tokens have to be looked at; 0 is all, in any order."""
+    """How many of the most probable tokens to look at; 0 means all, in any order."""
     if sampling.top_k > 0:
         return min(sampling.top_k, width)
     return min(CANDIDATES, width) if sampling.top_p < 1 or sampling.min_p > 0 else 0
 
 
-def _from_candidates(scores: Tensor, count: int, samplings: Sequence[Sampling], numbers: Sequence[float]) -> list[int]:
-    """Draws from (rows, vocabulary) by inverting the cumulative distribution at the rows' random numbers."""
+def _from_candidates(
+    scores: Tensor, count: int, samplings: Collection[Sampling], numbers: Collection[float]
+) -> list[int]:
+    """Draws a token for each row of scores (rows, vocabulary):
+
+    inverts the cumulative distribution at the random numbers.
+    """
     if not count:
         return _invert(scores.softmax(dim=-1), numbers).tolist()
     values, ids = scores.topk(count)
     by_top_k = torch.tensor([s.top_k > 0 for s in samplings])[:, None]
     total = torch.where(by_top_k, values.logsumexp(-1, keepdim=True), scores.logsumexp(-1, keepdim=True))
     chances = (values - total).exp()
-    below = chances.cumsum(-1) - chances  # the mass of all likelier ones
+    below = chances.cumsum(-1) - chances  # the probability of all tokens before it
     least = torch.tensor([s.min_p for s in samplings])[:, None] * chances[:, :1]
     keep = (below < torch.tensor([s.top_p for s in samplings])[:, None]) & (chances >= least)
     if count < scores.shape[1] and bool((keep[:, -1:] & ~by_top_k).any()):
@@ -154,15 +165,18 @@ def _from_candidates(scores: Tensor, count: int, samplings: Sequence[Sampling], 
     return ids.gather(1, _invert(chances * keep, numbers)[:, None])[:, 0].tolist()
 
 
-def _invert(chances: Tensor, numbers: Sequence[float]) -> Tensor:
-    """Where the cumulative sums of (rows, n) chances, which need not add up to 1, pass the rows' shares of their total."""
+def _invert(chances: Tensor, numbers: Collection[float]) -> Tensor:
+    """For each row of chances (rows, n), the index where the cumulative sum exceeds number · total.
+
+    They need not add up to 1.
+    """
     sums = chances.double().cumsum(-1)
     at = torch.tensor(numbers, dtype=torch.float64)[:, None] * sums[:, -1:]
     return torch.searchsorted(sums, at, right=True)[:, 0].clamp_(max=chances.shape[1] - 1)
 
 
 def logprobs(logits: Tensor, token: int, count: int, tokenizer: Any, position: int) -> TokenLogprob:
-    """The chosen token's log-probability with `count` alternatives, from a row's logits (vocabulary,)."""
+    """The log-probability of the chosen token and of the `count` most probable ones, from a row's logits (vocabulary,)."""
     values = logits.float().log_softmax(dim=-1)
     best = values.topk(count) if count else None
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
@@ -171,8 +185,7 @@ def logprobs(logits: Tensor, token: int, count: int, tokenizer: Any, position: i
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI's API uses -9999 for tokens that cannot occur."""
-    return logprob if math.isfinite(logprob) else -9999.0
+    return logprob if math.isfinite(logprob) else LEAST_LOGPROB
 
 
 def _not_finite() -> InputError:

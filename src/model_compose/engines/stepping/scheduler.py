@@ -1,27 +1,30 @@
-"""What every scheduler of sequences does alike: its queue, adapters that leave, a pass that ends only who breaks it."""
+"""What all schedulers of sequences have in common: a queue, adapters that are retired, and passes that may fail.
+
+If a pass fails, only the sequence that causes it ends.
+"""
 
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable
-from collections.abc import Sequence as List
 
 from torch import Tensor
 
+from model_compose.engines.prompts import common
 from model_compose.engines.stepping.sampling import draw
 from model_compose.engines.stepping.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
 WORTH_WAITING = 32
-"""A sequence waits for another's prompt to be read where that saves it so many tokens."""
+"""A sequence waits until another's prompt is read if that saves it this many tokens."""
 
 Work = tuple[Sequence, int]
-"""A sequence, and how many of its pending tokens to compute."""
+"""A sequence, and how many of its pending tokens a pass computes."""
 
 
 class Scheduler(ABC):
-    """Belongs to the engine's thread. running: the oldest first."""
+    """Used in the engine's thread only. running: the oldest first."""
 
     def __init__(self) -> None:
         self.running: list[Sequence] = []
@@ -33,18 +36,18 @@ class Scheduler(ABC):
         self.waiting.extend(sequences)
 
     def retire(self, adapter: str) -> None:
-        """Takes an adapter away as soon as no sequence uses it."""
+        """Unloads an adapter as soon as no sequence uses it."""
         self._retired.add(adapter)
         self._unload_retired()
 
     @property
     def sequences(self) -> list[Sequence]:
-        """All that run or wait and are not done."""
+        """All sequences that run or wait and are not done."""
         return [sequence for sequence in (*self.running, *self.waiting) if not sequence.done]
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to compute and nothing to give back."""
+        """Whether there is nothing to compute and no row to give back."""
         return not self.running and not self.waiting
 
     def _unload_retired(self) -> None:
@@ -55,22 +58,36 @@ class Scheduler(ABC):
             self._unload(name)
         self._retired &= used
 
+    @property
+    @abstractmethod
+    def _shares_prefixes(self) -> bool:
+        """Whether a sequence may use the keys and values of another one's beginning."""
+
+    def _is_worth_waiting(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is just reading a prompt that starts like this one's."""
+        return self._shares_prefixes and any(
+            other.pending > 1
+            and other.kept_as == sequence.kept_as
+            and common(other.tokens, sequence.tokens[:-1]) >= other.cached + WORTH_WAITING
+            for other in self.running
+        )
+
     @abstractmethod
     def step(self) -> None:
         """One forward pass, and a token for each sequence whose prompt has been read."""
 
     @abstractmethod
     def _unload(self, adapter: str) -> None:
-        """Frees an adapter that no sequence uses."""
+        """Frees an adapter that no sequence uses any more."""
 
     @abstractmethod
-    def _compute(self, work: List[Work]) -> tuple[Tensor, List[int]]:
-        """Logits (sequences, vocabulary) in the order that comes with them: numbers into `work`."""
+    def _compute(self, work: list[Work]) -> tuple[Tensor, list[int]]:
+        """Logits (sequences, vocabulary), and for each of their rows its number in `work`."""
 
-    def _run(self, work: List[Work]) -> None:
-        """One forward pass, and a draw for each sequence whose tokens are all cached then.
+    def _run(self, work: list[Work]) -> None:
+        """One forward pass, and one drawn token for each sequence whose tokens are all cached then.
 
-        Where the pass fails, each sequence is tried alone, so that only those that cause it end.
+        If the pass fails, each sequence is tried alone, so that only those that cause the failure end.
         """
         try:
             logits, order = self._compute(work)
@@ -80,7 +97,7 @@ class Scheduler(ABC):
                 return
             log.warning("a step of %d sequences failed (%s); trying each alone", len(work), error)
             logits = None
-        if logits is None:  # after the except block, which holds on to the failed pass's memory
+        if logits is None:  # not in the except block, where the failed pass still holds memory
             for each in work:
                 self._run([each])
             return

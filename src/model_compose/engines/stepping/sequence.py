@@ -1,4 +1,7 @@
-"""One text in the making: its tokens, how it draws, and its way back to text. Knows nothing of the model or the batch."""
+"""One text while it is generated: its tokens, how it draws them, and how they become text.
+
+This module knows nothing of the model or the batch.
+"""
 
 import logging
 from collections.abc import Callable
@@ -21,8 +24,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the sequences of one request have in common. blend: of the adapters as the engine knows them; identity: the
-    blend's digest; limit: the longest that prompt and text may become together."""
+    """What the sequences of one request have in common.
+
+    blend: by the keys under which the engine holds its adapters. identity: the blend's digest. limit: the most tokens
+    of prompt and text together.
+    """
 
     tokens: list[int]
     blend: Blend
@@ -32,11 +38,11 @@ class Prompt:
 
 
 class Sequence:
-    """Sequence `index` of a request. tokens: prompt and drawn ones; the first `cached` of them are in the KV cache.
-    long: whether they are there as in a text beyond the rotary embedding's switch (rotary.py). reused: how many prompt
-    tokens came out of the prefix cache.
+    """Text number `index` of a request.
 
-    emit: takes each Chunk, or the error that ends the sequence; called from the engine's thread.
+    tokens: those of the prompt, then the drawn ones. The first `cached` of them have keys and values in the KV cache.
+    long: whether these are rotated for a long text (rotary.py). reused: how many prompt tokens the prefix cache had.
+    emit: called in the engine's thread with each Chunk, or with the error that ends the sequence.
     """
 
     def __init__(
@@ -55,7 +61,7 @@ class Sequence:
         self._logprobs = prompt.sampling.logprobs
         room = prompt.limit - len(prompt.tokens)
         self._budget = min(prompt.sampling.max_output_length or room, room)
-        self._request = copy_context()  # the engine's thread logs what belongs to a request under that one's id
+        self._request = copy_context()  # so that the engine's thread logs under the request's id
 
     @property
     def generated(self) -> int:
@@ -63,21 +69,21 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens that the next passes have to compute: 1 while it decodes."""
+        """How many tokens the next passes have to compute. While the sequence decodes, this is 1."""
         return len(self.tokens) - self.cached
 
     @property
     def kept_as(self) -> str:
-        """What the keys and values of its tokens depend on besides the tokens."""
+        """What its keys and values depend on besides the tokens."""
         return f"{self.identity} long" if self.long else self.identity
 
     @property
     def most_tokens(self) -> int:
-        """How long prompt and text can become."""
+        """The most tokens that prompt and text can have together."""
         return self._prompt_length + self._budget
 
     def take(self, token: int, logits: Tensor) -> None:
-        """The drawn token: sends the text that it completes. logits: the row's, (vocabulary,)."""
+        """Adds a drawn token and emits the text that it completes. logits: of the row, (vocabulary,)."""
         self.tokens.append(token)
         if token in self._eos:
             return self._end("stop", self._text.end())
@@ -92,7 +98,10 @@ class Sequence:
         return None
 
     def fail(self, error: Exception) -> None:
-        """Ends the sequence with an error. What is not one of ours goes to the log, and its name alone to the caller."""
+        """Ends the sequence with an error.
+
+        If it is not a ComposeError, the log gets it whole and the caller only its name.
+        """
         self.done = self.failed = True
         if not isinstance(error, ComposeError):
             self._request.run(log.error, "a sequence failed", exc_info=error)

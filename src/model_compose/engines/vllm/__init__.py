@@ -1,1 +1,1 @@
-"""`driver: vllm`: vLLM's server as the engine."""
+"""`driver: vllm`: an engine that runs vLLM's server."""

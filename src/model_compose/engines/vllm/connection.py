@@ -1,4 +1,4 @@
-"""What is said to a vLLM server besides requests for text: is it there, which model, load this adapter, how busy is it."""
+"""Requests to a vLLM server other than those for text: its model, its adapters and its metrics."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from model_compose.errors import AdapterError, InputError, LoadError
 
 @dataclass(frozen=True)
 class Served:
-    """The base as the server has it. name: its model id; context: prompt plus answer, in tokens."""
+    """The base model on the server. name: its model id. context: the most tokens of a prompt with its answer."""
 
     name: str
     context: int
@@ -23,7 +23,7 @@ class Connection(connection.Connection):
     """A vLLM server."""
 
     async def served(self) -> Served:
-        """Raises LoadError for a server that is not there, does not let this one in, or is no vLLM."""
+        """The server's base model. Raises LoadError if the server cannot be reached, refuses us, or is not vLLM."""
         try:
             response = await self.client.get("/v1/models")
         except httpx.TransportError as error:
@@ -38,29 +38,29 @@ class Connection(connection.Connection):
             models = [model for model in response.json()["data"] if not model.get("parent")]
             return Served(str(models[0]["id"]), int(models[0]["max_model_len"]))
         except (ValueError, LookupError, TypeError):
-            raise LoadError(f"the server at {self.url} is no vLLM: its models have no max_model_len") from None
+            raise LoadError(f"the server at {self.url} is not vLLM: its models have no max_model_len") from None
 
     async def load(self, name: str, folder: Path) -> None:
-        """Loads a PEFT folder. Raises InputError for one of too large a rank, AdapterError with vLLM's own words."""
+        """Load a PEFT folder. Raises InputError if its rank is too large, else AdapterError with vLLM's message."""
         response = await self.client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
         if response.is_success:
             return
         if response.status_code in (404, 405) and "error" not in response.text:
             raise AdapterError(
-                f"the vLLM server at {self.url} loads no adapters; start it with --enable-lora and "
+                f"the vLLM server at {self.url} cannot load adapters; start it with --enable-lora and "
                 "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
             )
-        said = error_of(response)
-        if "max_lora_rank" in said:
-            raise InputError(f"vLLM has no room for this blend: {said}", field="blend")
-        raise AdapterError(f"vLLM does not take it: {said}")
+        message = error_of(response)
+        if "max_lora_rank" in message:
+            raise InputError(f"vLLM has no room for this blend: {message}", field="blend")
+        raise AdapterError(f"vLLM does not take it: {message}")
 
     async def unload(self, name: str) -> None:
-        """An adapter that is not there is no error: that is what was asked for."""
+        """Unload an adapter. No error if it is not loaded."""
         await self.client.post("/v1/unload_lora_adapter", json={"lora_name": name})
 
     async def stats(self, kv_bytes_per_token: int, adapters: int) -> Stats:
-        """What /metrics says. Raises httpx.HTTPError, ValueError for what is no metrics."""
+        """The numbers in /metrics. Raises httpx.HTTPError, and ValueError for an answer that is not metrics."""
         from prometheus_client.parser import text_string_to_metric_families
 
         text = (await self.client.get("/metrics")).raise_for_status().text

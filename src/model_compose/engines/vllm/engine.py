@@ -1,11 +1,10 @@
-"""vLLM in a process of its own, or a server of it that is already there. `driver: vllm`.
+"""The engine of `driver: vllm`: vLLM in a process of its own, or a vLLM server that already runs.
 
-Every blend is one stacked adapter to vLLM: compiled on first use, then a request like any other.
+vLLM gets every blend as one stacked adapter, which is written and loaded when a request first uses the blend.
 """
 
 import asyncio
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -22,12 +21,12 @@ from model_compose.engines.adapters import check_loaded, fetch_adapter
 from model_compose.engines.devices import main_memory
 from model_compose.engines.options import AdapterOptions, ModelOptions
 from model_compose.engines.prompts import Prompts, check_logit_bias
-from model_compose.engines.served.child import Child
 from model_compose.engines.served.compiled import Compiled
+from model_compose.engines.served.engine import ServedEngine
 from model_compose.engines.sizes import context_length
 from model_compose.engines.vllm.connection import Connection, Served
 from model_compose.engines.vllm.loading import (
-    Loaded,
+    BaseDescription,
     check_adapter,
     check_rank,
     choose_rank,
@@ -52,22 +51,22 @@ from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.adapter import LoraAdapter
 from model_compose.lora.blend import Blend, Blends
 from model_compose.progress import Progress, Report
-from model_compose.room import Room
 from model_compose.schema import Options
 from model_compose.sources.local import absolute
 
 METRICS_SECONDS = 2.0
 SOCKET = "server"
 DEFAULT_KV_CACHE = 4 << 30
-"""On the CPU, where vLLM would take nearly all memory; or half of what is free if that is less."""
+"""Bytes of the KV cache on a CPU, where vLLM would take nearly all memory; half of the free memory if that is less."""
 
 
-class VllmEngine:
-    """Tokenizes, has blends compiled, asks vLLM, and keeps its process running."""
+class VllmEngine(ServedEngine):
+    """Tokenizes prompts, has blends loaded as stacked adapters, asks vLLM for tokens, and keeps its process running."""
 
     Options: ClassVar[type[Options]] = VllmOptions
     needs = None  # vLLM divides its own memory
     refuse = staticmethod(refuse)
+    server = "vLLM"
 
     @classmethod
     def preflight(cls, options: ModelOptions, adapters: Mapping[str, LoraAdapter], base_dir: Path) -> None:
@@ -80,39 +79,30 @@ class VllmEngine:
 
     def __init__(self, options: ModelOptions, blends: Blends, base_dir: Path) -> None:
         assert isinstance(options.options, VllmOptions)
-        self._options, self._own = options, options.options
+        super().__init__(options, rows=options.options.max_batch_size, queue=options.options.max_queue)
+        self._own = options.options
         self._blends, self._base_dir = blends, base_dir
-        self._loaded: Loaded | None = None
+        self._loaded: BaseDescription | None = None
         self._adapters: dict[str, LoraAdapter] = {}
         self._connection: Connection | None = None
-        self._child: Child | None = None
         self._compiled: Compiled | None = None
         self._served = Served("", 0)
         self._zero: LoraAdapter | None = None
-        """What stands for no adapter. On a CPU vLLM (0.32) gives rows that have none the adapter of its last slot where a
-        batch mixes both, so none may be without."""
+        """An adapter of zeros, for requests without an adapter. On a CPU, vLLM (0.32) wrongly applies the last slot's
+        adapter to rows that have none, if other rows of the batch have one."""
         self._max_rank = 0
         self._dtype = ""
-        self._folder: Path | None = None
-        self.room = Room(self._own.max_batch_size, self._own.max_queue)
-        self._prompts: Prompts | None = None
         self._stats: Stats | None = None
         self._measuring: asyncio.Task[None] | None = None
-        self._closed = False
-
-    @property
-    def up(self) -> bool:
-        """Whether the server answers, as far as this knows."""
-        return self._connection is not None and (self._child is None or self._child.ready)
 
     @property
     def _takes_adapters(self) -> bool:
-        """Without any, vLLM is started without the room and the time that they take."""
+        """Whether vLLM is started with LoRA, which takes memory and time."""
         return bool(self._options.peft_adapters or self._own.max_lora_rank or self._own.base_url)
 
     @property
     def _slots(self) -> int:
-        """Adapters that vLLM has at once: the blends', and the one that stands for none."""
+        """The number of adapters that vLLM must hold at once: max_loras, and the adapter of zeros if there is one."""
         return self._own.max_loras + (self._zero is not None)
 
     async def open(self, report: Report) -> None:
@@ -121,7 +111,7 @@ class VllmEngine:
         try:
             loaded, self._adapters = await in_daemon_thread(lambda: self._load(report))
             self._loaded = loaded
-            unset = None if installed else RANKS[-1]  # nobody tells what another server allows
+            unset = None if installed else RANKS[-1]  # another server does not tell its limit
             if self._takes_adapters and (installed is None or installed.on_cpu):
                 self._zero = zero_adapter(self._adapters.values(), loaded.shapes)
             self._max_rank = choose_rank(self._blends, self._adapters, own.max_lora_rank or unset)
@@ -137,11 +127,11 @@ class VllmEngine:
             await self.close()
             raise
 
-    def _load(self, report: Report) -> tuple[Loaded, dict[str, LoraAdapter]]:
+    def _load(self, report: Report) -> tuple[BaseDescription, dict[str, LoraAdapter]]:
         own = self._own
         return load(self._options, self._base_dir, report, weights=own.base_url is None)
 
-    async def _start(self, installed: Installed, loaded: Loaded, folder: Path, report: Report) -> None:
+    async def _start(self, installed: Installed, loaded: BaseDescription, folder: Path, report: Report) -> None:
         own, options = self._own, self._options
         limits = [limit for limit in (own.max_context, options.max_seq_length) if limit is not None]
         socket = folder / SOCKET
@@ -158,18 +148,17 @@ class VllmEngine:
             trust_remote_code=options.trust_remote_code,
         )
         self._connection = Connection("http://vllm", socket=socket)
-        public = "default" if options.id == "__component__" else options.id  # as on /v1
         variables = environment(installed, os.environ, cores(), own.env)
-        self._child = Child(
-            public, command(installed, settings), variables, self._connection.is_ready, self._start_afresh,
+        await self._run_server(
+            command(installed, settings), variables, socket, self._connection, self._forget_adapters, report,
             patience=own.start_timeout,
         )  # fmt: skip
-        report(Progress("starting vLLM", 0, 1, "servers"))
-        await self._child.start()
-        report(Progress("starting vLLM", 1, 1, "servers"))
 
-    async def _attach(self, loaded: Loaded, report: Report) -> None:
-        """Every adapter is tried once, so that what vLLM does not take is known before the first request."""
+    async def _attach(self, loaded: BaseDescription, report: Report) -> None:
+        """Connect to the running server, and load every adapter once, so that one that vLLM refuses is found now.
+
+        Raises LoadError or AdapterError.
+        """
         connection, own = self._connection, self._own
         assert connection is not None
         assert self._folder is not None
@@ -189,7 +178,7 @@ class VllmEngine:
         self._measuring = asyncio.create_task(self._keep_measuring(loaded))
 
     async def _try(self, name: str, adapters: Mapping[str, LoraAdapter]) -> None:
-        """Raises AdapterError where vLLM does not take the adapter."""
+        """Load the adapter once. Raises AdapterError if vLLM refuses it."""
         blend, compiled = Blend({name: 1.0}, name), self._compiled
         assert compiled is not None
         try:
@@ -235,7 +224,10 @@ class VllmEngine:
 
     @asynccontextmanager
     async def _model(self, blend: Blend) -> AsyncGenerator[str]:
-        """The server's model for the blend, loaded within the block. Raises InputError, AdapterError, NotReady."""
+        """Yield the server's model id for the blend, which stays loaded within the block.
+
+        Raises InputError, AdapterError or NotReady.
+        """
         compiled, adapters = self._compiled, self._adapters
         assert compiled is not None
         if not self.up:
@@ -250,18 +242,15 @@ class VllmEngine:
         async with compiled.use(identity, blend, adapters) as name:
             try:
                 yield name
-            except NotReady:  # another server may have been started again meanwhile
+            except NotReady:  # the server at base_url may have been restarted, and has then lost the adapter
                 compiled.forget(identity)
                 raise
 
     def _failure(self, error: Exception) -> ComposeError:
-        """What a broken connection, or an answer that vLLM gave up, means for the caller."""
-        if self._closed:
-            return NotReady("the service is shutting down")
-        if isinstance(error, RunError):
+        """The caller's error for a broken connection, or for an answer that vLLM gave up."""
+        if isinstance(error, RunError) and not self._closed:
             return error
-        again = "it is being started again" if self._child is not None else "is it still up?"
-        return RunError(f"vLLM ended while it was generating; {again}")
+        return self._broken()
 
     def identity(self, blend: Blend) -> str:
         return self._identity(blend, self._adapters)
@@ -272,22 +261,18 @@ class VllmEngine:
         check_loaded(blend, adapters)
         return blend.identity(self._loaded.base.identity, {name: adapters[name].digest for name in blend.active})
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._loaded is not None and bool(self._loaded.tokenizer.chat_template)
-
     def stats(self) -> Stats | None:
         return self._stats
 
-    async def _keep_measuring(self, loaded: Loaded) -> None:
+    async def _keep_measuring(self, loaded: BaseDescription) -> None:
         while True:
             await asyncio.sleep(METRICS_SECONDS)
             if self.up:
                 await self._measure(loaded)
 
-    async def _measure(self, loaded: Loaded) -> None:
+    async def _measure(self, loaded: BaseDescription) -> None:
         assert self._connection is not None
-        with suppress(httpx.HTTPError, ValueError):  # the last ones stand
+        with suppress(httpx.HTTPError, ValueError):  # keep the last numbers
             per_token = kv_bytes_per_token(loaded.config, self._dtype)
             self._stats = await self._connection.stats(per_token, len(self._adapters))
 
@@ -298,7 +283,9 @@ class VllmEngine:
         name = options.name
         assert name is not None
         if options.device is not None or options.precision != "auto":
-            raise InputError("vllm computes adapters where and as the base is computed; leave device and precision out")
+            raise InputError(
+                "vllm computes adapters on the base's device and in its dtype; remove device and precision"
+            )
         if not self._takes_adapters:
             raise Conflict("vLLM was started without room for adapters; set options.max_lora_rank")
         adapter = await in_daemon_thread(lambda: fetch_adapter(name, options, self._base_dir, report))
@@ -306,34 +293,25 @@ class VllmEngine:
         adapters = {**self._adapters, name: adapter}
         check_rank(Blend({name: 1.0}, name), adapters, self._max_rank)
         await self._try(name, adapters)
-        self._adapters = adapters  # running requests have the old ones
+        self._adapters = adapters  # a new mapping: running requests keep the old one
 
     async def unload_adapter(self, name: str) -> None:
         self._adapters = {each: adapter for each, adapter in self._adapters.items() if each != name}
 
     async def close(self) -> None:
         self._closed, self._stats, self._loaded = True, None, None
-        if self._prompts is not None:
-            self._prompts.close()
         if self._measuring is not None:
             self._measuring.cancel()
             await asyncio.wait([self._measuring])
-        if self._child is not None:
-            await self._child.close()
-        elif self._connection is not None and self._compiled is not None:
+            self._measuring = None
+        if self._child is None and self._connection is not None and self._compiled is not None:
             for name in self._compiled.names:
                 with suppress(httpx.HTTPError):
                     await self._connection.unload(name)
-        if self._connection is not None:
-            await self._connection.close()
-        if self._folder is not None:
-            await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
-        self._child = self._connection = self._folder = self._measuring = None
+        await super().close()
 
-    def _start_afresh(self) -> None:
-        """A server that is started again has no adapters, and would not listen at a socket that is there."""
-        assert self._folder is not None
-        (self._folder / SOCKET).unlink(missing_ok=True)
+    def _forget_adapters(self) -> None:
+        """Before each start: a new server has no adapters."""
         if self._compiled is not None:
             self._compiled.clear()
 

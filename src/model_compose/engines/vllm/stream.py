@@ -1,10 +1,10 @@
-"""One request to vLLM's /v1/completions, in token ids, and what comes back as Chunks.
+"""Sends one request to vLLM's /v1/completions, in token ids, and turns the answer into Chunks.
 
-Text, stop strings and the end of a text are decided here, by the embedded engine's code; vLLM only decides tokens.
+vLLM only chooses tokens. Text, stop strings and the end of a text are decided here, with the embedded engine's code.
 """
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,13 @@ from model_compose.engines.served.text import ServedText
 from model_compose.errors import InputError, NotReady, RunError
 from model_compose.generation import Chunk, Finish, ResponseFormat, Sampling, TokenLogprob
 
-GREEDY_BELOW = 1e-5
-"""Temperatures that the embedded engine takes for 0."""
 PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request as the server is asked. model: what it calls the blend; room: how many tokens the context has left;
-    eos: the tokens that end a text."""
+    """One request for the server. model: the blend's model id there. room: the tokens that the context has left after the
+    prompt. eos: the tokens that end a text."""
 
     model: str
     tokens: list[int]
@@ -33,16 +31,16 @@ class Prompt:
 
     @property
     def budget(self) -> int:
-        """The most tokens of a text."""
+        """The most tokens that a text may have."""
         return min(self.sampling.max_output_length or self.room, self.room)
 
 
 def body(prompt: Prompt) -> dict[str, Any]:
-    """The request's JSON. All of the sampling is said, so that no default of the server's applies."""
+    """The request's JSON. It gives all sampling options, so that the server's defaults do not apply."""
     sampling = prompt.sampling
-    greedy = not sampling.do_sample or sampling.temperature < GREEDY_BELOW
+    greedy = sampling.greedy
     least = sampling.min_output_length if sampling.min_output_length > 1 else 0
-    said: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "model": prompt.model,
         "prompt": prompt.tokens,
         "max_tokens": prompt.budget,
@@ -63,14 +61,15 @@ def body(prompt: Prompt) -> dict[str, Any]:
         "logprobs": sampling.logprobs,
     }
     if sampling.logit_bias:
-        said["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
+        fields["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias}
     if sampling.response_format is not None:
-        said["structured_outputs"] = _structured(sampling.response_format)
-    return said
+        fields["structured_outputs"] = _structured(sampling.response_format)
+    return fields
 
 
 def _structured(format: ResponseFormat) -> dict[str, Any]:
-    """JSON comes without white space: vLLM's llguidance (1.7) knows no bound on it, and small models find no end."""
+    """The grammar for vLLM. JSON must have no white space: vLLM's llguidance (1.7) cannot limit it, and small models would
+    write it without end."""
     if format.kind == "regex":
         return {"regex": format.text}
     schema = json.loads(format.text) if format.kind == "json_schema" else {"type": "object"}
@@ -78,14 +77,14 @@ def _structured(format: ResponseFormat) -> dict[str, Any]:
 
 
 class Text(ServedText):
-    """One sequence, out of the choices of a stream."""
+    """One text, made from the choices of a stream."""
 
     def __init__(self, index: int, prompt: Prompt, tokenizer: Any) -> None:
         super().__init__(index, tokenizer, prompt.tokens, prompt.sampling, prompt.budget, prompt.eos)
         self._alternatives = prompt.sampling.logprobs or 0
 
     def take(self, choice: dict[str, Any]) -> Chunk:
-        """What a choice of the stream adds. Raises RunError where the server gave the text up."""
+        """The chunk for one choice of a stream's event. Raises RunError if the server gave up the text."""
         logprobs: list[TokenLogprob] = []
         text = ""
         for position, token in enumerate(choice["token_ids"] or ()):
@@ -98,10 +97,10 @@ class Text(ServedText):
             text += self.end(_finish(choice["finish_reason"]))
         return Chunk(self.index, text, self.finish, tuple(logprobs))
 
-    def _logprob(self, token: int, told: dict[str, Any], position: int) -> TokenLogprob:
-        best = sorted(told["top_logprobs"][position].items(), key=lambda item: -item[1])[: self._alternatives]
+    def _logprob(self, token: int, logprobs: dict[str, Any], position: int) -> TokenLogprob:
+        best = sorted(logprobs["top_logprobs"][position].items(), key=lambda item: -item[1])[: self._alternatives]
         top = ((int(name.removeprefix("token_id:")), value) for name, value in best)
-        return self.logprob(token, told["token_logprobs"][position], top)
+        return self.logprob(token, logprobs["token_logprobs"][position], top)
 
 
 def _finish(reason: str) -> Finish:
@@ -110,13 +109,13 @@ def _finish(reason: str) -> Finish:
     raise RunError(f"vLLM gave the request up ({reason}); its log has the details")
 
 
-async def complete(client: httpx.AsyncClient, prompt: Prompt, texts: Sequence[Text]) -> AsyncGenerator[Chunk | int]:
-    """The chunks of all texts, at last how many tokens of the prompt came out of vLLM's prefix cache.
+async def complete(client: httpx.AsyncClient, prompt: Prompt, texts: list[Text]) -> AsyncGenerator[Chunk | int]:
+    """Yield the chunks of all texts and, at the end, the number of prompt tokens that came from vLLM's prefix cache.
 
-    Closing the iterator closes the connection, which makes vLLM stop. Raises InputError, NotReady, RunError, and httpx's
-    TransportError where the connection breaks.
+    Closing the iterator closes the connection, which makes vLLM stop. Raises InputError, NotReady or RunError, and httpx's
+    TransportError if the connection breaks.
     """
-    said_all = [False] * len(texts)
+    ended = [False] * len(texts)
     async with client.stream("POST", "/v1/completions", json=body(prompt)) as response:
         if not response.is_success:
             await response.aread()
@@ -129,13 +128,13 @@ async def complete(client: httpx.AsyncClient, prompt: Prompt, texts: Sequence[Te
                 raise refusal(int(error.get("code") or 500), str(error.get("message")))
             for choice in event["choices"]:
                 text = texts[choice["index"]]
-                said_all[choice["index"]] = choice["finish_reason"] is not None
+                ended[choice["index"]] = choice["finish_reason"] is not None
                 if text.finish is None:
                     chunk = text.take(choice)
                     if chunk.text or chunk.logprobs or chunk.finish:
                         yield chunk
-            if all(text.finish for text in texts) and not all(said_all):
-                break  # ended by a stop string that vLLM would go on behind
+            if all(text.finish for text in texts) and not all(ended):
+                break  # our stop strings ended the texts; vLLM would continue them
             if usage := event.get("usage"):
                 yield int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
                 return
@@ -151,8 +150,8 @@ def refusal(status: int, message: str) -> InputError | NotReady | RunError:
     if status in (400, 422):
         grammar = message.startswith("Grammar error") or "grammar" in message.lower()
         field = "response_format" if grammar else None
-        said = (
+        text = (
             f"the response_format cannot be kept to: {message}" if grammar else f"vLLM refuses the request: {message}"
         )
-        return InputError(said, field=field)
+        return InputError(text, field=field)
     return RunError(f"vLLM failed while generating: {message}")

@@ -6,7 +6,6 @@ here and a line to METHODS.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from model_compose.registry import Registry
@@ -31,7 +30,7 @@ class FullRank(Method):
     weights, or exported as a merged model."""
 
     @abstractmethod
-    def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
+    def combine(self, deltas: "list[Tensor]", weights: list[float], *, key: str) -> "Tensor":
         """The tensor, (out, in) in float32, to add to the weight of one module.
 
         deltas: at least one tensor, (out, in) in float32; they must not be changed. key: the module's path. A method that

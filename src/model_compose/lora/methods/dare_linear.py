@@ -8,7 +8,6 @@ same weights each time it is loaded.
 """
 
 import hashlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -26,7 +25,7 @@ class DareLinear(FullRank):
     density: float = Field(gt=0, le=1, description="The share of entries to keep, chosen at random")
     seed: int = Field(default=0, ge=0, description="Decides which entries are dropped")
 
-    def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
+    def combine(self, deltas: "list[Tensor]", weights: list[float], *, key: str) -> "Tensor":
         parts = zip(drop(deltas, self.density, self.seed, key), weights, strict=True)
         first, weight = next(parts)
         total = first.mul_(weight)
@@ -35,7 +34,7 @@ class DareLinear(FullRank):
         return total
 
 
-def drop(deltas: "Sequence[Tensor]", density: float, seed: int, key: str) -> "list[Tensor]":
+def drop(deltas: "list[Tensor]", density: float, seed: int, key: str) -> "list[Tensor]":
     """New tensors m_i ⊙ D_i / density. The masks are drawn on the CPU, so that they do not depend on the device."""
     import torch
 

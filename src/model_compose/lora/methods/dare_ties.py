@@ -6,7 +6,6 @@ Yu et al., https://arxiv.org/abs/2311.03099, and Yadav et al., https://arxiv.org
 `dare_ties`, but on deltas.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -29,5 +28,5 @@ class DareTies(FullRank):
     )
     seed: int = Field(default=0, ge=0, description="Decides which entries are dropped")
 
-    def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
+    def combine(self, deltas: "list[Tensor]", weights: list[float], *, key: str) -> "Tensor":
         return disjoint_mean(drop(deltas, self.density, self.seed, key), weights, self.majority_sign_method)

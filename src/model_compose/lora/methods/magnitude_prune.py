@@ -6,7 +6,6 @@ Han et al., https://arxiv.org/abs/1506.02626; in merging, it is the first step o
 `magnitude_prune`, but on deltas.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -23,7 +22,7 @@ class MagnitudePrune(FullRank):
     method: Literal["magnitude_prune"] = Field(default="magnitude_prune", description="The method's name")
     density: float = Field(gt=0, le=1, description="The share of each module's entries to keep")
 
-    def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
+    def combine(self, deltas: "list[Tensor]", weights: list[float], *, key: str) -> "Tensor":
         pruned = (top(delta, self.density).mul_(weight) for delta, weight in zip(deltas, weights, strict=True))
         total = next(pruned)
         for part in pruned:

@@ -10,7 +10,6 @@ adapters that agree, not by the sum of their weights, so that a weight scales an
 multiplies by the weights before the vote, and divides by the sum of the weights that agree.)
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -34,11 +33,11 @@ class Ties(FullRank):
         default="total", description="What elects an entry's sign: the sum of the values, or the most frequent sign"
     )
 
-    def combine(self, deltas: "Sequence[Tensor]", weights: Sequence[float], *, key: str) -> "Tensor":
+    def combine(self, deltas: "list[Tensor]", weights: list[float], *, key: str) -> "Tensor":
         return disjoint_mean([top(delta, self.density) for delta in deltas], weights, self.majority_sign_method)
 
 
-def disjoint_mean(trimmed: "Sequence[Tensor]", weights: Sequence[float], majority: Majority) -> "Tensor":
+def disjoint_mean(trimmed: "list[Tensor]", weights: list[float], majority: Majority) -> "Tensor":
     """For each entry, the mean of w_i T_i over the adapters whose T_i has the elected sign; 0 if there is none."""
     import torch
 

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from model_compose.compose import Compose
 from model_compose.daemon import in_daemon_thread
+from model_compose.request_log import ONGOING
 from model_compose.server_options import DEFAULT_MAX_BODY, WebuiOptions
 from model_compose.servers.answers import Health, shown
 from model_compose.servers.guard import Guard, Hosts
@@ -30,6 +31,9 @@ POLICY = "; ".join(
     )
 )  # fmt: skip
 """Nothing but this server is ever asked, and a model's text can bring no script, style or picture of its own."""
+
+ROUTINE = ("/assets/", "/state")
+"""Paths that a browser asks for by itself, the state twice a second while models load."""
 
 
 def create_page(compose: Compose, api_address: str | None) -> ASGIApp:
@@ -77,7 +81,10 @@ def _create_app(compose: Compose, api_address: str | None) -> FastAPI:
 
 
 class SafeHeaders:
-    """ASGI middleware: every answer says what the browser may do with it, and is asked for again before it is reused."""
+    """ASGI middleware: every answer says what the browser may do with it, and is asked for again before it is reused.
+
+    It also keeps what a browser asks for by itself out of the log.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -92,4 +99,7 @@ class SafeHeaders:
                 headers["Cache-Control"] = "no-cache"
             await send(message)
 
+        ongoing = ONGOING.get()
+        if ongoing is not None and scope["type"] == "http":
+            ongoing.is_routine = scope["path"].startswith(ROUTINE)
         await self._app(scope, receive, with_headers)

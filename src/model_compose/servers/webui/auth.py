@@ -5,7 +5,7 @@ The cookie carries a random token, never the key. Knows nothing of what lies beh
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection
 from html import escape
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -26,7 +26,7 @@ MAX_FORM_BYTES = 8192
 class Door:
     """ASGI middleware: a session cookie or `Authorization: Bearer <key>`, else the login form."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[SecretStr], title: str = "model-compose") -> None:
+    def __init__(self, app: ASGIApp, keys: Collection[SecretStr], title: str = "model-compose") -> None:
         self._app, self._title = app, title
         self._keys = Keys(keys)
         self._sessions: dict[str, float] = {}

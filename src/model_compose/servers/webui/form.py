@@ -3,7 +3,7 @@
 The browser draws widgets from it (assets/). `read_input` turns what was typed into them back into a workflow's input.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -60,7 +60,7 @@ def describe_workflow(compose: Compose, workflow: WorkflowOptions) -> dict[str, 
 # Fields.
 
 
-def asked(inputs: Sequence[Variable]) -> list[Variable]:
+def asked(inputs: Collection[Variable]) -> list[Variable]:
     """The inputs that get a field of their own. Blends have sliders; a path into a list is asked for as the whole list."""
     found: dict[Any, Variable] = {}
     for variable in inputs:
@@ -92,7 +92,7 @@ def _is_json(variable: Variable) -> bool:
     return variable.type.is_list or variable.type.name in JSON_TYPES
 
 
-def read_input(fields: Sequence[Variable], typed: Mapping[str, Any]) -> Any:
+def read_input(fields: Collection[Variable], typed: Mapping[str, Any]) -> Any:
     """The workflow's input: one value without a name, or an object. typed: by the fields' names; one that is left empty, or
     out, is not in the input."""
     given = [(field.path, _read(field, typed.get(field.name))) for field in fields]
@@ -206,7 +206,7 @@ def _label(name: str, blend: Blend) -> str:
     return " · ".join([called, *(weights or ["bare base"])])
 
 
-def _sampling(models: Sequence[tuple[str, ModelComponent]]) -> dict[str, Any]:
+def _sampling(models: list[tuple[str, ModelComponent]]) -> dict[str, Any]:
     """What the page may say of sampling, each with what the file says. What an action asks of the input is left out, as it
     has a field already; where several models answer, there is no one value to show."""
     fixed: tuple[str, ...] = ("temperature", "max_output_length", "seed")

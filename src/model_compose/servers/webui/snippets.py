@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from model_compose.components.model_actions import SamplingOverrides
 from model_compose.components.response_format import on_the_wire
 from model_compose.compose import Compose
 from model_compose.generation import Message, Sampling
-from model_compose.servers.openai import public_id
+from model_compose.schema import public_name
 from model_compose.workflow.jobs import WorkflowOptions
 
 KEY = "MODEL_COMPOSE_API_KEY"
@@ -75,7 +75,7 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
     drawn = asked.sampling if call.sampling is None else call.sampling.over(asked.sampling)
     plain, extra = _sampling(drawn, model.sampling())
     lora = [{"name": name, "scale": weight} for name, weight in answer.blend.weights.items() if weight]
-    id = public_id(answer.component)
+    id = public_name(answer.component)
     if answer.blend.method is not None:  # `lora` would be the sum
         id += f":{answer.blend.name}"
     elif model.blends.adapters:
@@ -100,7 +100,7 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
     )
 
 
-def named_blend(compose: Compose, answers: Sequence[Answer]) -> str | None:
+def named_blend(compose: Compose, answers: tuple[Answer, ...]) -> str | None:
     """The `blends` of a component that would give the answer's blend a name; None where it has one, or several models
     answered."""
     if (
@@ -156,7 +156,7 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _blend(compose: Compose, answers: Sequence[Answer]) -> Any:
+def _blend(compose: Compose, answers: tuple[Answer, ...]) -> Any:
     """The blend that the answers used, as a request says it; None where no one blend says it."""
     used: dict[str, Any] = {}
     for answer in answers:
