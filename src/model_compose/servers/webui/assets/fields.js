@@ -59,7 +59,7 @@ function checkNumber(control) {
 }
 
 const SAMPLING = {
-  temperature: { title: "Temperature", min: 0, step: 0.1, unset: "0.7" },
+  temperature: { title: "Temperature", min: 0, step: 0.1 },
   max_output_length: { title: "Max tokens", min: 1, step: 1, unset: "no limit" },
   seed: { title: "Seed", min: 0, step: 1, unset: "random" },
 };
