@@ -57,7 +57,7 @@ export function endedRun(run, isMarkdown) {
       h("div", { className: isMarkdown ? "text markdown" : "text" }, isMarkdown ? markdown(text) : text),
       text || isTold || run.status !== "done" ? null : h("p", { className: "soft" }, "empty text"),
     )),
-    run.error ? h("p", { className: "error", role: "alert" }, run.error) : null,
+    run.error ? h("p", { className: "error" }, run.error) : null,
     run.notes.map((note) => h("p", { className: "note" }, sentence(note))),
     factLines(run).map((parts) => h("p", { className: "facts" }, parts.map((part) => h("span", {}, part)))),
   ].flat();
