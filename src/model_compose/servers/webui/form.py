@@ -17,7 +17,7 @@ from model_compose.lora.blend import Blend, Blends
 from model_compose.lora.header import read_header
 from model_compose.schema import has_expression
 from model_compose.servers.answers import VariableInfo, shown
-from model_compose.sources import at_hand, describe
+from model_compose.sources import describe, fetch_offline
 from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.variables import Variable, as_messages
 
@@ -168,7 +168,7 @@ def _describe_adapter(model: ModelComponent, name: str) -> dict[str, Any]:
     ascending; none while only a download would tell."""
     source, adapter = model.adapters[name].model, None
     try:
-        if fetched := at_hand(source, base_dir=model.base_dir):
+        if fetched := fetch_offline(source, base_dir=model.base_dir):
             adapter = read_header(fetched.folder, name)
     except ComposeError:
         pass  # loading the models tells what is wrong with it
