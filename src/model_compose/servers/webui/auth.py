@@ -82,7 +82,7 @@ class Door:
         return response
 
     def _form(self, message: str = "", status: int = 200) -> Response:
-        shown = f'<p role="alert">{escape(message)}</p>' if message else ""
+        shown = f'<p class="error" role="alert">{escape(message)}</p>' if message else ""
         page = (
             (ASSETS / "login.html")
             .read_text(encoding="utf-8")

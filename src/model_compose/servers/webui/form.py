@@ -17,7 +17,7 @@ from model_compose.lora.blend import Blend, Blends
 from model_compose.lora.header import read_header
 from model_compose.schema import has_expression
 from model_compose.servers.answers import VariableInfo, shown
-from model_compose.sources import at_hand, describe
+from model_compose.sources import describe, fetch_offline
 from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.variables import Variable, as_messages
 
@@ -168,7 +168,7 @@ def _describe_adapter(model: ModelComponent, name: str) -> dict[str, Any]:
     ascending; none while only a download would tell."""
     source, adapter = model.adapters[name].model, None
     try:
-        if fetched := at_hand(source, base_dir=model.base_dir):
+        if fetched := fetch_offline(source, base_dir=model.base_dir):
             adapter = read_header(fetched.folder, name)
     except ComposeError:
         pass  # loading the models tells what is wrong with it
@@ -207,16 +207,15 @@ def _label(name: str, blend: Blend) -> str:
 
 
 def _sampling(models: list[tuple[str, ModelComponent]]) -> dict[str, Any]:
-    """What the page may say of sampling, each with what the file says. What an action asks of the input is left out, as it
-    has a field already; where several models answer, there is no one value to show."""
+    """What a person may set for a run instead of the file, each with the file's value: None where the file sets none, ""
+    where several models have one each. Values that an action takes from the input are left out: they have a field."""
     fixed: tuple[str, ...] = ("temperature", "max_output_length", "seed")
     for action, model in models:
         written = model.options.find_action(action).model_dump(exclude_unset=True, warnings=False)
-        params = written.get("params") or {}
-        values = {**written, **(params if isinstance(params, dict) else dict.fromkeys(fixed, params))}
+        values = {**written, **written.get("params", {})}
         fixed = tuple(name for name in fixed if not has_expression(values.get(name)))
     if len(models) != 1:
-        return dict.fromkeys(fixed if models else ())
+        return dict.fromkeys(fixed if models else (), "")
     drawn = models[0][1].sampling(models[0][0])
     values = {
         "temperature": drawn.temperature if drawn.do_sample else 0,

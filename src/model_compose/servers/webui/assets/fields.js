@@ -59,7 +59,7 @@ function checkNumber(control) {
 }
 
 const SAMPLING = {
-  temperature: { title: "Temperature", min: 0, step: 0.1, unset: "0.7" },
+  temperature: { title: "Temperature", min: 0, step: 0.1 },
   max_output_length: { title: "Max tokens", min: 1, step: 1, unset: "no limit" },
   seed: { title: "Seed", min: 0, step: 1, unset: "random" },
 };
@@ -74,7 +74,8 @@ export function samplingFields(inFile) {
     element.dataset.field = `sampling.${name}`;
     return { name, control, element };
   });
-  const note = h("p", { className: "soft" }, "Left empty, each is as the file says. Temperature 0 is greedy.");
+  const greedy = "temperature" in inFile ? " Temperature 0 is greedy." : "";
+  const note = h("p", { className: "soft" }, `Left empty, each is as the file says.${greedy}`);
   return {
     element: h("section", { className: "sampling" },
       h("div", { className: "boxes" }, boxes.map((box) => box.element)), note),
