@@ -260,6 +260,17 @@ def test_links_lead_somewhere() -> None:
     assert list(problems(documents())) == []
 
 
+def test_make_has_the_targets_that_are_named() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {
+        name
+        for path in documents()
+        for name in re.findall(r"(?:`|^|\n)make ([a-z][a-z-]+)", path.read_text(encoding="utf-8"))
+    }
+    assert {"quickstart", "test", "docs"} <= named
+    assert named - targets == set()
+
+
 def test_a_link_that_leads_nowhere_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("docs.links.ROOT", tmp_path)
     page = tmp_path / "page.md"
