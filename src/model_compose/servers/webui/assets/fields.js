@@ -49,10 +49,10 @@ export function field(spec) {
   };
 }
 
-/** The number that the text is; text of a number that JavaScript would round stays text. */
+/** The text as a number. A number that JavaScript would round stays text. */
 const asNumber = (text) => (String(Number(text)) === text ? Number(text) : text);
 
-/** Whether a box for numbers holds one, or nothing; if not, it says so. */
+/** Whether a number box is empty or holds a number; if not, shows an error. */
 function checkNumber(control) {
   if (control.validity.badInput) fail(control, "type a number, or leave it empty");
   return !control.validity.badInput;
@@ -64,7 +64,7 @@ const SAMPLING = {
   seed: { title: "Seed", min: 0, step: 1, unset: "random" },
 };
 
-/** The boxes for sampling. inFile: what the file says; what it asks of the input has a field and is not in it. */
+/** The boxes for sampling. inFile: the file's values, by name. A name that is missing gets no box. */
 export function samplingFields(inFile) {
   const boxes = Object.keys(inFile).map((name) => {
     const { title, min, step, unset } = SAMPLING[name];
@@ -79,7 +79,7 @@ export function samplingFields(inFile) {
   return {
     element: h("section", { className: "sampling" },
       h("div", { className: "boxes" }, boxes.map((box) => box.element)), note),
-    /** What was typed; a box that is empty is not in it. */
+    /** The typed values, without empty boxes. */
     read: () => Object.fromEntries(boxes.map((box) => [box.name, box.control.value]).filter(([, value]) => value)),
     write: (values) => boxes.forEach((box) => (box.control.value = values?.[box.name] ?? "")),
     check: () => boxes.every((box) => checkNumber(box.control)),

@@ -78,13 +78,13 @@ export function panel(workflow, page) {
     earlier.draw(current);
   }
 
-  /** Says what has no place at a field. */
+  /** Shows an error that belongs to no field; "" removes it. */
   function tell(message) {
     problem.hidden = !message;
     problem.textContent = message;
   }
 
-  /** Shows an error at the field that the server names. Returns whether there is one. */
+  /** Shows an error at the field that the server names. Returns whether the form has that field. */
   function showError({ field: name, message }, isFirst) {
     const plain = message.replace(/^input\./, ""); // on a form a field is called by its label
     const found = fields.find((each) => name === `input.${each.name}`.replace(/\.$/, ""));
@@ -99,7 +99,7 @@ export function panel(workflow, page) {
     start();
   }
 
-  /** Shows an earlier conversation; without one, an empty stage. */
+  /** Shows an earlier conversation, or starts a new one. */
   function open(conversation) {
     if (isEnabled(stop)) return;
     current = conversation ?? null;
@@ -156,5 +156,5 @@ function single(workflow) {
   }
 }
 
-/** What stands in a workflow's input under a field's dotted name. */
+/** The value in a workflow's input under a field's dotted name. */
 const at = (input, name) => (name ? name.split(".").reduce((value, key) => value?.[key], input) : input);
