@@ -255,8 +255,8 @@ async def test_blends_change_the_text_and_an_empty_one_is_the_base(compose: Comp
 
 
 BY_METHOD = (
-    "a request mixes by weights alone; a blend by a method (ties, dare_linear, dare_ties, magnitude_prune, svd) stands in "
-    "the file under 'blends', and a request says its name"
+    "a request can give weights, but no method (ties, dare_linear, dare_ties, magnitude_prune, svd); define the blend in "
+    "the file under 'blends', and send its name"
 )
 
 

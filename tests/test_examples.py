@@ -1,4 +1,4 @@
-"""Every example loads and runs, the quickstart on its real weights; every YAML block of the documents is valid."""
+"""Every example loads and runs, the quickstart on its real weights; every YAML block of their READMEs is valid."""
 
 import json
 import re

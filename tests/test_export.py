@@ -217,6 +217,18 @@ def test_the_error_for_a_tensor_in_two_shards_names_both(tmp_path: Path) -> None
         exported(path)
 
 
+def test_a_file_of_weights_comes_before_an_index_of_shards(tmp_path: Path) -> None:
+    """As in transformers, which loads the base that is served."""
+    path = project(tmp_path)
+    expected = tensors_of(tmp_path / "base")
+    save_file({name: tensor * 2 for name, tensor in expected.items()}, tmp_path / "base/older.safetensors")
+    index = {"weight_map": dict.fromkeys(expected, "older.safetensors")}
+    (tmp_path / "base/model.safetensors.index.json").write_text(json.dumps(index))
+    exported(path, blend={})
+    assert tensors_of(tmp_path / "out").keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors_of(tmp_path / "out").items())
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return os.getpid, ()
@@ -352,7 +364,7 @@ def test_a_blend_of_full_rank_is_exported_as_a_merged_model_only(tmp_path: Path)
     path = project(tmp_path)
     ties = "  blends:\n    voted: {method: ties, density: 0.5, weights: {alpaca: 0.7, pirate: 0.8}}\n"
     path.write_text(path.read_text(encoding="utf-8").replace("  blends:\n", ties), encoding="utf-8")
-    with pytest.raises(InputError, match=r"'voted' \(ties\) has full rank and is no LoRA"):
+    with pytest.raises(InputError, match=r"'voted' \(ties\) has full rank and is not a LoRA"):
         exported(path, "peft", blend="voted")
     assert not (tmp_path / "out").exists()
     merged = tensors_of(exported(path, blend="voted"))

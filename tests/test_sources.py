@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from model_compose.errors import SourceError
-from model_compose.progress import Progress
+from model_compose.progress import Progress, silent
 from model_compose.sources import HuggingfaceSource, LocalSource, ModelSource, PypiSource, describe, fetch
 from model_compose.sources.choice import choose
+from model_compose.sources.survey import survey
 from tests.hub import Hub, python, running_hub
 
 SOURCE: TypeAdapter[ModelSource] = TypeAdapter(ModelSource)
@@ -421,6 +422,19 @@ def test_a_snapshot_without_a_listing_is_complete_only_with_all_shards_of_its_in
     next(cache.rglob("model-00002*")).unlink()
     with pytest.raises(SourceError, match="incomplete"):
         fetch(source, base_dir=tmp_path)
+
+
+def test_the_size_of_a_cached_source_is_that_of_its_own_files(hub: Hub, tmp_path: Path) -> None:
+    """The cache may hold other files of the repository too. A split GGUF counts with all of its parts."""
+    parts = {"q4-00001-of-00002.gguf": b"1", "q4-00002-of-00002.gguf": b"22"}
+    hub.add("acme/gguf", {"q8.gguf": b"88888888", **parts})
+    for filename, expected in (
+        ("q8.gguf", {"q8.gguf": 8}),
+        ("q4-00001-of-00002.gguf", {"q4-00001-of-00002.gguf": 1, "q4-00002-of-00002.gguf": 2}),
+    ):
+        fetch(HuggingfaceSource(repository="acme/gguf", filename=filename), base_dir=tmp_path)
+        source = HuggingfaceSource(repository="acme/gguf", filename=filename, local_files_only=True)
+        assert survey(source, base_dir=tmp_path, only=(), report=silent).files == expected
 
 
 def test_the_cache_folder_counts_from_the_file(hub: Hub, tmp_path: Path) -> None:

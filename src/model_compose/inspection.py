@@ -169,10 +169,8 @@ def _warnings(adapter: LoraAdapter, config: Mapping[str, Any], base: Base | None
     from model_compose.engines.blueprint import other_base
 
     found = []
-    if base is not None and (other := other_base(adapter, base.options, base.fetched)):
-        found.append(
-            f"was trained on {adapter.base}, but the base model is {other}; the shapes fit, but the text may be worse"
-        )
+    if base is not None and (warning := other_base(adapter, base.options, base.fetched)):
+        found.append(warning)
     zeros = [path for path, factors in adapter.modules.items() if not (factors.a.any() and factors.b.any())]
     if len(zeros) == len(adapter.modules):
         found.append("is zero in every module, so it changes nothing; was it trained?")

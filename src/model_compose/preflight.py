@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from model_compose.checkpoint import files
 from model_compose.components import located
 from model_compose.engines import ENGINES, on_disk
 from model_compose.engines.devices import check_device, check_quantization
@@ -25,7 +26,7 @@ from model_compose.lora.gguf import PERMUTED, PLAIN, Architecture
 from model_compose.lora.header import has_weights, read_header, shapes_in
 from model_compose.lora.peft_config import read_config
 from model_compose.schema import has_expression
-from model_compose.sources import Fetched, ModelSource, at_hand
+from model_compose.sources import Fetched, ModelSource, fetch_offline
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _check_model(findings: Findings, at: Keys, options: ModelOptions, loaded: Co
 
 def _read_base(options: ModelOptions, loaded: ComposeFile, weights: bool) -> Base | None:
     """What its files tell; None if they are not on this machine. Raises SourceError, LoadError."""
-    fetched = at_hand(options.model, base_dir=loaded.base_dir)
+    fetched = fetch_offline(options.model, base_dir=loaded.base_dir)
     if fetched is None:
         return None
     on_disk.check_kind(fetched, options.driver)
@@ -126,7 +127,7 @@ def _read_base(options: ModelOptions, loaded: ComposeFile, weights: bool) -> Bas
     config = on_disk.read_config(fetched)
     elsewhere = options.options.model_dump().get("base_url")  # the address of a server that has the weights itself
     tensors = None
-    if on_disk.has_weights(fetched) or (weights and not elsewhere):
+    if files.has_weights(fetched.folder) or (weights and not elsewhere):
         tensors = on_disk.read_weights(fetched)
     if weights:
         on_disk.check_tokenizer(fetched)
@@ -144,7 +145,7 @@ def _read_adapter(name: str, source: ModelSource, loaded: ComposeFile, weights: 
     Raises SourceError, AdapterError.
     """
     try:
-        fetched = at_hand(source, base_dir=loaded.base_dir)
+        fetched = fetch_offline(source, base_dir=loaded.base_dir)
     except SourceError as error:
         raise SourceError(f"adapter '{name}': {error}") from error
     if fetched is None:

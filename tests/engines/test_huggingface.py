@@ -182,7 +182,7 @@ async def test_another_base_is_a_warning_that_names_both(
     (warning,) = [record.getMessage() for record in caplog.records if "was trained on" in record.getMessage()]
     assert warning == (
         "adapter 'alpaca' was trained on decapoda-research/llama-7b-hf, but the base model is meta-llama/Llama-2-7b-hf; "
-        "the shapes fit, the text may still suffer"
+        "the shapes fit, but the text may be worse"
     )
 
 

@@ -46,7 +46,7 @@ def test_a_requests_blend_replaces_the_whole_default(value: Any, weights: dict[s
         ({"alpaca": None}, "blend.alpaca: a weight must be a finite number, not null"),
         (
             {"method": "ties", "weights": {"alpaca": 1}},
-            "blend: a request mixes by weights alone; a blend by a method (ties, ",
+            "blend: a request can give weights, but no method (ties, ",
         ),
         ({"method": 1, "alpaca": 1}, "unknown adapter 'method'"),
         ([1], "blend must be a name or a mapping"),

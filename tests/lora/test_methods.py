@@ -209,7 +209,7 @@ def test_full_rank_methods_get_scaled_deltas_and_cannot_be_stacked(name: str) ->
     ours = delta(blend, loaded, PATH)
     assert ours is not None
     assert torch.allclose(ours, pefts(method, dense, [0.7, -0.5], PATH), atol=1e-6)
-    with pytest.raises(InputError, match=rf"the blend 'mix' \({name}\) has full rank and is no LoRA"):
+    with pytest.raises(InputError, match=rf"the blend 'mix' \({name}\) has full rank and is not a LoRA"):
         stack(blend, loaded)
 
 

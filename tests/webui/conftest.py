@@ -50,6 +50,41 @@ component:
       max_output_length: 60000
       min_output_length: 60000
 """
+CHAIN = """\
+controller:
+  adapter: {type: http-server, port: 0, base_path: /api}
+workflow:
+  jobs:
+    - {id: draft, component: writer}
+    - id: final
+      component: editor
+      depends_on: [draft]
+      input: {draft: "${jobs.draft.output}", hints: "${input.how.hints as json}"}
+  output: {draft: "${jobs.draft.output}", final: "${jobs.final.output}"}
+components:
+  - id: writer
+    type: model
+    task: text-generation
+    model: ./base
+    precision: float32
+    peft_adapters: [{type: lora, name: alpaca, model: ./alpaca, weight: -0.5}]
+    action:
+      prompt: ${input.prompt as text}
+      blend: ${input.blend}
+      max_output_length: ${input.length as integer | 5}
+      params: {temperature: "${input.heat as slider/0,2,0.1 | 0.5}", do_sample: "${input.draw as boolean | false}"}
+  - id: editor
+    type: model
+    task: chat-completion
+    model: ./base
+    precision: float32
+    peft_adapters: [{type: lora, name: pirate, model: ./pirate}]
+    blends: {loud: {pirate: 2}}
+    action:
+      messages: [{role: system, content: "${input.hints}"}, {role: user, content: "${input.draft}"}]
+      blend: loud
+      max_output_length: 5
+"""
 
 
 @dataclass(frozen=True)
@@ -169,7 +204,13 @@ def browsing(browser: Any, url: str, **options: Any) -> Iterator[Any]:
 @pytest.fixture
 def page(browser: Any, site: Site) -> Iterator[Any]:
     with browsing(browser, site.page) as opened:
+        ready(opened)
         yield opened
+
+
+def ready(page: Any) -> None:
+    """Waits until the page knows that the models are loaded: before that, Enter runs nothing."""
+    page.locator(".primary[aria-disabled=false]").first.wait_for()
 
 
 def run(page: Any, prompt: str) -> None:

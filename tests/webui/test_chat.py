@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from tests.webui.conftest import Site, browsing, served, show_calls
+from tests.webui.conftest import Site, browsing, ready, served, show_calls
 
 expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 CHAT = tiny.YAML.replace("task: text-generation", "task: chat-completion").replace(
@@ -26,6 +26,7 @@ def chat_site(folder: Path) -> Iterator[Site]:
 @pytest.fixture
 def page(browser: Any, chat_site: Site) -> Iterator[Any]:
     with browsing(browser, chat_site.page) as opened:
+        ready(opened)
         yield opened
 
 
@@ -101,6 +102,7 @@ def test_conversations_survive_a_reload_and_go_on(page: Any) -> None:
     cards = page.locator(".earlier .run")
     expect(cards).to_have_count(1)  # both turns are one conversation
     expect(cards.locator(".question")).to_have_text("Two")
+    ready(page)
     page.get_by_role("button", name="Continue").click()
     expect(cards).to_have_count(0)
     expect(page.locator(".turn.user .text")).to_have_text(["One", "Two"])

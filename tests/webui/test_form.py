@@ -18,42 +18,7 @@ from model_compose.servers.webui import create_page, form, snippets
 from model_compose.servers.webui.snippets import Call
 from model_compose.workflow.variables import Variable, as_messages
 from tests import tiny
-
-CHAIN = """\
-controller:
-  adapter: {type: http-server, port: 0, base_path: /api}
-workflow:
-  jobs:
-    - {id: draft, component: writer}
-    - id: final
-      component: editor
-      depends_on: [draft]
-      input: {draft: "${jobs.draft.output}", hints: "${input.how.hints as json}"}
-  output: {draft: "${jobs.draft.output}", final: "${jobs.final.output}"}
-components:
-  - id: writer
-    type: model
-    task: text-generation
-    model: ./base
-    precision: float32
-    peft_adapters: [{type: lora, name: alpaca, model: ./alpaca, weight: -0.5}]
-    action:
-      prompt: ${input.prompt as text}
-      blend: ${input.blend}
-      max_output_length: ${input.length as integer | 5}
-      params: {temperature: "${input.heat as slider/0,2,0.1 | 0.5}", do_sample: "${input.draw as boolean | false}"}
-  - id: editor
-    type: model
-    task: chat-completion
-    model: ./base
-    precision: float32
-    peft_adapters: [{type: lora, name: pirate, model: ./pirate}]
-    blends: {loud: {pirate: 2}}
-    action:
-      messages: [{role: system, content: "${input.hints}"}, {role: user, content: "${input.draft}"}]
-      blend: loud
-      max_output_length: 5
-"""
+from tests.webui.conftest import CHAIN
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +55,7 @@ def test_each_variable_has_its_widget_and_each_model_its_blends(chain: Compose) 
 
 
 def test_sampling_that_the_input_decides_has_no_second_box(chain: Compose, project: Path) -> None:
-    assert described(chain)["sampling"] == {"seed": None}
+    assert described(chain)["sampling"] == {"seed": ""}
     tiny_one = described(Compose(load([project])))
     assert tiny_one["sampling"] == {"temperature": 0, "max_output_length": 12, "seed": None}
 

@@ -14,7 +14,7 @@ import pytest
 
 from model_compose.progress import Progress
 from tests.waiting import held, wait_until
-from tests.webui.conftest import YAML, Site, browsing, finished, run, served, show_calls
+from tests.webui.conftest import CHAIN, YAML, Site, browsing, finished, run, served, show_calls
 
 expect = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").expect
 LOCKED = YAML.replace("base_path: /api", 'base_path: /api, api_keys: ["${env.KEY}"]')
@@ -30,8 +30,8 @@ def picker(page: Any) -> Any:
     return page.get_by_role("combobox", name="Blend")
 
 
-def picked(page: Any) -> str:
-    return str(picker(page).locator("option:checked").text_content())
+def picked(page: Any, label: str = "Blend") -> str:
+    return str(page.get_by_role("combobox", name=label).locator("option:checked").text_content())
 
 
 # Runs.
@@ -314,6 +314,37 @@ def test_a_server_that_is_gone_is_told(browser: Any, folder: Path) -> None:
         run(page, "Ahoy")
         expect(page.get_by_text("The server does not answer; is it still up?")).to_be_visible()
         expect(page.locator(".stopped .text:visible")).to_have_count(1)
+
+
+def test_a_chain_of_models_has_a_mixer_for_each(browser: Any, folder: Path) -> None:
+    path = folder / "chain.yml"
+    path.write_text(CHAIN, encoding="utf-8")
+    with served(path) as site, browsing(browser, site.page) as page:
+        button = page.get_by_role("button", name="Run", exact=True)
+        expect(button).to_be_enabled()
+        button.click()
+        alerts = page.get_by_role("alert").filter(visible=True)
+        expect(alerts).to_have_text(["prompt is required (text)", "how.hints is required (json)"])
+        expect(page.get_by_role("textbox", name="prompt")).to_be_focused()  # the first that is wrong
+        page.get_by_role("textbox", name="prompt").fill("Ahoy")
+        page.get_by_role("textbox", name="how.hints").fill('"be brief"')
+        page.get_by_role("spinbutton", name="length").fill("7")
+        weight(page, "alpaca").fill("1.5")
+        button.click()
+        facts = page.locator(".stage .done .facts")
+        expect(facts).to_have_text(
+            [re.compile("^writerblend alpaca 1.5 .custom."), re.compile("^editorblend pirate 2 ")]
+        )
+        expect(page.locator(".stage h3")).to_have_text(["draft", "final"])
+        (curl,) = show_calls(page)
+        assert '"blend": {"writer": {"alpaca": 1.5}, "editor": "loud"}' in curl
+        assert '"length": 7' in curl
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.locator(".stage").get_by_role("button", name="Copy link").click()
+        page.goto(page.evaluate("navigator.clipboard.readText()"))
+        page.reload()
+        expect(weight(page, "alpaca")).to_have_value("1.5")
+        assert [weight(page, "pirate").input_value(), picked(page, "Blend of editor")] == ["2", "Default · pirate 2"]
 
 
 # What a browser keeps.

@@ -126,9 +126,22 @@ async def test_events_end_where_their_source_ends_or_fails() -> None:
     async def short() -> AsyncGenerator[str]:
         yield "one"
 
+    async def failing_at_once() -> AsyncGenerator[str]:
+        await failed.wait()
+        raise RunError("no more")
+        yield
+
+    failed = asyncio.Event()
     assert [item async for item in beating(short())] == ["one"]
+    one, error = [item async for item in beating(failing())]
+    assert one == "one"
+    assert error.startswith("event: error\ndata: ")
+    beats = beating(failing_at_once(), seconds=0.001)
+    assert await anext(beats) == HEARTBEAT
+    failed.set()  # after a heartbeat it is too late for a status
+    assert [item for item in [item async for item in beats] if item != HEARTBEAT] == [error]
     with pytest.raises(RunError, match="no more"):
-        [item async for item in beating(failing())]
+        await anext(beating(failing_at_once()))
 
 
 async def test_the_page_lets_a_browser_ask_nobody_else(project: Path) -> None:

@@ -5,7 +5,6 @@ the process's memory, so an open file would cost as much memory as the whole mod
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from model_compose.checkpoint.files import NAMES, weight_files
 from model_compose.checkpoint.shards import Entry
 from model_compose.errors import LoadError, reason
 from model_compose.lora.adapter import is_copy
@@ -20,9 +20,6 @@ from model_compose.sources import Fetched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-STEMS = ("model.safetensors", "pytorch_model.bin")
-"""The files that transformers looks for in a folder, in this order. Each may be replaced by an index of shards."""
 
 
 class Checkpoint(Protocol):
@@ -54,9 +51,9 @@ def open_checkpoint(base: Fetched, model: "PreTrainedModel") -> Checkpoint:
             f"{base} is stored quantised ({method or 'by an unnamed method'}), and quantising the sum again would lose "
             "precision; use the model that it was quantised from as the base"
         )
-    files = next((found for stem in STEMS if (found := _files(base.folder, stem))), None)
-    if files is None:
-        raise LoadError(f"{base} has neither {' nor '.join(STEMS)}, nor an index of shards of either")
+    files = weight_files(base.folder)
+    if not files:
+        raise LoadError(f"{base} has neither {' nor '.join(NAMES)}, nor an index of shards of either")
     return FolderCheckpoint(files, model)
 
 
@@ -75,18 +72,6 @@ def copy_checker(base: Fetched, model: "PreTrainedModel") -> Callable[[str, Tens
         return False if stored is None else checkpoint.is_copy(copy, stored)
 
     return holds
-
-
-def _files(folder: Path, stem: str) -> list[Path]:
-    """The file `stem`, or the shards that its index lists; empty if the folder has neither. Raises LoadError."""
-    index = folder / f"{stem}.index.json"
-    if not index.is_file():
-        return [folder / stem] if (folder / stem).is_file() else []
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
-    for name in names:
-        if not (folder / name).is_file():
-            raise LoadError(f"{index} lists the shard {name}, which is missing; fetch the model again")
-    return [folder / name for name in names]
 
 
 class FolderCheckpoint:

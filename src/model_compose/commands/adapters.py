@@ -16,6 +16,7 @@ from model_compose.commands.options import (
     Verbose,
     all_files,
     blend_option,
+    check_new_file,
     component_option,
     load_files,
     log_to_stderr,
@@ -130,8 +131,7 @@ def _drawing(plot: Path | None) -> Any:
 
     if plot.suffix.lower() not in KINDS:
         raise InputError(f"--plot: {plot.name} must end in {', '.join(KINDS)}")
-    if plot.is_dir() or not plot.parent.is_dir():
-        raise InputError(f"--plot: {plot} is a folder" if plot.is_dir() else f"--plot: no folder {plot.parent}")
+    check_new_file(plot, "--plot")
     try:
         import matplotlib  # noqa: F401
     except ImportError:

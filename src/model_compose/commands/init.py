@@ -9,6 +9,7 @@ import typer
 
 from model_compose import templates
 from model_compose.commands import completion
+from model_compose.commands.options import check_new_file
 from model_compose.errors import InputError
 from model_compose.nodes import FILE_NAMES
 
@@ -47,10 +48,7 @@ def init(
 
 def _check_place(output: Path, *, force: bool) -> None:
     """Raises InputError where a file would be overwritten or could not be written."""
-    if output.is_dir() or not output.parent.is_dir():
-        raise InputError(
-            f"--output: {output} is a folder" if output.is_dir() else f"--output: no folder {output.parent}"
-        )
+    check_new_file(output, "--output")
     same = FILE_NAMES if output.name in FILE_NAMES else (output.name,)
     taken = [path for name in same if (path := output.with_name(name)).exists()]
     if taken and not force:

@@ -58,6 +58,14 @@ def load_files(files: list[Path] | None, env_files: list[Path] | None, env: list
     return load(found, environment(env_files or (), env or ()))
 
 
+def check_new_file(path: Path, option: str) -> None:
+    """Raises InputError, which names the option, if there can be no file at the path: a folder, or in no folder."""
+    if path.is_dir():
+        raise InputError(f"{option}: {path} is a folder")
+    if not path.parent.is_dir():
+        raise InputError(f"{option}: no folder {path.parent}")
+
+
 def parse_json(text: str, option: str, example: str) -> Any:
     """Raises InputError, which names the option and shows the example."""
     from model_compose.expressions import strict_json

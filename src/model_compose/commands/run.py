@@ -16,6 +16,7 @@ from model_compose.commands.options import (
     Files,
     Verbose,
     blend_option,
+    check_new_file,
     load_files,
     log_to_stderr,
     parse_blend,
@@ -71,10 +72,8 @@ def run(
     text, mix = read_text(input), parse_blend(blend)
     loaded = load_files(files, env_files, env)
     value = read_input(text, loaded, workflow)
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise InputError(
-            f"--output: {output} is a folder" if output.is_dir() else f"--output: no folder {output.parent}"
-        )
+    if output is not None:
+        check_new_file(output, "--output")
     log_to_stderr(verbose, level=logging.ERROR if quiet else logging.WARNING)
     printer = Printer() if stream and output is None else None
     try:

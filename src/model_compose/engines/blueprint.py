@@ -65,11 +65,11 @@ def on_meta(config: Any, trust_remote_code: bool) -> nn.Module:
 
 
 def other_base(adapter: LoraAdapter, options: ModelOptions, base: Fetched) -> str | None:
-    """The base's name on the Hub, if the adapter was trained on a base with another name; None if the names agree or one of
-    them is unknown.
+    """A warning about an adapter that was trained on a base with another name on the Hub, as a sentence without its subject
+    (the adapter). None if the names agree, or if one of them is unknown.
 
-    This is no error, since the other name may be a re-upload of the same base. Names of local folders and files prove
-    nothing and are ignored.
+    This is no error, since the other name may be a re-upload of the same base. The adapter's shapes have been checked
+    before. Names of local folders and files prove nothing and are ignored.
     """
     path = base.folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
@@ -83,7 +83,10 @@ def other_base(adapter: LoraAdapter, options: ModelOptions, base: Fetched) -> st
     trained_on = _last(adapter.base)
     # A GGUF file has its model's name, followed by a dot and the quantisation.
     same = trained_on in known or (base.file or "").lower().startswith(f"{trained_on}.")
-    return None if same else next(iter(known.values()))
+    if same:
+        return None
+    other = next(iter(known.values()))
+    return f"was trained on {adapter.base}, but the base model is {other}; the shapes fit, but the text may be worse"
 
 
 def _on_hub(name: str) -> bool:
@@ -110,6 +113,10 @@ def load_errors(name: str, device: torch.device) -> Iterator[None]:
         if "allocate memory" in text or "Cannot allocate" in text or "bad alloc" in text:
             raise _out_of_memory(name, device) from error
         why = reason(error)
+        if "trust_remote_code=True" in text:  # transformers' advice is an argument in Python
+            why = (
+                "it needs custom code from its own repository; read that code, then set options.trust_remote_code: true"
+            )
         if isinstance(error, AttributeError | TypeError | LookupError | AssertionError):  # their text alone says little
             why = f"{type(error).__name__}: {why}"
         raise LoadError(f"{name} cannot be loaded as a causal language model: {why}") from error

@@ -2,20 +2,16 @@
 and a chat template. Reads only configs and headers, in milliseconds and without torch, so that `validate` can use it.
 """
 
-import json
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from model_compose.checkpoint.files import NAMES, file_errors, read_json, weight_files
 from model_compose.errors import LoadError
 from model_compose.headers import Gguf, HeaderError, Stored, read_gguf, read_safetensors
 from model_compose.sources import Fetched
+from model_compose.sources.choice import gguf_part
 
-_PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""The files of weights, in the order in which transformers looks for them. Each comes before its index of shards."""
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
     "*.tiktoken",
@@ -39,7 +35,7 @@ def check_kind(base: Fetched, driver: str) -> None:
         )
     if not base.file.endswith(".gguf"):
         raise LoadError(f"{base.file} is not a GGUF file; leave 'filename' out to load a checkpoint folder")
-    if driver == "huggingface" and (part := _PART.fullmatch(base.file)) and int(part[3]) > 1:
+    if driver == "huggingface" and (part := gguf_part(base.file)) and part.count > 1:
         raise LoadError(
             f"{base.file} is one of several parts, but transformers reads only one file; join the parts "
             "(llama-gguf-split --merge), or use driver: llamacpp"
@@ -48,37 +44,31 @@ def check_kind(base: Fetched, driver: str) -> None:
 
 def gguf_parts(file: Path) -> list[Path]:
     """All files of a split GGUF base. Raises LoadError if `file` is not the first part, or if a part is missing."""
-    if (match := _PART.fullmatch(file.name)) is None:
+    if (part := gguf_part(file.name)) is None:
         return [file]
-    start, number, count = match.groups()
-    if int(number) != 1:
-        raise LoadError(f"{file} is a later part of a base; point to its first part, {start}00001-of-{count}.gguf")
-    files = [file.with_name(f"{start}{part:05}-of-{count}.gguf") for part in range(1, int(count) + 1)]
+    if part.number != 1:
+        raise LoadError(f"{file} is a later part of a base; point to its first part, {part.name(1)}")
+    files = [file.with_name(name) for name in part.names]
     if missing := [each.name for each in files if not each.exists()]:
         raise LoadError(
-            f"{file} is the first of {int(count)} parts, but there is no {missing[0]} beside it; download it too"
+            f"{file} is the first of {part.count} parts, but there is no {missing[0]} beside it; download it too"
         )
     return files
 
 
 def gguf_header(file: Path) -> Gguf:
     """The header of a GGUF file. Raises LoadError for a file that is not GGUF, or that is incomplete."""
-    with _reading(file):
+    with file_errors(file):
         return read_gguf(file)
 
 
 def read_config(base: Fetched) -> Mapping[str, Any]:
     """The config.json of the base's folder. Raises LoadError if it is missing or not valid."""
     if (base.folder / "config.json").is_file():
-        return _json(base.folder / "config.json")
+        return read_json(base.folder / "config.json")
     if (base.folder / "adapter_config.json").is_file():
         raise LoadError(f"{base} is an adapter, not a base model; list it under peft_adapters")
     raise LoadError(f"{base.folder} has no config.json; is it the folder of a model that transformers has saved?")
-
-
-def has_weights(base: Fetched) -> bool:
-    """Whether the base's folder holds weights, or an index of shards."""
-    return any((base.folder / f"{name}{ending}").is_file() for name in _WEIGHTS for ending in ("", ".index.json"))
 
 
 def read_weights(base: Fetched) -> dict[str, Stored] | None:
@@ -86,22 +76,16 @@ def read_weights(base: Fetched) -> dict[str, Stored] | None:
 
     Raises LoadError for weights that are missing or damaged.
     """
-    for name in _WEIGHTS:
-        if (base.folder / name).is_file():
-            return _tensors([base.folder / name])
-        index = base.folder / f"{name}.index.json"
-        if index.is_file():
-            listed = _json(index).get("weight_map")
-            if not isinstance(listed, dict):
-                raise LoadError(f"{index} lists no files (weight_map); download it again")
-            shards = sorted({base.folder / str(shard) for shard in listed.values()})
-            with _reading(index):  # a listed name may be too long for any file
-                missing = [shard.name for shard in shards if not shard.is_file()]
-            if missing:
-                more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-                raise LoadError(f"{base.folder} has no {missing[0]}{more}, which {index.name} lists; download it too")
-            return _tensors(shards)
-    raise LoadError(f"{base.folder} has a config but no weights ({' or '.join(_WEIGHTS)}); download them too")
+    files = weight_files(base.folder)
+    if not files:
+        raise LoadError(f"{base.folder} has a config but no weights ({' or '.join(NAMES)}); download them too")
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        if file.suffix != ".safetensors":
+            return None
+        with file_errors(file):
+            tensors |= read_safetensors(file)
+    return tensors
 
 
 def check_tokenizer(base: Fetched) -> None:
@@ -135,8 +119,8 @@ def template_beside(folder: Path) -> str | dict[str, str] | None:
         text = _text(own)
         return {"default": text, **named} if named else text
     path = folder / "tokenizer_config.json"
-    found = _json(path).get("chat_template") if path.is_file() else None
-    with _reading(path):
+    found = read_json(path).get("chat_template") if path.is_file() else None
+    with file_errors(path):
         return _templates(found) or named or None
 
 
@@ -155,43 +139,10 @@ def _templates(found: Any) -> str | dict[str, str] | None:
     return templates
 
 
-def _tensors(files: list[Path]) -> dict[str, Stored] | None:
-    tensors: dict[str, Stored] = {}
-    for file in files:
-        if file.suffix != ".safetensors":
-            return None
-        with _reading(file):
-            tensors |= read_safetensors(file)
-    return tensors
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    """A file's JSON object. Raises LoadError if it holds anything else."""
-    with _reading(path):
-        try:
-            found = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise HeaderError(f"is not valid JSON ({error}); download it again") from None
-        if not isinstance(found, dict):
-            raise HeaderError("does not hold a JSON object; download it again")
-        return found
-
-
 def _text(path: Path) -> str:
     """A file's text. Raises LoadError if it is not UTF-8."""
-    with _reading(path):
+    with file_errors(path):
         try:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise HeaderError(f"is not UTF-8 text ({error.reason} at byte {error.start}); download it again") from None
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """A context in which HeaderError and OSError become a LoadError that names the file."""
-    try:
-        yield
-    except HeaderError as error:
-        raise LoadError(f"{path} {error}") from None
-    except OSError as error:
-        raise LoadError(f"{path} cannot be read ({error.strerror})") from None

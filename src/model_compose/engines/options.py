@@ -213,7 +213,7 @@ def refuse_full_rank(options: ModelOptions) -> None:
     """Raise ValueError for a blend of full rank. For drivers that can only load LoRAs."""
     if blends := options.to_blends().full_rank:
         raise invalid(
-            f"driver {options.driver} cannot honour the blend {blends[0].described}, which has full rank and is no LoRA: "
-            "use driver: huggingface, or serve the model that `model-compose export --format merged` writes",
+            f"driver {options.driver} cannot honour the blend {blends[0].described}, which has full rank and is not a "
+            "LoRA: use driver: huggingface, or serve the model that `model-compose export --format merged` writes",
             "blends", blends[0].name or "",
         )  # fmt: skip

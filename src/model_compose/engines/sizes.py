@@ -182,7 +182,7 @@ def _targets(config: Mapping[str, Any], model: "nn.Module", shapes: Mapping[str,
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-    from model_compose.lora.peft_config import check_plain, whole
+    from model_compose.lora.peft_config import check_plain, full_matcher
 
     targets: Any = config.get("target_modules")
     excluded: Any = config.get("exclude_modules")
@@ -197,9 +197,9 @@ def _targets(config: Mapping[str, Any], model: "nn.Module", shapes: Mapping[str,
         own_config: Any = model.config
         targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(own_config.model_type, [])
     if isinstance(targets, str):
-        paths = targets = list(filter(whole("target_modules", targets), paths))
+        paths = targets = list(filter(full_matcher("target_modules", targets), paths))
     if isinstance(excluded, str):
-        matches = whole("exclude_modules", excluded)
+        matches = full_matcher("exclude_modules", excluded)
         paths, excluded = [path for path in paths if not matches(path)], None
     check_plain("layers_pattern", [layers] if isinstance(layers, str) else layers or [])
     asked = SimpleNamespace(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model_compose.errors import AdapterError
-from model_compose.lora.peft_config import CONFIG_FILE, of_adapter, read_config, scaling
+from model_compose.lora.peft_config import CONFIG_FILE, naming_adapter, read_config, scaling
 from model_compose.lora.weights import PREFIX, read_weights, same_values
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class ModuleShape:
 def read_adapter(folder: Path, name: str) -> LoraAdapter:
     """Read a PEFT folder. Raises AdapterError, which names the adapter, for anything that is not plain LoRA."""
     config = read_config(folder, name)
-    with of_adapter(name):
+    with naming_adapter(name):
         path = weight_file(folder)
         # Do not map the file: if it were overwritten while mapped, the adapter would change while it serves, or the
         # process would be killed (SIGBUS).

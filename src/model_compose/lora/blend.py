@@ -1,4 +1,6 @@
-"""Blends: which adapters at which weights, how they are named and resolved, their identity, and their stacked form."""
+"""Blends: adapters with weights, and what follows from them. Resolves a request's blend, gives each blend its identity, and
+computes a blend as one stacked adapter or as deltas of weights.
+"""
 
 import difflib
 import hashlib
@@ -20,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Blend:
-    """y = W x + Σ weights[i] · s_i · B_i (A_i x). Adapters that are not listed have weight 0; {} is the bare base.
+    """y = W x + Σ weights[i] · s_i · B_i (A_i x).
 
-    name: what the blend is called, where it has a name. Only the non-zero weights matter (`active`).
-    method: how the adapters are combined, where it is not by that sum.
+    weights: by adapter. An adapter that is missing has weight 0, so {} is the bare base. name: the blend's name; None if it
+    has none. method: how the adapters are combined; None means by this sum.
     """
 
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -32,33 +34,34 @@ class Blend:
 
     @property
     def active(self) -> dict[str, float]:
-        """The adapters with non-zero weight, sorted by name."""
+        """The weights that are not 0, sorted by the adapters' names. Only these affect the result."""
         return {name: weight for name, weight in sorted(self.weights.items()) if weight != 0}
 
     @property
     def full_rank(self) -> bool:
-        """Whether it is no LoRA, and thus runs folded into the weights only."""
+        """Whether the result is not a LoRA, so that it can only run folded into the base's weights."""
         return isinstance(self.method, FullRank)
 
     @property
     def low_rank(self) -> bool:
-        """Whether it is another LoRA than the sum, which has to be made before it runs."""
+        """Whether the result is a LoRA other than the weighted sum. That LoRA must be computed before it can run."""
         return isinstance(self.method, LowRank)
 
     def equals(self, other: "Blend") -> bool:
-        """Whether both are the same function, whatever they are called."""
+        """Whether both blends compute the same function. Their names may differ."""
         return self.method == other.method and self.active == other.active
 
     @property
     def described(self) -> str:
-        """For messages: 'merged' (ties)."""
+        """The blend's name and method in messages: 'merged' (ties)."""
         name = f"'{self.name}'" if self.name else "without a name"
         return name if self.method is None else f"{name} ({self.method.method})"
 
     def identity(self, base: str, adapters: Mapping[str, str]) -> str:
-        """A digest over the base's identity, each active adapter's content digest, the weights and the method.
+        """A digest of the base, the active adapters, their weights and the method: 16 hexadecimal digits.
 
-        Whatever is cached per blend is keyed by it. 16 hexadecimal digits.
+        Caches use it as the blend's key. base: the base's identity. adapters: the digest of each adapter's content, by
+        name.
         """
         method = "exact" if self.method is None else self.method.model_dump()
         parts = [method, base, *([adapters[name], repr(float(weight))] for name, weight in self.active.items())]
@@ -67,7 +70,7 @@ class Blend:
 
 @dataclass(frozen=True)
 class Blends:
-    """All blends that one component knows: its adapters' names, the named blends, and the default."""
+    """The blends of one component: the named ones, the default, and by `resolve` any weights of its adapters."""
 
     adapters: tuple[str, ...]
     named: Mapping[str, Blend]
@@ -75,19 +78,19 @@ class Blends:
 
     @property
     def full_rank(self) -> tuple[Blend, ...]:
-        """The named blends that are no LoRA; where one function has several names, once."""
+        """The named blends whose result is not a LoRA. Blends that compute the same function appear once."""
         return _different(blend for blend in self.named.values() if blend.full_rank)
 
     @property
     def low_rank(self) -> tuple[Blend, ...]:
-        """The named blends that are another LoRA than the sum; each function once."""
+        """The named blends whose result is a LoRA other than the sum. Blends that compute the same function appear once."""
         return _different(blend for blend in self.named.values() if blend.low_rank)
 
     def resolve(self, value: Any, *, place: str = "blend") -> Blend:
-        """A request's blend: None and "" are the default, a string is a named blend or one adapter at weight 1, a mapping
-        is {adapter: weight} and replaces the default whole.
+        """The blend that a request asks for.
 
-        Raises InputError naming `place` and the known names.
+        None and "" mean the default. A string names a blend, or one adapter with weight 1. A mapping {adapter: weight}
+        replaces all weights of the default. Raises InputError, which names `place` and the known names.
         """
         if value is None or value == "":
             return self.default
@@ -102,8 +105,8 @@ class Blends:
         if isinstance(value, Mapping):
             if names_method(value):
                 raise InputError(
-                    f"{place}: a request mixes by weights alone; a blend by a method ({', '.join(METHODS)}) stands in the "
-                    "file under 'blends', and a request says its name",
+                    f"{place}: a request can give weights, but no method ({', '.join(METHODS)}); define the blend in the "
+                    "file under 'blends', and send its name",
                     field=f"{place}.method",
                     at=("method",),
                 )
@@ -137,7 +140,10 @@ def _different(blends: Iterable[Blend]) -> tuple[Blend, ...]:
 
 
 def names_method(value: Mapping[Any, Any]) -> bool:
-    """Whether a mapping says {method: ties, …}. An adapter may be called "method": its weight is a number, or looks it."""
+    """Whether a mapping names a method, as in {method: ties, …}.
+
+    An adapter may be called "method" too. In that case the value is its weight: a number, or a text that is one.
+    """
     method = value.get("method")
     if not isinstance(method, str):
         return False
@@ -149,15 +155,16 @@ def names_method(value: Mapping[Any, Any]) -> bool:
 
 
 def stack(blend: Blend, adapters: Mapping[str, LoraAdapter]) -> LoraAdapter:
-    """The blend as one ordinary LoRA: A = [A_i] of (Σ r_i, in), B = [w_i s_i B_i] of (out, Σ r_i), scaling 1; float32.
+    """The blend as one ordinary LoRA, for engines that know no weights: A = [A_i] of shape (Σ r_i, in), B = [w_i s_i B_i]
+    of shape (out, Σ r_i), scaling 1, in float32.
 
-    Exact, since the stacked product is the sum of the products; a method of low rank makes of it what it does. What engines
-    without weighted blends load. Raises InputError for a method whose result is no LoRA.
+    This is exact, since the product of the stacks is the sum of the products. A low-rank method then computes its own A and
+    B from the stacks. Raises InputError for a method whose result is not a LoRA.
     """
     if blend.full_rank:
         raise InputError(
-            f"the blend {blend.described} has full rank and is no LoRA: it runs folded (driver: huggingface), or as an "
-            "exported merged model",
+            f"the blend {blend.described} has full rank and is not a LoRA; serve it with driver: huggingface, which folds "
+            "it into the weights, or export a merged model",
             field="blend",
         )
     used = [(adapters[name], weight) for name, weight in blend.active.items()]
@@ -172,7 +179,7 @@ def stack(blend: Blend, adapters: Mapping[str, LoraAdapter]) -> LoraAdapter:
 
 
 def _stacked(parts: list[tuple[Factors, float]], method: Method | None) -> Factors:
-    """One module's factors, each with its weight, as one pair."""
+    """The factors of one module over all adapters as one pair. parts: each adapter's factors and weight."""
     import torch
 
     a = torch.cat([factors.a.float() for factors, _ in parts])
@@ -185,10 +192,10 @@ def _stacked(parts: list[tuple[Factors, float]], method: Method | None) -> Facto
 def delta(
     blend: Blend, adapters: Mapping[str, LoraAdapter], path: str, device: "torch.device | None" = None
 ) -> "torch.Tensor | None":
-    """What the blend adds to the weight of one module: Σ w_i s_i B_i A_i, or what its method makes of the s_i B_i A_i;
-    (out, in), float32, on `device` (where the factors are if None); None if it adds nothing.
+    """What the blend adds to the weight of the module at `path`: (out, in), float32. None if it adds nothing.
 
-    Conv1D and Embedding keep their weight the other way round: add the transposed delta.
+    This is Σ w_i s_i B_i A_i, or what the blend's method computes from the s_i B_i A_i. device: where to compute; None
+    means where the factors are. Conv1D and Embedding store their weight transposed, so transpose the delta for them.
     """
     parts = [
         (adapters[name].modules[path], weight)

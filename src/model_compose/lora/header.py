@@ -4,18 +4,15 @@ say whether the adapter fits a base.
 Checks that need the numbers (NaN, copies of the base's weights) are made when adapter.py reads the whole adapter.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from model_compose.errors import AdapterError
 from model_compose.headers import HeaderError, Stored, read_safetensors
-from model_compose.lora.adapter import WEIGHT_FILES, Factors, LoraAdapter, ModuleShape, weight_file
-from model_compose.lora.peft_config import of_adapter, read_config, scaling
+from model_compose.lora.adapter import WEIGHT_FILES, Factors, LoraAdapter, ModuleShape, text_path, weight_file
+from model_compose.lora.peft_config import naming_adapter, read_config, scaling
 from model_compose.lora.weights import Sides, by_module
-
-_MODEL_PREFIX = re.compile(r"(?:(?:model|language_model|transformer)\.)*")
 
 
 def has_weights(folder: Path) -> bool:
@@ -29,7 +26,7 @@ def read_header(folder: Path, name: str) -> LoraAdapter | None:
     Raises AdapterError for a config that cannot be used, and for weights that are missing, damaged or not plain LoRA.
     """
     config = read_config(folder, name)
-    with of_adapter(name):
+    with naming_adapter(name):
         path = weight_file(folder)
         if path.suffix != ".safetensors":
             return None
@@ -78,4 +75,4 @@ def shapes_in(weights: Mapping[str, Stored], adapter: LoraAdapter) -> dict[str, 
 
 def _inner(path: str) -> str:
     """A path without the prefixes before the layers, which may differ between a checkpoint and the model."""
-    return _MODEL_PREFIX.sub("", path, count=1)
+    return text_path(path).removeprefix("transformer.")

@@ -93,7 +93,7 @@ class PeftConfig(BaseModel):
 
 
 @contextmanager
-def of_adapter(name: str) -> Iterator[None]:
+def naming_adapter(name: str) -> Iterator[None]:
     """A context in which every AdapterError, OSError and MemoryError becomes an AdapterError that names the adapter."""
     try:
         yield
@@ -107,7 +107,7 @@ def of_adapter(name: str) -> Iterator[None]:
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
     """Read and check the adapter's config. Raises AdapterError for any key or value that we cannot compute exactly."""
-    with of_adapter(name):
+    with naming_adapter(name):
         config = _parse(folder)
         if (kind := config.get("peft_type")) != "LORA":
             raise AdapterError(f"peft_type is {_short(kind)}; only adapters of type 'LORA' can be combined")
@@ -158,7 +158,7 @@ def _check_types(config: Mapping[str, Any]) -> None:
         _check_patterns(key, list(getattr(checked, key) or ()))
     for key in ("target_modules", "exclude_modules"):  # PEFT takes a string here as a regular expression
         if isinstance(pattern := getattr(checked, key), str):
-            with _of_pattern(key, pattern):
+            with _naming_pattern(key, pattern):
                 re.compile(pattern)
 
 
@@ -170,14 +170,14 @@ def _check_patterns(key: str, patterns: list[str]) -> None:
             "characters together; list the modules' full names"
         )
     for pattern in patterns:
-        with _of_pattern(key, pattern):
+        with _naming_pattern(key, pattern):
             _matcher(f"(?:{pattern}){{0}}" if pattern in costly else pattern)  # {0}: parses it, but compiles nothing
-    with _of_pattern(key, "".join(costly)):
+    with _naming_pattern(key, "".join(costly)):
         _matcher("".join(f"(?:{pattern})" for pattern in costly))  # fails if they need too much memory together
 
 
 @contextmanager
-def _of_pattern(key: str, pattern: str) -> Iterator[None]:
+def _naming_pattern(key: str, pattern: str) -> Iterator[None]:
     try:
         yield
     except (re.error, RecursionError, OverflowError, SchemaError) as error:
@@ -221,7 +221,7 @@ def _value(patterns: Mapping[str, float], path: str, default: float) -> float:
     return next((value for matches, value in matchers if matches(path)), default)
 
 
-def whole(key: str, pattern: str) -> Callable[[str], object]:
+def full_matcher(key: str, pattern: str) -> Callable[[str], object]:
     """A test whether a pattern matches the whole of a path, as PEFT treats a string under target_modules.
 
     Raises AdapterError for a pattern that is too long or not valid.
@@ -230,7 +230,7 @@ def whole(key: str, pattern: str) -> Callable[[str], object]:
         raise AdapterError(
             f"{key}: {_short(pattern)} is longer than {MAX_PATTERN:,} characters; list the modules' names"
         )
-    with _of_pattern(key, pattern):
+    with _naming_pattern(key, pattern):
         return _matcher(pattern)
 
 
@@ -241,7 +241,7 @@ def check_plain(key: str, patterns: list[str]) -> None:
             raise AdapterError(
                 f"{key}: {_short(pattern)} has wildcards, which model-compose does not evaluate here; write names"
             )
-        with _of_pattern(key, pattern):
+        with _naming_pattern(key, pattern):
             re.compile(pattern)
 
 

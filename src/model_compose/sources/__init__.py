@@ -21,7 +21,16 @@ from model_compose.sources.hub import HuggingfaceSource
 from model_compose.sources.local import LocalSource
 from model_compose.sources.pypi import PypiSource
 
-__all__ = ["Fetched", "HuggingfaceSource", "LocalSource", "ModelSource", "PypiSource", "at_hand", "describe", "fetch"]
+__all__ = [
+    "Fetched",
+    "HuggingfaceSource",
+    "LocalSource",
+    "ModelSource",
+    "PypiSource",
+    "describe",
+    "fetch",
+    "fetch_offline",
+]
 
 # The key by which a mapping without `provider` is recognised. The order counts: a pypi source has a `path` as well.
 _KEY_TO_PROVIDER = {"repository": "huggingface", "package": "pypi", "path": "local"}
@@ -93,7 +102,7 @@ def fetch(
             return hub.fetch(source, base_dir=base_dir, only=only, report=report)
 
 
-def at_hand(source: ModelSource, *, base_dir: Path) -> Fetched | None:
+def fetch_offline(source: ModelSource, *, base_dir: Path) -> Fetched | None:
     """What `fetch` would return, if it needs no network for that. None if `fetch` would have to ask the Hub or PyPI.
 
     Raises SourceError if `fetch` could not succeed (a missing path, `local_files_only` without a copy in the cache).
@@ -104,7 +113,7 @@ def at_hand(source: ModelSource, *, base_dir: Path) -> Fetched | None:
         case PypiSource():
             return pypi.cached(source)
         case HuggingfaceSource():
-            return hub.at_hand(source, base_dir=base_dir)
+            return hub.fetch_offline(source, base_dir=base_dir)
 
 
 def describe(source: ModelSource) -> str:

@@ -4,6 +4,7 @@ files."""
 import fnmatch
 import re
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 from model_compose.errors import SourceError
 
@@ -13,8 +14,31 @@ _PICKLED = (".bin", ".pt", ".pth")
 _OF_TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states).*\.(bin|pt|pth)$")
 # Subfolders that belong to the model. All others hold other formats (onnx, original) or training checkpoints.
 _MODEL_FOLDERS = re.compile(r"(additional_chat_templates|\d+_[A-Za-z]+)/")
-_SHARD = re.compile(r"(.+-)\d{5}(-of-\d{5}\.gguf)$")
-_LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+_GGUF_PART = re.compile(r"(.+-)(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True)
+class GgufPart:
+    """The name of one file of a split GGUF, as llama-gguf-split writes it: `start`00002-of-00005.gguf."""
+
+    start: str
+    number: int
+    count: int
+
+    def name(self, number: int) -> str:
+        """The name of the part with this number. Numbers start at 1."""
+        return f"{self.start}{number:05}-of-{self.count:05}.gguf"
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all parts, in order."""
+        return [self.name(number) for number in range(1, self.count + 1)]
+
+
+def gguf_part(name: str) -> GgufPart | None:
+    """What a file's name says about a split GGUF; None if it is not the name of a part. `name` may begin with folders."""
+    match = _GGUF_PART.fullmatch(name)
+    return GgufPart(match[1], int(match[2]), int(match[3])) if match else None
 
 
 def choose(
@@ -37,7 +61,8 @@ def choose(
     if only is not None:
         return [name for name in names if _any(name, only) and (allow is None or _any(name, allow) or name == filename)]
     if filename is not None:
-        wanted = _with_shards(filename, names)
+        part = gguf_part(filename)
+        wanted = {filename, *(part.names if part else ())}
         return [name for name in names if name in wanted or (_belongs_to_model(name) and _is_small(name))]
     if allow is not None:
         chosen = [name for name in names if _any(name, allow)]
@@ -63,7 +88,8 @@ def only_gguf(names: Iterable[str], *, folder: str) -> str | None:
     names = sorted(names)
     if _weights(names):
         return None
-    ggufs = [name for name in names if name.endswith(".gguf") and not _LATER_PART.search(name)]
+    parts = {name: gguf_part(name) for name in names if name.endswith(".gguf")}
+    ggufs = [name for name, part in parts.items() if part is None or part.number == 1]
     if len(ggufs) > 1:
         raise SourceError(
             f"{folder} holds several GGUF files: choose one with `filename`, as in "
@@ -99,13 +125,6 @@ def _belongs_to_model(name: str) -> bool:
 
 def _is_small(name: str) -> bool:
     return name.endswith(_SMALL)
-
-
-def _with_shards(filename: str, names: Collection[str]) -> set[str]:
-    """The file; if it is one part of a split GGUF, all parts."""
-    shard = _SHARD.match(filename)
-    siblings = {name for name in names if shard and (other := _SHARD.match(name)) and other.groups() == shard.groups()}
-    return siblings | {filename}
 
 
 def _any(name: str, patterns: Collection[str]) -> bool:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from model_compose.sources.choice import gguf_part
+
 
 @dataclass(frozen=True)
 class Fetched:
@@ -17,6 +19,15 @@ class Fetched:
     file: str | None
     identity: str
     name: str = ""
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by name: of the single file (of all its parts, if it is a split GGUF), or of all files in the folder."""
+        if self.file is None:
+            files = list(self.folder.iterdir())
+        else:
+            part = gguf_part(self.file)
+            files = [self.folder / name for name in (part.names if part else [self.file])]
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files if path.is_file()}
 
     def __str__(self) -> str:
         return self.name or str(self.folder / (self.file or ""))

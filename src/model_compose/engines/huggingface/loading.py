@@ -36,7 +36,6 @@ from model_compose.lora.adapter import LoraAdapter, check, is_copy
 from model_compose.lora.layers import LoraModel, Placement
 from model_compose.progress import Progress, Report
 from model_compose.sources import Fetched, HuggingfaceSource, describe, fetch
-from model_compose.sources.survey import on_disk
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ def load(options: ModelOptions, base_dir: Path, report: Report, *, max_adapters:
         config = base_config(base, options.trust_remote_code)
         if not checked:
             blueprint = Blueprint(describe(options.model), config, on_meta(config, options.trust_remote_code))
-            _check_blueprint(options, blueprint, sizes.checkpoint_of(on_disk(base), base.file), adapters)
+            _check_blueprint(options, blueprint, sizes.checkpoint_of(base.sizes(), base.file), adapters)
             _warn_of_other_base(adapters, options, base)
         model = _load_model(base, config, options, device)
         report(Progress("attaching adapters", 0, len(adapters), "adapters"))
@@ -168,11 +167,8 @@ def _check_blueprint(
 def _warn_of_other_base(adapters: list[LoraAdapter], options: ModelOptions, base: Fetched) -> None:
     """Warns of adapters that were trained on another base. Their shapes have been checked before."""
     for adapter in adapters:
-        if name := other_base(adapter, options, base):
-            log.warning(
-                "adapter '%s' was trained on %s, but the base model is %s; the shapes fit, the text may still suffer",
-                adapter.name, adapter.base, name,
-            )  # fmt: skip
+        if warning := other_base(adapter, options, base):
+            log.warning("adapter '%s' %s", adapter.name, warning)
 
 
 def _load_model(base: Fetched, config: Any, options: ModelOptions, device: torch.device) -> nn.Module:

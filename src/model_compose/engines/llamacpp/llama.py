@@ -20,9 +20,6 @@ from model_compose.progress import Progress, Report
 
 log = logging.getLogger(__name__)
 
-UBATCH = 512
-"""The most tokens that llama.cpp computes at once. Its buffers grow with this number."""
-
 REQUIRED = "'llama-cpp-python>=0.3.36'"
 
 
@@ -46,6 +43,11 @@ class Settings:
     gpu_layers: int
     kv_float32: bool
     flash_attention: bool | None
+
+    @property
+    def ubatch(self) -> int:
+        """The most tokens that llama.cpp computes at once. Its buffers grow with this number."""
+        return min(512, self.tokens_per_step)
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Llama:
         lib = self._lib
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = settings.cells, settings.rows, True
-        params.n_batch, params.n_ubatch = settings.tokens_per_step, min(UBATCH, settings.tokens_per_step)
+        params.n_batch, params.n_ubatch = settings.tokens_per_step, settings.ubatch
         params.n_outputs_max = settings.rows  # one for each piece; by default, buffers hold logits for the whole batch
         params.n_threads = params.n_threads_batch = settings.threads
         params.type_k = params.type_v = lib.GGML_TYPE_F32 if settings.kv_float32 else lib.GGML_TYPE_F16

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 SOCKET = "llama.sock"
 """A host that ends with .sock makes llama-server listen on a Unix socket. Only this user can open it."""
-UBATCH = 512
-"""The most tokens that llama.cpp computes at once. Its buffers grow with this number."""
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +239,7 @@ def command(binary: Path, loaded: ServerParts, socket: Path) -> list[str]:
         "ctx-size": settings.cells * settings.rows,
         "parallel": settings.rows,
         "batch-size": settings.tokens_per_step,
-        "ubatch-size": min(UBATCH, settings.tokens_per_step),
+        "ubatch-size": settings.ubatch,
         "threads": settings.threads,
         "cache-type-k": kind,
         "cache-type-v": kind,

@@ -1,6 +1,6 @@
-"""The page's door: with api_keys, everything behind it needs a key, typed once into a form and then held as a session.
+"""The page's login. With api_keys, a person types a key into a form once; the browser then holds a session.
 
-The cookie carries a random token, never the key. Knows nothing of what lies behind the door.
+The session's cookie carries a random token, never the key. This module knows nothing about the page itself.
 """
 
 import secrets
@@ -24,7 +24,8 @@ MAX_FORM_BYTES = 8192
 
 
 class Door:
-    """ASGI middleware: a session cookie or `Authorization: Bearer <key>`, else the login form."""
+    """ASGI middleware. It lets in a request with a session cookie or `Authorization: Bearer <key>`, and sends every other
+    one to the login form."""
 
     def __init__(self, app: ASGIApp, keys: Collection[SecretStr], title: str = "model-compose") -> None:
         self._app, self._title = app, title
@@ -82,7 +83,7 @@ class Door:
         return response
 
     def _form(self, message: str = "", status: int = 200) -> Response:
-        shown = f'<p role="alert">{escape(message)}</p>' if message else ""
+        shown = f'<p class="error" role="alert">{escape(message)}</p>' if message else ""
         page = (
             (ASSETS / "login.html")
             .read_text(encoding="utf-8")
@@ -95,13 +96,14 @@ class Door:
 
 
 def _from_here(request: Request) -> bool:
-    """Whether a form was sent by our own page. Browsers say so by Origin; what is no browser cannot be tricked."""
+    """Whether our own page sent the form. Browsers name the sending site in the Origin header. A client that sends no
+    Origin is not a browser, so no other site can have made it send the form."""
     origin = request.headers.get("origin")
     return origin is None or urlsplit(origin).netloc == request.headers.get("host")
 
 
 async def _key_in(request: Request) -> str:
-    """The key in the posted form; "" for none and for a body that no form of ours would send."""
+    """The key in the posted form; "" if there is none, and for a body that is too large or is no form."""
     body = b""
     async for part in request.stream():
         body += part
@@ -118,7 +120,7 @@ ICON = (
     "<circle cx='12' cy='16' r='11' fill='%234f46e5'/><circle cx='21' cy='16' r='10' fill='%23a5b4fc' fill-opacity='.85'/>"
     '</svg>">'
 )
-"""Two adapters over one another; inline, so that no request asks for it."""
+"""Two overlapping circles, for two adapters. The icon is inline, so that the browser sends no request for it."""
 
 _POLICY = "; ".join(
     (

@@ -1,6 +1,6 @@
-"""What the page asks, as JSON: for each workflow its fields, and for each of its models the base, the adapters and blends.
+"""Describes each workflow's form as JSON: its fields, and the base, adapters and blends of its models.
 
-The browser draws widgets from it (assets/). `read_input` turns what was typed into them back into a workflow's input.
+The browser draws widgets from that (assets/). `read_input` turns the typed values into a workflow's input.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -17,7 +17,7 @@ from model_compose.lora.blend import Blend, Blends
 from model_compose.lora.header import read_header
 from model_compose.schema import has_expression
 from model_compose.servers.answers import VariableInfo, shown
-from model_compose.sources import at_hand, describe
+from model_compose.sources import describe, fetch_offline
 from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.variables import Variable, as_messages
 
@@ -25,24 +25,24 @@ JSON_TYPES = frozenset(("json", "list", "object"))
 
 
 def shown_workflows(compose: Compose) -> list[WorkflowOptions]:
-    """The workflows that the page has."""
+    """The workflows that the page shows: all that are not private."""
     return [workflow for workflow in compose.config.all_workflows if not workflow.private]
 
 
 def title(compose: Compose) -> str:
-    """What the page is called: by its only workflow, or by the file's controller."""
+    """The heading of the page: the name of its only workflow, else the controller's name."""
     workflows = shown_workflows(compose)
     alone = _name(workflows[0]) if len(workflows) == 1 else None
     return alone or compose.config.serving.name or "model-compose"
 
 
 def _name(workflow: WorkflowOptions) -> str | None:
-    """What people call the workflow; None where the file gives it no name at all."""
+    """The workflow's title, name or id; None if the file gives it none of them."""
     return workflow.title or workflow.name or (None if workflow.id.startswith("__") else workflow.id)
 
 
 def describe_workflow(compose: Compose, workflow: WorkflowOptions) -> dict[str, Any]:
-    """All that the page needs to ask for a run of the workflow. Reads the headers of adapters, so it may touch the disk."""
+    """Everything that the page draws the workflow's form from. Blocks: it reads the headers of the adapters' files."""
     fields = asked(compose.inputs(workflow.id))
     models = list(_models(compose, workflow))
     return {
@@ -61,7 +61,8 @@ def describe_workflow(compose: Compose, workflow: WorkflowOptions) -> dict[str, 
 
 
 def asked(inputs: Collection[Variable]) -> list[Variable]:
-    """The inputs that get a field of their own. Blends have sliders; a path into a list is asked for as the whole list."""
+    """The inputs that get a field of their own. Blends get none, as they have sliders. A path into a list becomes a field
+    for the whole list."""
     found: dict[Any, Variable] = {}
     for variable in inputs:
         if variable.role == "blend":
@@ -75,7 +76,7 @@ def asked(inputs: Collection[Variable]) -> list[Variable]:
 
 
 def _describe_field(variable: Variable, *, alone: bool) -> dict[str, Any]:
-    """`kind` says which widget asks for it."""
+    """The input as the API describes it, with `kind`: which widget the page draws."""
     kind = variable.type.name
     if variable.role == "messages":
         kind = "messages"
@@ -93,8 +94,10 @@ def _is_json(variable: Variable) -> bool:
 
 
 def read_input(fields: Collection[Variable], typed: Mapping[str, Any]) -> Any:
-    """The workflow's input: one value without a name, or an object. typed: by the fields' names; one that is left empty, or
-    out, is not in the input."""
+    """The workflow's input: an object, or the value itself if the only field has no name.
+
+    typed: what was typed, by the fields' names. Fields that are empty or missing are left out of the input.
+    """
     given = [(field.path, _read(field, typed.get(field.name))) for field in fields]
     if [path for path, _ in given] == [()]:
         return given[0][1]
@@ -109,7 +112,7 @@ def read_input(fields: Collection[Variable], typed: Mapping[str, Any]) -> Any:
 
 
 def _read(variable: Variable, value: Any) -> Any:
-    """What was typed, as the workflow takes it."""
+    """A typed value in the form that the workflow takes; None for an empty one."""
     if not isinstance(value, str):
         return value
     if not value.strip():
@@ -129,8 +132,8 @@ def _read(variable: Variable, value: Any) -> Any:
 
 
 def _models(compose: Compose, workflow: WorkflowOptions) -> Iterator[tuple[str, ModelComponent, Blend | None]]:
-    """The models that the workflow's jobs use, each with the action that asks it, and the blend that the file gives it
-    there; None for a blend that cannot be known before there is input."""
+    """The action, the model and the file's blend of each job that runs a model; each model once. The blend is None if it
+    depends on the input."""
     seen = set()
     for job in workflow.all_jobs:
         id = pick(compose.config.all_components, job.component, "component").id
@@ -158,17 +161,17 @@ def _describe_model(model: ModelComponent, preset: Blend | None) -> dict[str, An
 
 
 def _precision(model: ModelComponent) -> str | None:
-    """As the file says it; None where it leaves that to the driver."""
+    """The quantization or precision that the file names; None if the driver chooses."""
     written = model.options.quantization or model.options.precision
     return None if written == "auto" else written
 
 
 def _describe_adapter(model: ModelComponent, name: str) -> dict[str, Any]:
-    """weight: in the file, None for an adapter that a client has loaded. ranks: those that the adapter's modules have,
-    ascending; none while only a download would tell."""
+    """weight: the one in the file; None for an adapter that a client has loaded. ranks: the different ranks of the
+    adapter's modules, ascending; empty until the adapter is on this machine."""
     source, adapter = model.adapters[name].model, None
     try:
-        if fetched := at_hand(source, base_dir=model.base_dir):
+        if fetched := fetch_offline(source, base_dir=model.base_dir):
             adapter = read_header(fetched.folder, name)
     except ComposeError:
         pass  # loading the models tells what is wrong with it
@@ -207,16 +210,15 @@ def _label(name: str, blend: Blend) -> str:
 
 
 def _sampling(models: list[tuple[str, ModelComponent]]) -> dict[str, Any]:
-    """What the page may say of sampling, each with what the file says. What an action asks of the input is left out, as it
-    has a field already; where several models answer, there is no one value to show."""
+    """What a person may set for a run instead of the file, each with the file's value: None where the file sets none, ""
+    where several models have one each. Values that an action takes from the input are left out: they have a field."""
     fixed: tuple[str, ...] = ("temperature", "max_output_length", "seed")
     for action, model in models:
         written = model.options.find_action(action).model_dump(exclude_unset=True, warnings=False)
-        params = written.get("params") or {}
-        values = {**written, **(params if isinstance(params, dict) else dict.fromkeys(fixed, params))}
+        values = {**written, **written.get("params", {})}
         fixed = tuple(name for name in fixed if not has_expression(values.get(name)))
     if len(models) != 1:
-        return dict.fromkeys(fixed if models else ())
+        return dict.fromkeys(fixed if models else (), "")
     drawn = models[0][1].sampling(models[0][0])
     values = {
         "temperature": drawn.temperature if drawn.do_sample else 0,

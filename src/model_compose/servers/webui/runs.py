@@ -36,18 +36,13 @@ class RunBody(Options):
 
 
 async def events(compose: Compose, body: RunBody, api_address: str | None) -> AsyncGenerator[str]:
-    """`delta` events with the text as it is made, then `done`, or `error` with the problem. Closing it stops the run.
-
-    Raises what fails before there is any text.
-    """
+    """`delta` events with the text as it is made, then `done`. Closing it stops the run. Raises what the run raises."""
     workflow = compose.config.find_workflow(body.workflow)
     input = form.read_input(form.asked(compose.inputs(workflow.id)), body.values)
     running = compose.run(input, workflow=workflow.id, blend=body.blend, sampling=body.sampling)
-    started = False
     try:
         async with aclosing(running) as items:
             async for item in items:
-                started = True
                 if isinstance(item, Delta):
                     yield event({"label": _label(item.path), "text": item.text}, "delta")
                 else:
@@ -56,30 +51,35 @@ async def events(compose: Compose, body: RunBody, api_address: str | None) -> As
     except ComposeError as error:
         if error.status >= 500:
             log.error("workflow '%s': %s", workflow.id, error, exc_info=error.__cause__)
-        if not started:
-            raise
-        yield event(problem(error), "error")
+        raise
     except Exception:
         log.exception("workflow '%s' failed", workflow.id)
-        failure = RunError("the run failed; the server's log has the details")
-        if not started:
-            raise failure from None
-        yield event(problem(failure), "error")
+        raise RunError("the run failed; the server's log has the details") from None
 
 
 async def beating(events: AsyncGenerator[str], seconds: float = HEARTBEAT_SECONDS) -> AsyncGenerator[str]:
-    """The events, and a heartbeat whenever none has come for so long."""
+    """The events, with a heartbeat whenever none has come for so long.
+
+    What fails before anything was sent is raised, so that it gets a status of its own; later it is an `error` event.
+    """
+    started = False
     async with aclosing(events):
         while True:
             coming = asyncio.ensure_future(anext(events, None))
             try:
                 while not (await asyncio.wait([coming], timeout=seconds))[0]:
+                    started = True
                     yield HEARTBEAT
+                if (item := coming.result()) is None:
+                    return
+            except ComposeError as error:
+                if not started:
+                    raise
+                item = event(problem(error), "error")
             finally:
                 coming.cancel()
                 await asyncio.wait([coming])
-            if (item := coming.result()) is None:
-                return
+            started = True
             yield item
 
 

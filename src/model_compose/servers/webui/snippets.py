@@ -21,7 +21,7 @@ KEY = "MODEL_COMPOSE_API_KEY"
 
 @dataclass(frozen=True)
 class Call:
-    """One finished run, as seen from outside."""
+    """What a finished run was asked, and which models answered it."""
 
     workflow: WorkflowOptions
     input: Any
@@ -30,7 +30,7 @@ class Call:
 
 
 def all_of(compose: Compose, api_address: str, call: Call) -> list[dict[str, str]]:
-    """All there is to copy, each with its title."""
+    """Every snippet for the run, with its title."""
     shown = {
         "curl": curl(compose, api_address, call),
         "Python, with the openai package": openai(compose, api_address, call),
@@ -40,7 +40,7 @@ def all_of(compose: Compose, api_address: str, call: Call) -> list[dict[str, str
 
 
 def curl(compose: Compose, api_address: str, call: Call) -> str:
-    """A POST of the run, to paste into a shell."""
+    """A shell command that posts the same run."""
     server = compose.config.serving.server
     assert server is not None
     body: dict[str, Any] = {"input": call.input}
@@ -60,7 +60,7 @@ def curl(compose: Compose, api_address: str, call: Call) -> str:
 
 
 def openai(compose: Compose, api_address: str, call: Call) -> str | None:
-    """The same text by OpenAI's client; None where it takes more than one call to one model."""
+    """Python that gets the same text by OpenAI's client; None if that takes more than one call to one model."""
     jobs = call.workflow.all_jobs
     if len(jobs) != 1 or len(call.answers) != 1:
         return None
@@ -101,8 +101,8 @@ def openai(compose: Compose, api_address: str, call: Call) -> str | None:
 
 
 def named_blend(compose: Compose, answers: tuple[Answer, ...]) -> str | None:
-    """The `blends` of a component that would give the answer's blend a name; None where it has one, or several models
-    answered."""
+    """YAML that gives the answer's blend a name, to add to the component; None if the blend has a name in the file, or if
+    several models answered."""
     if (
         len(answers) != 1
         or answers[0].blend.name is not None
@@ -116,7 +116,7 @@ def named_blend(compose: Compose, answers: tuple[Answer, ...]) -> str | None:
 
 
 def _asking(prompt: str | tuple[Message, ...]) -> tuple[str, dict[str, Any], str]:
-    """The client's route, its argument for the prompt, and where a choice has its text."""
+    """The client's method, its argument for the prompt, and the attribute of a choice that holds the text."""
     if isinstance(prompt, str):
         return "completions", {"prompt": prompt}, "text"
     messages = [{"role": turn.role, "content": turn.content} for turn in prompt]
@@ -124,7 +124,7 @@ def _asking(prompt: str | tuple[Message, ...]) -> tuple[str, dict[str, Any], str
 
 
 def _sampling(used: Sampling, default: Sampling) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What must be said because the server would not do it by itself: the client's own arguments, and ours."""
+    """The sampling that differs from the server's defaults, as the client's own arguments and as those for `extra_body`."""
     drawn = (used.do_sample, used.temperature if used.do_sample else 0.0)
     usual = (default.do_sample, default.temperature if default.do_sample else 0.0)
     plain = {
@@ -157,7 +157,7 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _blend(compose: Compose, answers: tuple[Answer, ...]) -> Any:
-    """The blend that the answers used, as a request says it; None where no one blend says it."""
+    """The `blend` of a request that gives the answers' blends; None if no single value does, or no model has adapters."""
     used: dict[str, Any] = {}
     for answer in answers:
         blends = compose.models[answer.component].blends

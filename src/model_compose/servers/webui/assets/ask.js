@@ -1,6 +1,6 @@
-// Asks the server for a run, and reads it as it is made.
+// Asks the server for a run, and reads the text while it is made.
 
-/** What went wrong with a run. fields: {field, message}, where the server named the fields. */
+/** Why a run failed. fields: a list of {field, message} for the fields that the server found wrong. */
 export class Failure extends Error {
   constructor(message, fields = []) {
     super(message);

@@ -1,5 +1,5 @@
-// A conversation: what was said, and a box for the next message. It is a field, which reads as the messages to send, and
-// a stage, which shows the answer as it comes.
+// A conversation: the messages so far, and a box for the next one. The panel uses it as a field, whose value is the
+// messages to send, and as a stage, which shows the answer while it is made.
 import { button, copyButton, fail, h, newId } from "./dom.js";
 import { toLink } from "./history.js";
 import { allText, endedRun, liveRun } from "./output.js";
@@ -7,7 +7,8 @@ import { allText, endedRun, liveRun } from "./output.js";
 const WHOLE = /^\s*(\[\{|\{")/; // JSON of messages
 const HINT = 'A whole conversation may be pasted: [{"role": "user", "content": "Hello"}, …]';
 
-/** buttons: what stands below the box. onSend, onAgain, onNew: what Enter and the buttons here do. */
+/** buttons: an element with the panel's buttons, shown below the box. onSend, onAgain and onNew are called for Enter,
+    "Try again" and "New chat". */
 export function conversation(workflow, spec, { buttons, onSend, onAgain, onNew }) {
   let said = []; // {role, content}; an answer that was made here has its run too
   const log = h("ol", { className: "said" });
@@ -46,7 +47,8 @@ export function conversation(workflow, spec, { buttons, onSend, onAgain, onNew }
     );
   }
 
-  /** Shows these messages. run: how the last was answered; without one, a question at the end goes into the box. */
+  /** Shows these messages. run: the run that answered the last one. Without a run, a last message of the user goes into
+      the box. */
   function write(messages, run) {
     const turns = [typeof messages === "string" ? parsed(messages) : messages].flat();
     if (turns[0]?.role === "system" || !turns.length) system.value = turns.shift()?.content ?? "";
@@ -74,7 +76,7 @@ export function conversation(workflow, spec, { buttons, onSend, onAgain, onNew }
       const turns = said.map(({ role, content }) => ({ role, content }));
       return [...before, ...turns, { role: "user", content: box.value }];
     },
-    /** Takes the last answer back, and its question into the box. */
+    /** Removes the last answer and its question, and puts the question into the box. */
     rewind() {
       said.pop();
       box.value = said.pop()?.content ?? "";
@@ -92,7 +94,7 @@ export function conversation(workflow, spec, { buttons, onSend, onAgain, onNew }
       box.value = "";
       return {
         add: view.add,
-        /** messages: as the server has read them; undefined where it has not told. */
+        /** messages: the ones that the server read; undefined if the run was stopped before the server said so. */
         end(run, messages) {
           view.end();
           if (run.status === "failed") {
@@ -107,7 +109,7 @@ export function conversation(workflow, spec, { buttons, onSend, onAgain, onNew }
   };
 }
 
-/** The messages that JSON says; any other text is one message. */
+/** The messages in JSON text. Any other text is one message of the user. */
 function parsed(text) {
   try {
     return JSON.parse(text);

@@ -5,8 +5,8 @@ import { h } from "./dom.js";
 import { samplingFields } from "./fields.js";
 import { baseLine, mixer } from "./mixer.js";
 
-/** {settings, run, stop, state, write, check, fail}. stage: its `begin` takes the fields' values, and returns {add}, which
-    takes a label and a piece of text. */
+/** {settings, run, stop, state, write, check, fail}. stage: its `begin` takes the fields' values and returns {add}, to
+    call with a label and a piece of text. */
 export function column(workflow, stage) {
   const isNamed = workflow.models.length > 1;
   const mixers = workflow.models.filter((model) => model.adapters.length).map((model) => mixer(model, isNamed));
@@ -41,7 +41,7 @@ export function column(workflow, stage) {
       });
     },
     check: () => [...mixers, sampling].every((each) => each.check()),
-    /** Shows an error at the control that the server means. Returns whether there is one. */
+    /** Shows an error at the control that `name` is about. Returns whether there is such a control. */
     fail(name, message) {
       if (name.startsWith("sampling.")) return Boolean(sampling.fail(name, message));
       const [head, component] = name.split(".");
@@ -51,7 +51,7 @@ export function column(workflow, stage) {
       return true;
     },
     stop: () => stopper?.abort(),
-    /** Runs the workflow with these values. Returns the run as history keeps it; `fields` are the errors of fields. */
+    /** Runs the workflow with these values. Returns the run as history keeps it; `fields` has the errors of fields. */
     async run(values) {
       const run = {
         id: `${Date.now()}-${Math.random().toString(36).slice(2)}`,

@@ -25,14 +25,14 @@ export function announce(text) {
   document.getElementById("announcer").textContent = text;
 }
 
-/** Switches a button without taking the focus from it, as `disabled` would. */
+/** Turns a button on or off. The attribute `disabled` would take the focus away from the button. */
 export function enable(control, on) {
   control.setAttribute("aria-disabled", String(!on));
 }
 
 export const isEnabled = (control) => control.getAttribute("aria-disabled") !== "true";
 
-/** Says below a control what is wrong with it; null takes it back. */
+/** Shows an error below a control; null removes it. */
 export function fail(control, message) {
   const holder = control.closest("[data-field]");
   holder.querySelector(".error")?.remove();

@@ -1,9 +1,9 @@
-// Runs before the newest, close enough together to compare, and as files.
+// The runs before the newest one, to compare with it and to save as files.
 import { announce, button, copyButton, download, h } from "./dom.js";
 import { asMarkdown, toLink } from "./history.js";
 import { allText, blendShown, endedRun } from "./output.js";
 
-/** {element, draw}. kept: the workflow's history. onOpen: goes on with a conversation; undefined where there is none. */
+/** {element, draw}. kept: the workflow's history. onOpen: continues a conversation; undefined for other workflows. */
 export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
   const element = h("section", { className: "earlier" });
   let shown = null;
@@ -20,7 +20,7 @@ export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
     announce("The weights are set");
   }
 
-  /** current: the run that stands above. */
+  /** current: the run that the stage shows; it is not listed. */
   function draw(current) {
     shown = current;
     const runs = kept.all().filter((run) => run.id !== current?.id);
@@ -46,7 +46,7 @@ export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
 
 const blend = (run) => run.answers.map((answer) => blendShown(answer.blend)).join("; ");
 
-/** What was asked, in a few words: the text itself where there is just one, else a line for each field. */
+/** The input of a run in words: the value itself if there is one field, else a line for each field. */
 function asked(run) {
   const given = Object.entries(run.values).filter(([, value]) => value !== "");
   return given.length === 1 ? words(given[0][1]) : given.map(([name, value]) => `${name}: ${words(value)}`).join("\n");

@@ -49,22 +49,22 @@ export function field(spec) {
   };
 }
 
-/** The number that the text is; text of a number that JavaScript would round stays text. */
+/** The text as a number. A number that JavaScript would round stays text. */
 const asNumber = (text) => (String(Number(text)) === text ? Number(text) : text);
 
-/** Whether a box for numbers holds one, or nothing; if not, it says so. */
+/** Whether a number box is empty or holds a number; if not, shows an error. */
 function checkNumber(control) {
   if (control.validity.badInput) fail(control, "type a number, or leave it empty");
   return !control.validity.badInput;
 }
 
 const SAMPLING = {
-  temperature: { title: "Temperature", min: 0, step: 0.1, unset: "0.7" },
+  temperature: { title: "Temperature", min: 0, step: 0.1 },
   max_output_length: { title: "Max tokens", min: 1, step: 1, unset: "no limit" },
   seed: { title: "Seed", min: 0, step: 1, unset: "random" },
 };
 
-/** The boxes for sampling. inFile: what the file says; what it asks of the input has a field and is not in it. */
+/** The boxes for sampling. inFile: the file's values, by name. A name that is missing gets no box. */
 export function samplingFields(inFile) {
   const boxes = Object.keys(inFile).map((name) => {
     const { title, min, step, unset } = SAMPLING[name];
@@ -74,11 +74,12 @@ export function samplingFields(inFile) {
     element.dataset.field = `sampling.${name}`;
     return { name, control, element };
   });
-  const note = h("p", { className: "soft" }, "Left empty, each is as the file says. Temperature 0 is greedy.");
+  const greedy = "temperature" in inFile ? " Temperature 0 is greedy." : "";
+  const note = h("p", { className: "soft" }, `Left empty, each is as the file says.${greedy}`);
   return {
     element: h("section", { className: "sampling" },
       h("div", { className: "boxes" }, boxes.map((box) => box.element)), note),
-    /** What was typed; a box that is empty is not in it. */
+    /** The typed values, without empty boxes. */
     read: () => Object.fromEntries(boxes.map((box) => [box.name, box.control.value]).filter(([, value]) => value)),
     write: (values) => boxes.forEach((box) => (box.control.value = values?.[box.name] ?? "")),
     check: () => boxes.every((box) => checkNumber(box.control)),

@@ -1,4 +1,4 @@
-// Runs that a browser keeps, links to a run's input, and runs as files. Nothing of it leaves the browser.
+// The runs that the browser keeps, links that hold a run's input, and runs as Markdown. None of it is sent anywhere.
 
 const MOST_RUNS = 100;
 const MOST_CHARACTERS = 2_000_000; // browsers give a site about five million
@@ -27,7 +27,7 @@ export function history(workflow) {
   }
   return {
     all,
-    /** Adds a run, or puts it in the place of the one with its id. The oldest go where there are too many. */
+    /** Adds a run, or replaces the one with the same id. Drops the oldest runs if there are too many. */
     save(run) {
       let runs = [run, ...all().filter((each) => each.id !== run.id)].slice(0, MOST_RUNS);
       while (runs.length && !isStored(runs)) runs = runs.slice(0, Math.floor(runs.length / 2));
@@ -72,7 +72,7 @@ function readBlend(text) {
   }
 }
 
-/** Runs as Markdown, to read. asked, blend: say these of a run in words. */
+/** Runs as Markdown. asked, blend: functions that put a run's input and blend into words. */
 export function asMarkdown(title, runs, { asked, blend }) {
   const parts = runs.map((run) => {
     const texts = Object.entries(run.texts).map(([label, text]) => (label ? `**${label}**\n\n${text}` : text));

@@ -1,5 +1,5 @@
-// The sliders of one model's blend, and the picker of its named blends. The number boxes hold the truth and take any
-// number; a slider follows as far as it reaches, and says where it does not.
+// The sliders of one model's blend, and the picker of its named blends. The number boxes hold the weights and take any
+// number. A slider follows its box as far as it reaches; a line below it says when it does not reach the number.
 import { fail, h, newId } from "./dom.js";
 import { active, mixed } from "./output.js";
 
@@ -14,7 +14,7 @@ function meant(choices, weights, picked) {
   return alike.find((choice) => choice === picked) ?? alike.find((choice) => !choice.method) ?? null;
 }
 
-/** What a model's base is. isNamed: whether there are several models to tell apart. */
+/** A line about a model's base. isNamed: whether to say which component it belongs to. */
 export function baseLine(model, isNamed) {
   const base = [model.base.source, model.base.precision, model.base.driver].filter(Boolean).join(" · ");
   const name = isNamed ? `base of ${model.component}` : "base";
@@ -67,7 +67,7 @@ export function mixer(model, isNamed) {
     element,
     /** What a run is sent: null as the file says, a name, or {adapter: weight}. */
     read: () => (choice() ? choice().value : Object.fromEntries(active(byName()))),
-    /** What to write to get these sliders again: a name where only that says it, else all weights. */
+    /** The value that makes `write` set these sliders again: all weights, or the name of a blend by another method. */
     state: () => (choice()?.method ? choice().value : byName()),
     shown: () => mixed(byName()),
     /** Sets the sliders. blend: null, a name, or {adapter: weight}. Returns the names that this model does not have. */
@@ -90,7 +90,7 @@ export function mixer(model, isNamed) {
   };
 }
 
-/** One adapter: what it is, its slider, its number. onWeight: called when a person moves either. */
+/** One adapter: a line about it, its slider and its number box. onWeight: called when a weight is moved or typed. */
 function row(adapter, weight, onWeight) {
   const slider = h("input", { type: "range", step: STEP, "aria-label": adapter.name });
   const number = h("input", { type: "number", step: STEP, "aria-label": `${adapter.name} weight`, value: weight });

@@ -1,4 +1,4 @@
-// Runs as the page shows them: the texts as they come, what a person should know of them, and what answered.
+// How the page draws runs: the texts, notes for a person, and a line about the blend that answered.
 import { copyButton, h } from "./dom.js";
 import { markdown } from "./markdown.js";
 
@@ -21,7 +21,7 @@ function growing(label, isMarkdown) {
   };
 }
 
-/** What a run is while it goes on: {element, add}. */
+/** A run that is going on: {element, add, end}. */
 export function liveRun(workflow) {
   const parts = new Map();
   const first = growing("", workflow.markdown);
@@ -47,7 +47,7 @@ export function liveRun(workflow) {
   };
 }
 
-/** The elements of a run that has ended, as history keeps it. */
+/** The elements that show a finished run. run: as history keeps it. */
 export function endedRun(run, isMarkdown) {
   const texts = Object.entries(run.texts);
   const isTold = run.notes.length > 0 && texts.length === 1; // a note says already that the text is empty
@@ -57,7 +57,7 @@ export function endedRun(run, isMarkdown) {
       h("div", { className: isMarkdown ? "text markdown" : "text" }, isMarkdown ? markdown(text) : text),
       text || isTold || run.status !== "done" ? null : h("p", { className: "soft" }, "empty text"),
     )),
-    run.error ? h("p", { className: "error", role: "alert" }, run.error) : null,
+    run.error ? h("p", { className: "error" }, run.error) : null,
     run.notes.map((note) => h("p", { className: "note" }, sentence(note))),
     factLines(run).map((parts) => h("p", { className: "facts" }, parts.map((part) => h("span", {}, part)))),
   ].flat();
@@ -66,10 +66,10 @@ export function endedRun(run, isMarkdown) {
 /** "the text is empty" as "The text is empty." */
 export const sentence = (note) => `${note[0].toUpperCase()}${note.slice(1)}.`;
 
-/** The texts of a run as one, to copy. */
+/** All texts of a run as one text, to copy. */
 export const allText = (run) => Object.values(run.texts).join("\n\n");
 
-/** The [adapter, weight] that have weight. */
+/** The pairs [adapter, weight] whose weight is not 0. */
 export const active = (weights) => Object.entries(weights).filter(([, weight]) => weight);
 
 /** "alpaca 0.5 · pirate 1.25". weights: {adapter: weight}. */

@@ -1,4 +1,4 @@
-// The page: a panel for each workflow, how far the models are loaded, and what a link asks for.
+// The page: a panel for each workflow and a bar while the models load. Applies what the address of a link says.
 import { h, newId } from "./dom.js";
 import { fromLink } from "./history.js";
 import { panel } from "./panel.js";
@@ -40,7 +40,7 @@ async function fetched(path) {
 
 const isReady = (state) => state?.status === "ok";
 
-/** How far the loading is: {element, show(state)}. A bar of unknown length moves too. */
+/** The bar for loading: {element, show(state)}. It moves even while the total is unknown. */
 function loadingBar() {
   const bar = h("progress", { max: 100, "aria-label": "Loading" });
   const said = h("p", { role: "status" });
@@ -60,7 +60,7 @@ function loadingBar() {
   };
 }
 
-/** Tabs as screen readers know them; the arrow keys go from one to the next. */
+/** Tabs with the roles that screen readers expect. The arrow keys move from one to the next. */
 function tabs(workflows, panels) {
   const buttons = workflows.map((workflow, at) =>
     h("button", { type: "button", role: "tab", id: newId(), onclick: () => show(at) }, workflow.name));

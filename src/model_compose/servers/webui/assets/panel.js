@@ -51,6 +51,7 @@ export function panel(workflow, page) {
   }
 
   async function start() {
+    if (!isReady) announce("The models are still loading");
     if (!isEnabled(run)) return;
     tell("");
     if (![...fields, one].every((each) => each.check())) return;
@@ -64,7 +65,7 @@ export function panel(workflow, page) {
     if (messages) ended.values[spec.name] = messages;
     live.end(ended, messages);
     if (ended.status === "failed") {
-      const unplaced = wrong.filter((each) => !showError(each.field, each.message));
+      const unplaced = wrong.filter((each, at) => !showError(each, at === 0));
       tell(wrong.length ? unplaced.map((each) => each.message).join("; ") : ended.error);
     } else {
       announce([ended.status === "done" ? "Finished." : "Stopped.", ...ended.notes.map(sentence)].join(" "));
@@ -77,18 +78,18 @@ export function panel(workflow, page) {
     earlier.draw(current);
   }
 
-  /** Says what has no place at a field. */
+  /** Shows an error that belongs to no field; "" removes it. */
   function tell(message) {
     problem.hidden = !message;
     problem.textContent = message;
   }
 
-  /** Shows an error at the field that the server names. Returns whether there is one. */
-  function showError(name, message) {
+  /** Shows an error at the field that the server names. Returns whether the form has that field. */
+  function showError({ field: name, message }, isFirst) {
     const plain = message.replace(/^input\./, ""); // on a form a field is called by its label
     const found = fields.find((each) => name === `input.${each.name}`.replace(/\.$/, ""));
     found?.fail(plain);
-    found?.focus();
+    if (isFirst) found?.focus();
     return Boolean(found) || one.fail(name, plain);
   }
 
@@ -98,7 +99,7 @@ export function panel(workflow, page) {
     start();
   }
 
-  /** Shows an earlier conversation; without one, an empty stage. */
+  /** Shows an earlier conversation, or starts a new one. */
   function open(conversation) {
     if (isEnabled(stop)) return;
     current = conversation ?? null;
@@ -155,5 +156,5 @@ function single(workflow) {
   }
 }
 
-/** What stands in a workflow's input under a field's dotted name. */
+/** The value in a workflow's input under a field's dotted name. */
 const at = (input, name) => (name ? name.split(".").reduce((value, key) => value?.[key], input) : input);

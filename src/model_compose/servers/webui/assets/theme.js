@@ -1,4 +1,4 @@
-// Light, dark, or as the system has it. Runs before the page is drawn, so that it never flashes in the other one.
+// The theme: light, dark, or the system's. Runs before the page is drawn, so that no other theme flashes up.
 const THEMES = ["auto", "light", "dark"];
 
 function setTheme(theme) {
