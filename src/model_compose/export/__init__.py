@@ -69,7 +69,6 @@ class Export:
     base: Fetched
     model: "PreTrainedModel"
     order: Order
-    trust_remote_code: bool = False
 
     @property
     def base_name(self) -> str:

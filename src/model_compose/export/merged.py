@@ -146,7 +146,7 @@ def _copy_files(export: Export, folder: Path) -> None:
         model.config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-        load_tokenizer(base, export.trust_remote_code).save_pretrained(folder)
+        load_tokenizer(base, export.options.trust_remote_code).save_pretrained(folder)
         return
     there = [path.relative_to(base.folder).as_posix() for path in base.folder.rglob("*") if path.is_file()]
     small = choose(there, repository=str(base), filename=None, allow=None, only=None)
