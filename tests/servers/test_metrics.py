@@ -11,8 +11,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from model_compose.generation import Chunk, Request, Usage
 from model_compose.lora.blend import Blend, Blends
-from model_compose.metrics import label
+from model_compose.metrics import Meter, Metrics, label
 from tests.conftest import serving
 from tests.servers.conftest import Live
 from tests.servers.test_guard import KEY
@@ -195,3 +196,16 @@ def test_the_document_describes_the_route(fresh: str) -> None:
 )  # fmt: skip
 def test_no_request_can_make_a_label_of_its_own(blend: Blend, expected: str) -> None:
     assert label(blend, Blends(("a", "b"), {"calm": Blend({}, "calm")}, Blend({"a": 1.0}, "default"))) == expected
+
+
+def test_a_client_that_leaves_after_the_last_chunk_has_a_completed_request() -> None:
+    metrics = Metrics()
+    with (
+        suppress(GeneratorExit),
+        Meter(metrics, "default").measure(Request("x", Blend()), Blends((), {}, Blend())) as one,
+    ):
+        one.see(Chunk(0, "x", "stop", usage=Usage(1, 1)))
+        raise GeneratorExit
+    found = samples(metrics.text().decode())
+    assert sum(found["request_success_total"].values()) == 1
+    assert not found.get("request_failure_total")
