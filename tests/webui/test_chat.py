@@ -116,6 +116,15 @@ def test_conversations_survive_a_reload_and_go_on(page: Any) -> None:
     expect(cards.locator(".question")).to_have_text("Three")
 
 
+def test_on_a_phone_the_settings_stand_between_the_conversation_and_earlier_chats(page: Any) -> None:
+    page.set_viewport_size({"width": 420, "height": 900})
+    send(page, "One", turns=1)
+    page.get_by_role("button", name="New chat").click()
+    parts = [".chat", ".mixer", ".sampling", ".earlier h2"]
+    tops = [page.locator(f"{part}:visible").bounding_box()["y"] for part in parts]
+    assert tops == sorted(tops)
+
+
 def test_a_link_brings_a_conversation_back(page: Any, chat_site: Site) -> None:
     messages = '[{"role":"user","content":"One"},{"role":"assistant","content":"1"},{"role":"user","content":"Two"}]'
     page.goto(f"{chat_site.page}#input.messages={messages}&blend=strong")
