@@ -437,6 +437,32 @@ def test_runs_can_be_saved_as_json_and_markdown(page: Any) -> None:
     assert f"> Ahoy\n\n**generated**\n\n{second}\n\n*alpaca 2 (strong)*" in text
 
 
+SAVE = """async (run) => {
+    const { earlierRuns } = await import("/assets/earlier.js");
+    const kept = { all: () => [run] };
+    const { element, draw } = earlierRuns({ name: "Workshop", markdown: false }, kept, {});
+    draw(null);
+    const saved = [];
+    URL.createObjectURL = (blob) => (saved.push(blob), "blob:");
+    for (const button of element.querySelectorAll("button")) if (button.textContent.startsWith("Download")) button.click();
+    return Promise.all(saved.map((blob) => blob.text()));
+}"""
+
+
+def test_a_stopped_run_is_saved_with_what_was_asked_for_and_public_names(page: Any) -> None:
+    stopped = {
+        "id": "1", "time": 0, "workflow": "__workflow__", "values": {"prompt": "Ahoy"}, "blend": {"__component__": "x"},
+        "mixed": "alpaca 0.7", "texts": {"": "text"}, "answers": [], "notes": [], "status": "stopped", "seconds": 1,
+    }  # fmt: skip
+    as_json, as_markdown = page.evaluate(SAVE, stopped)
+    (saved,) = json.loads(as_json)
+    assert (saved["workflow"], saved["blend"]) == ("default", {"default": "x"})
+    assert as_markdown.startswith("# Workshop\n")
+    assert as_markdown.endswith("> Ahoy\n\ntext\n\n*stopped: alpaca 0.7*\n")
+    _, of_a_bare_model = page.evaluate(SAVE, stopped | {"mixed": ""})
+    assert of_a_bare_model.endswith("text\n\n*stopped*\n")
+
+
 # Loading and keys.
 
 

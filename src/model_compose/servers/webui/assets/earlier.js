@@ -1,6 +1,6 @@
 // The runs before the newest one, to compare with it and to save as files.
 import { announce, button, copyButton, download, h } from "./dom.js";
-import { asMarkdown, toLink } from "./history.js";
+import { asJson, asMarkdown, toLink } from "./history.js";
 import { allText, blendShown, endedRun } from "./output.js";
 
 /** {element, draw}. kept: the workflow's history. onOpen: continues a conversation; undefined for other workflows. */
@@ -8,7 +8,7 @@ export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
   const element = h("section", { className: "earlier" });
   let shown = null;
   const save = {
-    json: () => download("runs.json", "application/json", JSON.stringify(kept.all(), null, 2)),
+    json: () => download("runs.json", "application/json", asJson(kept.all())),
     markdown: () => download("runs.md", "text/markdown", asMarkdown(workflow.name, kept.all(), { asked, blend })),
   };
   function clear() {
@@ -44,7 +44,8 @@ export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
   return { element, draw };
 }
 
-const blend = (run) => run.answers.map((answer) => blendShown(answer.blend)).join("; ");
+/** The blends that answered; the weights that were asked for if the run ended before the server told its blends. */
+const blend = (run) => run.answers.map((answer) => blendShown(answer.blend)).join("; ") || run.mixed;
 
 /** The input of a run in words: the value itself if there is one field, else a line for each field. */
 function asked(run) {
