@@ -92,7 +92,7 @@ def test_a_conversation_is_pasted_as_json_and_a_mistake_in_it_is_told(page: Any)
 
 def test_an_empty_message_is_told(page: Any) -> None:
     box(page).press("Enter")
-    expect(page.locator(".composer [role=alert]")).to_have_text("messages is required (a list of messages)")
+    expect(page.locator(".composer [role=alert]")).to_have_text("type a message")
 
 
 def test_conversations_survive_a_reload_and_go_on(page: Any) -> None:

@@ -262,12 +262,29 @@ def test_temperature_length_and_seed_reach_the_engine(page: Any, site: Site) -> 
     assert subprocess.check_output([sys.executable, "-c", python]).decode() == f"{text}\n"
 
 
-def test_a_length_of_nothing_is_told_at_its_box(page: Any) -> None:
-    page.get_by_role("spinbutton", name="Max tokens").fill("0")
+@pytest.mark.parametrize(
+    ("name", "typed", "told"),
+    [
+        ("Max tokens", "0", "Max tokens must be a whole number of at least 1"),
+        ("Max tokens", "2.5", "Max tokens must be a whole number of at least 1"),
+        ("Temperature", "-1", "Temperature must be a number of at least 0"),
+        ("Seed", "9223372036854775808", "Seed must be a whole number from 0 to 9223372036854775807"),
+    ],
+)
+def test_a_wrong_number_is_told_at_its_box_and_not_sent(page: Any, name: str, typed: str, told: str) -> None:
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    box = page.get_by_role("spinbutton", name=name)
+    box.fill(typed)
     run(page, "Ahoy")
-    error = page.locator("[data-field='sampling.max_output_length']:visible").get_by_role("alert")
-    expect(error).to_contain_text("greater than or equal to 1")
-    assert page.get_by_role("spinbutton", name="Max tokens").get_attribute("aria-invalid") == "true"
+    expect(page.locator(".sampling:visible").get_by_role("alert")).to_have_text(told)
+    assert box.get_attribute("aria-invalid") == "true"
+    expect(box).to_be_focused()
+    assert sent == []
+    box.fill("9" if name == "Seed" else "1")
+    run(page, "Ahoy")
+    finished(page, DEFAULT)
+    assert len(sent) == 1
 
 
 # Errors.
@@ -277,7 +294,7 @@ def test_errors_are_sentences_beside_their_field(page: Any) -> None:
     box = page.get_by_role("textbox", name="prompt")
     run(page, "  ")
     error = page.locator("[data-field=prompt]:visible").get_by_role("alert")
-    expect(error).to_have_text("prompt is required (text)")
+    expect(error).to_have_text("prompt is required")
     expect(box).to_be_focused()
     assert box.get_attribute("aria-describedby") == error.get_attribute("id")
     expect(page.locator(".idle:visible")).to_have_count(1)
@@ -324,7 +341,7 @@ def test_a_chain_of_models_has_a_mixer_for_each(browser: Any, folder: Path) -> N
         expect(button).to_be_enabled()
         button.click()
         alerts = page.get_by_role("alert").filter(visible=True)
-        expect(alerts).to_have_text(["prompt is required (text)", "how.hints is required (json)"])
+        expect(alerts).to_have_text(["prompt is required", "how.hints is required"])
         expect(page.get_by_role("textbox", name="prompt")).to_be_focused()  # the first that is wrong
         page.get_by_role("textbox", name="prompt").fill("Ahoy")
         page.get_by_role("textbox", name="how.hints").fill('"be brief"')
@@ -411,9 +428,35 @@ def test_a_link_brings_back_workflow_prompt_blend_and_sampling(page: Any, site: 
     assert other.get_by_role("textbox", name="prompt").input_value() == "Ahoy"
     assert picked(other) == "merged (ties) · alpaca 2"
     other.goto(f"{site.page}#blend=" + '{"alpaca":1.25,"gone":2}')
-    expect(other.get_by_role("alert")).to_have_text("There is no gone here any more; its weight is left out.")
+    gone = "The link gives a weight to 'gone', which this file does not have; that weight is left out."
+    expect(other.get_by_role("alert")).to_have_text(gone)
     assert [weight(other, name).input_value() for name in ("alpaca", "pirate")] == ["1.25", "0"]
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("fragment", "told"),
+    [
+        ("blend=nosuch", "names a blend 'nosuch' that this file does not have; the default blend is set"),
+        ("blend=5", "says blend=5, which is neither a name nor weights of adapters; the default blend is set"),
+        (
+            'blend={"alpaca": "hot"}',
+            'says that the weight of alpaca is "hot", which is not a number; the default blend is set',
+        ),
+        (
+            "temperature=hot",
+            "says temperature=hot, but Temperature must be a number of at least 0; the file's value is kept",
+        ),
+        ("colour=red", "says colour=red, but this form has no such field"),
+        ("workflow=gone", "names a workflow 'gone' that this page does not have; the first workflow is shown"),
+    ],
+)
+def test_what_a_link_says_and_the_page_cannot_set_is_told(page: Any, site: Site, fragment: str, told: str) -> None:
+    picker(page).select_option("strong · alpaca 2")
+    page.goto(f"{site.page}#blend=null&{fragment}")
+    expect(page.get_by_role("alert").filter(visible=True)).to_have_text(f"The link {told}.")
+    assert picked(page) == "Default · alpaca 0.7 · pirate 0.8"
+    assert page.get_by_role("spinbutton", name="Temperature").input_value() == ""
 
 
 def test_runs_can_be_saved_as_json_and_markdown(page: Any) -> None:
