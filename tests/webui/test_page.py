@@ -393,6 +393,29 @@ def test_earlier_runs_survive_a_reload_and_their_weights_come_back(page: Any) ->
     expect(card).to_have_count(0)
 
 
+def test_the_line_under_an_earlier_text_stands_outside_of_what_scrolls(page: Any) -> None:
+    run(page, "Ahoy")
+    finished(page, DEFAULT)
+    page.reload()
+    card = page.locator(".earlier .run")
+    expect(card.locator(".facts")).to_contain_text(f"blend {DEFAULT}")
+    expect(card.locator(".scrolled .text")).to_have_count(1)
+    expect(card.locator(".scrolled .facts")).to_have_count(0)
+
+
+def test_a_run_shows_the_sampling_that_differs_from_the_file(page: Any) -> None:
+    for name, value in (("Temperature", "99"), ("Max tokens", "24"), ("Seed", "7")):  # 24 as in the file
+        page.get_by_role("spinbutton", name=name).fill(value)
+    run(page, "Ahoy")
+    finished(page, DEFAULT)
+    expect(page.locator(".stage .facts span").nth(1)).to_have_text("temperature 99 · seed 7")
+    page.get_by_role("tab", name="Long").click()
+    page.get_by_role("spinbutton", name="Seed").fill("8")
+    run(page, "Ahoy")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".stopped:visible .facts span").last).to_have_text("seed 8")
+
+
 def test_the_history_of_a_browser_is_bounded(page: Any) -> None:
     kept = page.evaluate(
         """async () => {

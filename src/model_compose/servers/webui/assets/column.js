@@ -62,6 +62,7 @@ export function column(workflow, stage) {
         values,
         ...state(),
         mixed: mixers.map((each) => each.shown()).join("; "),
+        drawn: sampling.shown(),
         ...{ texts: {}, answers: [], notes: [], calls: [], status: "done" },
       };
       const said = Object.keys(run.sampling).length ? run.sampling : null;

@@ -1,7 +1,7 @@
 // The runs before the newest one, to compare with it and to save as files.
 import { announce, button, copyButton, download, h } from "./dom.js";
 import { asJson, asMarkdown, toLink } from "./history.js";
-import { allText, blendShown, endedRun } from "./output.js";
+import { allText, blendShown, endedText, factsShown } from "./output.js";
 
 /** {element, draw}. kept: the workflow's history. onOpen: continues a conversation; undefined for other workflows. */
 export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
@@ -32,7 +32,8 @@ export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
   }
   const card = (run) => h("article", { className: "card run" },
     h("p", { className: "question" }, asked(run)),
-    h("div", { className: "scrolled", tabIndex: 0 }, endedRun(run, workflow.markdown)),
+    h("div", { className: "scrolled", tabIndex: 0 }, endedText(run, workflow.markdown)),
+    factsShown(run),
     h("div", { className: "bar" },
       onOpen ? button("Continue", () => onOpen(run)) : null,
       button("Use these weights", () => use(run)),

@@ -115,6 +115,10 @@ export function samplingFields(inFile) {
       h("div", { className: "boxes" }, boxes.map((box) => box.element)), note),
     /** The typed values, without empty boxes. */
     read: () => Object.fromEntries(boxes.map((box) => [box.name, box.control.value]).filter(([, value]) => value)),
+    /** The typed values that differ from the file's: "temperature 99 · seed 7". */
+    shown: () => boxes
+      .filter(({ name, control }) => control.value && Number(control.value) !== inFile[name])
+      .map(({ name, control }) => `${SAMPLING[name].title.toLowerCase()} ${control.value}`).join(" · "),
     /** Returns a sentence about a link or a run for each value that no box can hold. */
     write(values = {}) {
       const isRight = (name) => name in inFile && isNumberIn(String(values[name]), SAMPLING[name]);
