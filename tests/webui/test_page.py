@@ -510,7 +510,8 @@ SAVE = """async (run) => {
     draw(null);
     const saved = [];
     URL.createObjectURL = (blob) => (saved.push(blob), "blob:");
-    for (const button of element.querySelectorAll("button")) if (button.textContent.startsWith("Download")) button.click();
+    const buttons = [...element.querySelectorAll("button")];
+    buttons.filter((button) => button.textContent.startsWith("Download")).forEach((button) => button.click());
     return Promise.all(saved.map((blob) => blob.text()));
 }"""
 

@@ -126,11 +126,16 @@ export function samplingFields(inFile) {
         control.value = name in values && isRight(name) ? values[name] : "";
         fail(control, null);
       }
-      return Object.entries(values).filter(([name]) => !isRight(name)).map(([name, value]) => (name in inFile
-        ? `says ${name}=${value}, but ${SAMPLING[name].title} must be ${expected(SAMPLING[name])}; the file's value is kept`
-        : `says ${name}=${value}, but this form has no box for it`));
+      return Object.entries(values).filter(([name]) => !isRight(name)).map(([name, value]) => {
+        if (!(name in inFile)) return `says ${name}=${value}, but this form has no box for it`;
+        const { title, ...limits } = SAMPLING[name];
+        return `says ${name}=${value}, but ${title} must be ${expected(limits)}; the file's value is kept`;
+      });
     },
-    check: () => boxes.map((box) => checkNumber(box.control, SAMPLING[box.name].title, SAMPLING[box.name])).every(Boolean),
+    check() {
+      const checked = ({ name, control }) => checkNumber(control, SAMPLING[name].title, SAMPLING[name]);
+      return boxes.map(checked).every(Boolean);
+    },
     fail: (name, message) => {
       const box = boxes.find((each) => name === `sampling.${each.name}`);
       if (box) fail(box.control, message);

@@ -92,7 +92,8 @@ export function mixer(model, isNamed) {
       show();
       if (wrong) return [`${wrong}; the default blend is set`];
       const unknown = named ? [] : Object.keys(wanted).filter((name) => !names.includes(name));
-      return unknown.map((name) => `gives a weight to '${name}', which this file does not have; that weight is left out`);
+      const told = "which this file does not have; that weight is left out";
+      return unknown.map((name) => `gives a weight to '${name}', ${told}`);
     },
     check() {
       const empty = rows.filter((each) => each.number.value === "");

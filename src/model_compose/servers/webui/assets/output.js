@@ -93,7 +93,8 @@ function factLines(run) {
   const blendFact = (text) => ["blend ", h("b", {}, text)];
   const sampling = run.drawn || null; // runs that older versions kept have none
   if (run.status === "stopped") {
-    return [[`stopped after ${run.seconds.toFixed(1)} s`, run.mixed ? blendFact(run.mixed) : null, sampling].filter(Boolean)];
+    const stopped = `stopped after ${run.seconds.toFixed(1)} s`;
+    return [[stopped, run.mixed ? blendFact(run.mixed) : null, sampling].filter(Boolean)];
   }
   return run.answers.map(({ component, blend, usage }) => {
     const isPlain = !Object.keys(blend.weights).length && blend.name === "default"; // a model without adapters
