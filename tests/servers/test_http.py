@@ -184,7 +184,7 @@ def _raw_text(stream: str) -> str:
         ({}, "input.prompt", "required"),
         ({"input": PROMPT, "blend": "stronk"}, "blend", "did you mean 'strong'"),
         ({"input": PROMPT, "blend": {"nobody": 1}}, "blend", "known: alpaca, pirate"),
-        ({"input": PROMPT, "blend": {"alpaca": "much"}}, "blend", "no model component 'alpaca'"),
+        ({"input": PROMPT, "blend": {"alpaca": "much"}}, "blend", "the weight of alpaca must be a number, not 'much'"),
         ({"input": PROMPT, "blend": {"alpaca": True}}, "blend.alpaca", "finite number"),
         ({"input": PROMPT, "blend": 5}, "blend", "string, or: "),
         ({"input": PROMPT, "stream": "perhaps"}, "stream", "boolean"),
