@@ -441,7 +441,7 @@ def test_run_on_a_running_service(project: Path, server: str, tmp_path: Path) ->
         # an error of the service is shown in the service's words
         code, out, err = called("run", "--input", INPUT, "--blend", "strng", cwd=cwd)
         assert (code, out) == (1, "")
-        assert err.startswith("❌ blend: unknown blend 'strng'; did you mean 'strong'? known: strong, plain")
+        assert err.startswith("❌ blend: unknown blend 'strng'; did you mean 'strong'? known: default, strong, plain")
         code, out, err = called("run", "--stream", cwd=cwd)
         assert (code, out, err) == (
             1,

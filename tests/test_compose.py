@@ -265,7 +265,7 @@ BY_METHOD = (
 @pytest.mark.parametrize(
     ("blend", "expected"),
     [
-        ("strng", "blend: unknown blend 'strng'; did you mean 'strong'? known: strong, plain, alpaca, pirate"),
+        ("strng", "blend: unknown blend 'strng'; did you mean 'strong'? known: default, strong, plain, alpaca, pirate"),
         ({"alpacca": 1}, "blend: unknown adapter 'alpacca'; did you mean 'alpaca'? known: alpaca, pirate"),
         ({"alpaca": True}, "blend.alpaca: a weight must be a finite number, not true"),
         ({"alpaca": None}, "blend.alpaca: a weight must be a finite number, not null"),
@@ -472,7 +472,7 @@ async def test_cancelled_run_stops_the_computation(both: Compose) -> None:
 
 async def test_error_of_one_job_ends_the_others_at_once(both: Compose) -> None:
     engine: Any = both.models["a"].engine
-    with pytest.raises(InputError, match=r"^blend: unknown blend 'nope'; known: pirate$"):
+    with pytest.raises(InputError, match=r"^blend: unknown blend 'nope'; known: default, pirate$"):
         await both.answer({}, workflow="failing")
     assert both.busy == 0
     await until(lambda: not engine._loop.running)

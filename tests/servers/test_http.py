@@ -77,8 +77,8 @@ def test_a_blend_in_the_body_goes_before_the_input_and_changes_text_and_identity
     assert len({answer["output"]["generated"] for answer in (default, mixed, plain)}) == 3
 
 
-@pytest.mark.parametrize("blend", [None, ""])
-def test_null_and_empty_blends_are_the_default(server: str, blend: object) -> None:
+@pytest.mark.parametrize("blend", [None, "", "default"])
+def test_null_and_empty_blends_and_its_name_are_the_default(server: str, blend: object) -> None:
     assert post(server, {"input": PROMPT, "blend": blend}).json()["blend"]["name"] == "default"
 
 
