@@ -418,6 +418,10 @@ def test_api_and_page_on_free_ports_or_other_addresses(read: Callable[..., Compo
          "holds one"),
         ("workflow:\n  job: {output: {generated: ${output}}}\n", ":2: invalid YAML: did not find expected ',' or '}'; "
          'inside {…} an expression stands in quotes: {generated: "${output}"}'),
+        ("component:\n  type: model\n   task: x\n", ":3: invalid YAML: mapping values are not allowed in this context; check "
+         "the indentation of this line, or quote a value that holds ': '"),
+        ("workflow: {}\ncontroller:\n  name: a: b\n", ":3: invalid YAML: mapping values are not allowed in this context; "
+         "check the indentation of this line, or quote a value that holds ': '"),
         ("component: *base\n", ":1: invalid YAML: found undefined alias"),
         ("a: 1\nb: \a\n", ":2: a character (code 0x07) cannot stand in YAML"),
         ("component: &a\n  options: *a\n", ":1: an anchor cannot contain its own alias"),
