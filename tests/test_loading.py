@@ -418,8 +418,8 @@ def test_api_and_page_on_free_ports_or_other_addresses(read: Callable[..., Compo
          "holds one"),
         ("workflow:\n  job: {output: {generated: ${output}}}\n", ":2: invalid YAML: did not find expected ',' or '}'; "
          'inside {…} an expression stands in quotes: {generated: "${output}"}'),
-        ("component:\n  type: model\n   task: x\n", ":3: invalid YAML: mapping values are not allowed in this context; check "
-         "the indentation of this line, or quote a value that holds ': '"),
+        ("component:\n  type: model\n   task: x\n", ":3: invalid YAML: mapping values are not allowed in this context; "
+         "check the indentation of this line, or quote a value that holds ': '"),
         ("workflow: {}\ncontroller:\n  name: a: b\n", ":3: invalid YAML: mapping values are not allowed in this context; "
          "check the indentation of this line, or quote a value that holds ': '"),
         ("component: *base\n", ":1: invalid YAML: found undefined alias"),
