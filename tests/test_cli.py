@@ -325,7 +325,9 @@ def test_port_in_use(folder: Path) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         (folder / "model-compose.yml").write_text(tiny.YAML.replace("port: 0", f"port: {port}"))
-        expected = f"❌ port {port} on 127.0.0.1 is in use by another program; stop it (`model-compose down` if it is "
+        expected = (
+            f"❌ port {port} on 127.0.0.1 is in use by another program; stop it, or set another port in the file\n"
+        )
         code, out, err = cli("up", cwd=folder)
         assert (code, out) == (1, "")
         assert err.startswith(expected)
@@ -333,6 +335,15 @@ def test_port_in_use(folder: Path) -> None:
         assert (code, out) == (1, "")
         assert err.startswith(expected)
         assert "(the service did not start; its log: " in err
+
+        theirs = folder / "their folder"
+        theirs.mkdir()
+        (theirs / "api.yml").write_text(tiny.YAML)
+        with as_running(theirs / "api.yml", f"http://127.0.0.1:{port}"):
+            assert called("up", cwd=folder) == (
+                1, "", f"❌ port {port} is in use by the service of {theirs}/api.yml; stop it with `model-compose down -f "
+                f"'{theirs}/api.yml'`, or set another port in the file\n",
+            )  # fmt: skip
 
 
 def test_api_key_that_is_not_set_keeps_up_from_starting(folder: Path) -> None:
@@ -441,7 +452,7 @@ def test_run_on_a_running_service(project: Path, server: str, tmp_path: Path) ->
         # an error of the service is shown in the service's words
         code, out, err = called("run", "--input", INPUT, "--blend", "strng", cwd=cwd)
         assert (code, out) == (1, "")
-        assert err.startswith("❌ blend: unknown blend 'strng'; did you mean 'strong'? known: strong, plain")
+        assert err.startswith("❌ blend: unknown blend 'strng'; did you mean 'strong'? known: default, strong, plain")
         code, out, err = called("run", "--stream", cwd=cwd)
         assert (code, out, err) == (
             1,

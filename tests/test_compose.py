@@ -250,6 +250,8 @@ async def test_blends_change_the_text_and_an_empty_one_is_the_base(compose: Comp
     for blend in (None, {}, "plain", "strong", {"alpaca": 2}, {"alpaca": "2.0"}, {"alpaca": 0, "pirate": 0}, "alpaca"):
         texts[str(blend)] = (await compose.answer(PROMPT, blend=blend)).output["generated"]
     assert texts["{}"] == texts["plain"] == texts["{'alpaca': 0, 'pirate': 0}"]
+    by_component = [(await compose.answer(PROMPT, blend={id: "strong"})).output for id in ("default", "__component__")]
+    assert by_component == [{"generated": texts["strong"]}] * 2
     assert texts["strong"] == texts["{'alpaca': 2}"] == texts["{'alpaca': '2.0'}"]
     assert len({texts["None"], texts["{}"], texts["strong"], texts["alpaca"]}) == 4
 
@@ -263,18 +265,25 @@ BY_METHOD = (
 @pytest.mark.parametrize(
     ("blend", "expected"),
     [
-        ("strng", "blend: unknown blend 'strng'; did you mean 'strong'? known: strong, plain, alpaca, pirate"),
+        ("strng", "blend: unknown blend 'strng'; did you mean 'strong'? known: default, strong, plain, alpaca, pirate"),
         ({"alpacca": 1}, "blend: unknown adapter 'alpacca'; did you mean 'alpaca'? known: alpaca, pirate"),
         ({"alpaca": True}, "blend.alpaca: a weight must be a finite number, not true"),
         ({"alpaca": None}, "blend.alpaca: a weight must be a finite number, not null"),
         ({"alpaca": float("nan")}, "blend.alpaca: a weight must be a finite number, not nan"),
         ({"alpaca": "inf"}, "blend.alpaca: a weight must be a finite number, not 'inf'"),
-        ({"alpaca": "heavy"}, "blend: there is no model component 'alpaca'; known: __component__. Weights of adapters are "
-         "numbers, blends of components are names or mappings"),
+        ({"alpaca": "heavy"}, "blend: the weight of alpaca must be a number, not 'heavy'"),
+        ({"alpaca": 1, "pirate": "x"}, "blend: the weight of pirate must be a number, not 'x'"),
+        ({"alpaca": {}}, "blend: the weight of alpaca must be a number, not a mapping"),
         ({"method": "ties", "weights": {"alpaca": 1}}, f"blend: {BY_METHOD}"),
         ({"__component__": {"method": "ties", "density": 0.3}}, f"blend.__component__: {BY_METHOD}"),
-        ({"other": {}}, "blend: there is no model component 'other'; known: __component__. Weights of adapters are "
+        ({"other": {}}, "blend: there is no model component 'other'; known: default. Weights of adapters are "
          "numbers, blends of components are names or mappings"),
+        ({"alpaca": 1, "default": "strong"}, "blend: there is no model component 'alpaca'; known: default. Weights of "
+         "adapters are numbers, blends of components are names or mappings"),
+        ({"default": "strong", "__component__": "plain"}, "blend: 'default' and '__component__' are the same model "
+         "component; name it once"),
+        ({"default": {"alpacca": 1}}, "blend.default: unknown adapter 'alpacca'; did you mean 'alpaca'? known: alpaca, "
+         "pirate"),
         ({"__component__": {"alpacca": 1}}, "blend.__component__: unknown adapter 'alpacca'; did you mean 'alpaca'? known: "
          "alpaca, pirate"),
     ],
@@ -463,7 +472,7 @@ async def test_cancelled_run_stops_the_computation(both: Compose) -> None:
 
 async def test_error_of_one_job_ends_the_others_at_once(both: Compose) -> None:
     engine: Any = both.models["a"].engine
-    with pytest.raises(InputError, match=r"^blend: unknown blend 'nope'; known: pirate$"):
+    with pytest.raises(InputError, match=r"^blend: unknown blend 'nope'; known: default, pirate$"):
         await both.answer({}, workflow="failing")
     assert both.busy == 0
     await until(lambda: not engine._loop.running)

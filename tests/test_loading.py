@@ -372,6 +372,38 @@ def test_every_problem_is_told_at_once(message: Message) -> None:
     assert [line.split(" ")[0] for line in told] == [f"{FILE}:2:", f"{FILE}:4:"]
 
 
+WITH_CONTROLLER = "controller: {}\ncomponent: {{type: model, task: text-generation, model: x, action: {{text: y}}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("controller", "line", "port"),
+    [
+        ("{adapter: {type: http-server}, webui: {port: 8080}}", 1, 8080),
+        ("{adapter: {type: http-server, port: 8081},\n  webui: {}}", 2, 8081),
+        ("{type: http-server, port: 9000, host: 127.0.0.1,\n  webui: {port: 9000, host: localhost}}", 2, 9000),
+        ("{type: http-server, port: 9000, webui: {host: 0.0.0.0,\n  port: 9000}}", 2, 9000),
+        ("{type: http-server, port: 9000, host: '::', webui: {host: '::1', port: 9000}}", 1, 9000),
+    ],
+)
+def test_api_and_page_on_one_port(write: Write, controller: str, line: int, port: int) -> None:
+    assert told_of(write, WITH_CONTROLLER.format(controller)) == (
+        f"{FILE}:{line}: the API and the page would both listen on port {port}; give one of them another port"
+    )
+
+
+@pytest.mark.parametrize(
+    "controller",
+    [
+        "{type: http-server, port: 0, webui: {port: 0}}",
+        "{type: http-server, port: 9000, webui: {port: 9000, host: 127.0.0.2}}",
+        "{type: http-server, port: 9000, host: 0.0.0.0, webui: {port: 9000, host: '::1'}}",
+        "{webui: {port: 8080}}",
+    ],
+)
+def test_api_and_page_on_free_ports_or_other_addresses(read: Callable[..., ComposeFile], controller: str) -> None:
+    assert read(WITH_CONTROLLER.format(controller)).config.serving.webui is not None
+
+
 @pytest.mark.parametrize(
     ("yaml", "expected"),
     [
@@ -386,6 +418,10 @@ def test_every_problem_is_told_at_once(message: Message) -> None:
          "holds one"),
         ("workflow:\n  job: {output: {generated: ${output}}}\n", ":2: invalid YAML: did not find expected ',' or '}'; "
          'inside {…} an expression stands in quotes: {generated: "${output}"}'),
+        ("component:\n  type: model\n   task: x\n", ":3: invalid YAML: mapping values are not allowed in this context; "
+         "check the indentation of this line, or quote a value that holds ': '"),
+        ("workflow: {}\ncontroller:\n  name: a: b\n", ":3: invalid YAML: mapping values are not allowed in this context; "
+         "check the indentation of this line, or quote a value that holds ': '"),
         ("component: *base\n", ":1: invalid YAML: found undefined alias"),
         ("a: 1\nb: \a\n", ":2: a character (code 0x07) cannot stand in YAML"),
         ("component: &a\n  options: *a\n", ":1: an anchor cannot contain its own alias"),

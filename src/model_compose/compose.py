@@ -25,6 +25,7 @@ from model_compose.lora.blend import Blend, names_method
 from model_compose.preflight import check_files
 from model_compose.progress import Progress, Report, silent
 from model_compose.room import Admission, Place
+from model_compose.schema import shown
 from model_compose.workflow import runner, variables
 from model_compose.workflow.jobs import WorkflowOptions
 from model_compose.workflow.runner import Done, Graph, PreparedRun, Step
@@ -226,13 +227,7 @@ class Compose:
             return {}
         by_component = isinstance(blend, Mapping) and any(_names_blend(value) for value in blend.values())
         if by_component and ("method" in self.models or not names_method(blend)):
-            if unknown := [id for id in blend if id not in self.models]:
-                raise InputError(
-                    f"blend: there is no model component '{unknown[0]}'; known: {', '.join(self.models)}. Weights of "
-                    "adapters are numbers, blends of components are names or mappings",
-                    field="blend",
-                )
-            return {id: self.models[id].blends.resolve(value, place=f"blend.{id}") for id, value in blend.items()}
+            return self._by_component(blend, graph)
         resolved, refusals = {}, []
         for id, model in self._models_of(graph).items():
             try:
@@ -242,6 +237,28 @@ class Compose:
         if refusals and not resolved:
             raise refusals[0]
         return resolved
+
+    def _by_component(self, blend: Mapping[str, Any], graph: Graph) -> dict[str, Blend]:
+        """{component: blend} -> each blend by the component's id. A key is an id or a public name. Raises InputError."""
+        public = {model.options.public_name: id for id, model in self.models.items()}
+        ids = public | {id: id for id in self.models}
+        if unknown := [name for name in blend if name not in ids]:
+            adapters = {name for model in self._models_of(graph).values() for name in model.blends.adapters}
+            for name in unknown:
+                if name in adapters and _names_blend(blend[name]):
+                    message = f"blend: the weight of {name} must be a number, not {shown(blend[name])}"
+                    raise InputError(message, field="blend")
+            raise InputError(
+                f"blend: there is no model component '{unknown[0]}'; known: {', '.join(public)}. Weights of adapters are "
+                "numbers, blends of components are names or mappings",
+                field="blend",
+            )
+        names: dict[str, str] = {}
+        for name in blend:
+            if (first := names.setdefault(ids[name], name)) != name:
+                message = f"blend: '{first}' and '{name}' are the same model component; name it once"
+                raise InputError(message, field="blend")
+        return {id: self.models[id].blends.resolve(blend[name], place=f"blend.{name}") for id, name in names.items()}
 
 
 def _turns(count: int) -> AbstractAsyncContextManager[Any]:

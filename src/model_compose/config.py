@@ -121,6 +121,14 @@ class Config(Options):
                 self._check_job(job, (*at, *place), f"workflow '{workflow.id}', job '{job.id}': ")
         return self
 
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        api, page = self.serving.server, self.serving.webui
+        if api is not None and page is not None and api.port == page.port != 0 and _overlap(api.host, page.host):
+            problem = f"the API and the page would both listen on port {page.port}; give one of them another port"
+            raise invalid(problem, "controller", "webui", "port")
+        return self
+
     def _check_job(self, job: JobOptions, at: Keys, where: str) -> None:
         """Checks that the job's component and action exist. at: the job's keys. where: what the message starts with."""
         try:
@@ -166,6 +174,13 @@ class Config(Options):
     def find_workflow(self, id: str | None) -> WorkflowOptions:
         """Raises NotFound."""
         return pick(self.all_workflows, id or DEFAULT_ID, "workflow")
+
+
+def _overlap(host: str, other: str) -> bool:
+    """Whether two servers that listen on one port at these hosts are in each other's way."""
+    hosts = {"127.0.0.1" if each == "localhost" else each for each in (host, other)}
+    one_family = len({":" in each for each in hosts}) == 1
+    return len(hosts) == 1 or (one_family and not hosts.isdisjoint({"0.0.0.0", "::"}))
 
 
 def _check_ids(items: Collection[tuple[Keys, Any]], what: str, where: str = "") -> None:

@@ -86,9 +86,13 @@ class LoadError(ComposeError):
 
 
 class AddressInUse(ComposeError):
-    """A port that a server should listen on is taken."""
+    """A server cannot listen on its address. port: the port, if a program listens on it already."""
 
     title = "Address in use"
+
+    def __init__(self, message: str, *, port: int | None = None) -> None:
+        super().__init__(message)
+        self.port = port
 
 
 # A request that cannot be served. The 4xx are mistakes of the caller.

@@ -123,6 +123,8 @@ def _yaml_problem(error: yaml.MarkedYAMLError, text: str, line: int) -> str:
         return f"{problem}; a tab cannot indent YAML, use spaces"
     if "${" in near and "{" in near.replace("${", ""):
         return f'{problem}; inside {{…}} an expression stands in quotes: {{generated: "${{output}}"}}'
+    if "mapping values are not allowed" in problem:
+        return f"{problem}; check the indentation of this line, or quote a value that holds ': '"
     return problem
 
 

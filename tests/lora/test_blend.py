@@ -23,6 +23,7 @@ DIGESTS = {"alpaca": "d1", "pirate": "d2"}
         (None, {"alpaca": 0.7, "pirate": 0.8}),
         ("", {"alpaca": 0.7, "pirate": 0.8}),
         ({}, {}),
+        ("default", {"alpaca": 0.7, "pirate": 0.8}),
         ("concise", {"alpaca": 1.2}),
         ("plain", {}),
         ("pirate", {"pirate": 1.0}),
@@ -38,7 +39,8 @@ def test_a_requests_blend_replaces_the_whole_default(value: Any, weights: dict[s
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("concize", "unknown blend 'concize'; did you mean 'concise'? known: concise, plain, alpaca, pirate"),
+        ("concize", "unknown blend 'concize'; did you mean 'concise'? known: default, concise, plain, alpaca, pirate"),
+        ("defalt", "unknown blend 'defalt'; did you mean 'default'? known: "),
         ({"alpacca": 1}, "unknown adapter 'alpacca'; did you mean 'alpaca'?"),
         ({"alpaca": True}, "blend.alpaca: a weight must be a finite number, not true"),
         ({"alpaca": "much"}, "blend.alpaca: a weight must be a finite number, not 'much'"),

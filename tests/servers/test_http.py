@@ -77,8 +77,8 @@ def test_a_blend_in_the_body_goes_before_the_input_and_changes_text_and_identity
     assert len({answer["output"]["generated"] for answer in (default, mixed, plain)}) == 3
 
 
-@pytest.mark.parametrize("blend", [None, ""])
-def test_null_and_empty_blends_are_the_default(server: str, blend: object) -> None:
+@pytest.mark.parametrize("blend", [None, "", "default"])
+def test_null_and_empty_blends_and_its_name_are_the_default(server: str, blend: object) -> None:
     assert post(server, {"input": PROMPT, "blend": blend}).json()["blend"]["name"] == "default"
 
 
@@ -184,7 +184,7 @@ def _raw_text(stream: str) -> str:
         ({}, "input.prompt", "required"),
         ({"input": PROMPT, "blend": "stronk"}, "blend", "did you mean 'strong'"),
         ({"input": PROMPT, "blend": {"nobody": 1}}, "blend", "known: alpaca, pirate"),
-        ({"input": PROMPT, "blend": {"alpaca": "much"}}, "blend", "no model component 'alpaca'"),
+        ({"input": PROMPT, "blend": {"alpaca": "much"}}, "blend", "the weight of alpaca must be a number, not 'much'"),
         ({"input": PROMPT, "blend": {"alpaca": True}}, "blend.alpaca", "finite number"),
         ({"input": PROMPT, "blend": 5}, "blend", "string, or: "),
         ({"input": PROMPT, "stream": "perhaps"}, "stream", "boolean"),

@@ -290,7 +290,7 @@ def test_a_blend_in_the_model_id_and_lora_is_a_400(client: OpenAI) -> None:
 
 
 def test_an_unknown_model_is_a_404_that_lists_the_known_ones(client: OpenAI) -> None:
-    for model in ("gpt-4", "default:nope", "", ":", "default:alpaca:alpaca"):
+    for model in ("gpt-4", "default:nope", "default:default", "", ":", "default:alpaca:alpaca"):
         with pytest.raises(openai.NotFoundError) as caught:
             complete(client, model=model)
         assert "known: default, default:strong, default:plain, default:alpaca, default:pirate" in str(caught.value)

@@ -157,9 +157,10 @@ def test_a_port_in_use_is_named_with_the_remedy() -> None:
     with bind("127.0.0.1", 0) as first:
         port = first.getsockname()[1]
         with pytest.raises(
-            AddressInUse, match=rf"port {port} on 127\.0\.0\.1 is in use.*model-compose down.*another port"
-        ):
+            AddressInUse, match=rf"port {port} on 127\.0\.0\.1 is in use.*stop it, or set another port"
+        ) as caught:
             bind("127.0.0.1", port)
+        assert caught.value.port == port
 
 
 def test_an_address_of_another_machine_cannot_be_listened_on() -> None:

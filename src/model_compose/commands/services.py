@@ -8,11 +8,12 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import typer
 
 from model_compose.commands.options import AsJson, EnvFiles, EnvPairs, Files, all_files, load_files
-from model_compose.errors import ComposeError, ConfigError
+from model_compose.errors import AddressInUse, ComposeError, ConfigError
 from model_compose.nodes import FILE_NAMES
 
 if TYPE_CHECKING:
@@ -83,12 +84,31 @@ def what_is_up() -> list[str]:
 
     lines = []
     for record in find_all():
-        ends = ["kill", str(record.pid)]  # where the files are gone, or another version wrote the record
-        if record.files and all(Path(file).is_file() for file in record.files):
-            ends = ["model-compose", "down", *(part for file in record.files for part in ("-f", file))]
         where = _api(record) or record.page or "still starting"
-        lines.append(f"  {shlex.join(ends)}  # {where}")
+        lines.append(f"  {_ending(record)}  # {where}")
     return ["these are up; each line ends one:", *lines] if lines else []
+
+
+def _ending(record: "Record") -> str:
+    """The command that ends this service."""
+    ends = ["kill", str(record.pid)]  # where the files are gone, or another version wrote the record
+    if record.files and all(Path(file).is_file() for file in record.files):
+        ends = ["model-compose", "down", *(part for file in record.files for part in ("-f", file))]
+    return shlex.join(ends)
+
+
+def port_in_use(port: int) -> AddressInUse | None:
+    """The error for a port on which another service of this user listens, with the command that ends it. Else None."""
+    from model_compose.running import find_all
+
+    for record in find_all():
+        if any(urlsplit(url).port == port for url in (record.api, record.page) if url):
+            whose = f"the service of {record.files[0]}" if record.files else f"process {record.pid}"
+            return AddressInUse(
+                f"port {port} is in use by {whose}; stop it with `{_ending(record)}`, or set another port in the file",
+                port=port,
+            )
+    return None
 
 
 def files_or_what_is_up(given: Collection[Path]) -> tuple[Path, ...]:

@@ -21,8 +21,8 @@ from model_compose.commands.options import (
     load_files,
     log_to_stderr,
 )
-from model_compose.commands.services import files_or_what_is_up, what_is_up
-from model_compose.errors import ConfigError, Conflict, LoadError
+from model_compose.commands.services import files_or_what_is_up, port_in_use, what_is_up
+from model_compose.errors import AddressInUse, ConfigError, Conflict, LoadError
 from model_compose.progress import Progress, silent
 from model_compose.request_log import REQUEST_FORMAT
 
@@ -114,7 +114,11 @@ def _serve(loaded: "ComposeFile", log: Path | None) -> None:
             running.update(ready=True)
             print("ready", file=sys.stderr)
 
-        asyncio.run(serve(compose, report, announce, ready))
+        try:
+            asyncio.run(serve(compose, report, announce, ready))
+        except AddressInUse as error:
+            ours = port_in_use(error.port) if error.port else None
+            raise (ours or error) from None
 
 
 def _detach(loaded: "ComposeFile", arguments: list[str], pairs: dict[str, str]) -> None:

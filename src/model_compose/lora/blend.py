@@ -89,8 +89,8 @@ class Blends:
     def resolve(self, value: Any, *, place: str = "blend") -> Blend:
         """The blend that a request asks for.
 
-        None and "" mean the default. A string names a blend, or one adapter with weight 1. A mapping {adapter: weight}
-        replaces all weights of the default. Raises InputError, which names `place` and the known names.
+        None and "" mean the default. A string names the default or another blend, or one adapter with weight 1. A mapping
+        {adapter: weight} replaces all weights of the default. Raises InputError, which names `place` and the known names.
         """
         if value is None or value == "":
             return self.default
@@ -101,7 +101,10 @@ class Blends:
                 return self.named[value]
             if value in self.adapters:
                 return Blend({value: 1.0}, value)
-            raise self._unknown(value, place, (*self.named, *self.adapters), "blend")
+            if value == self.default.name:
+                return self.default
+            default = (self.default.name,) if self.default.name else ()
+            raise self._unknown(value, place, (*default, *self.named, *self.adapters), "blend")
         if isinstance(value, Mapping):
             if names_method(value):
                 raise InputError(

@@ -139,8 +139,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         if error.errno == errno.EADDRINUSE:
             raise AddressInUse(
-                f"port {port} on {host} is in use by another program; stop it (`model-compose down` if it is ours), or set "
-                "another port in the file"
+                f"port {port} on {host} is in use by another program; stop it, or set another port in the file",
+                port=port,
             ) from None
         raise AddressInUse(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return listener
