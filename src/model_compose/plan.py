@@ -300,7 +300,7 @@ def _parts(model: ModelPlan, needs: Needs) -> list[tuple[str, int, str]]:
     return [
         ("base", needs.base, f"{model.parameters or 0:,} parameters in {model.precision}{packed}{mapped}"),
         *((f"adapter {name}", size, "") for name, size in needs.adapters.items()),
-        ("adapters as stored", needs.kept, "stay in main memory, for folding"),
+        ("adapters as stored", needs.kept, "stay in main memory, to fold or move them"),
         ("folded", needs.folded, f"a copy of the weights that the default blend changes (fold: {needs.fold})"),
         ("folded ahead", needs.full_rank, "a copy of the weights that the blend of full rank changes"),
         ("while loading", needs.loading, "the whole base is converted before it is quantised"),

@@ -304,6 +304,17 @@ async def test_the_page_is_reached_by_its_names_only(page: httpx.AsyncClient) ->
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_the_page_names_no_option_that_it_lacks(page: httpx.AsyncClient) -> None:
+    document = is_problem(await page.post("/runs", data={}, headers={"Origin": "https://evil.example"}), 403)
+    assert "https://evil.example" in document["detail"]
+    assert (
+        "call the API instead, or, if a proxy stands before this server, let it pass on the Host header"
+        in document["detail"]
+    )
+    assert "origins" not in document["detail"]
+
+
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("chunked", [True, False])
 async def test_the_page_takes_no_large_bodies(page: httpx.AsyncClient, chunked: bool) -> None:
     pieces = [b'{"data": ["', *60 * [b"x" * 1_000_000], b'"]}']

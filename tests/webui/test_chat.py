@@ -92,7 +92,7 @@ def test_a_conversation_is_pasted_as_json_and_a_mistake_in_it_is_told(page: Any)
 
 def test_an_empty_message_is_told(page: Any) -> None:
     box(page).press("Enter")
-    expect(page.locator(".composer [role=alert]")).to_have_text("messages is required (a list of messages)")
+    expect(page.locator(".composer [role=alert]")).to_have_text("type a message")
 
 
 def test_conversations_survive_a_reload_and_go_on(page: Any) -> None:
@@ -114,6 +114,15 @@ def test_conversations_survive_a_reload_and_go_on(page: Any) -> None:
     page.get_by_role("button", name="New chat").click()
     expect(page.locator(".turn")).to_have_count(0)
     expect(cards.locator(".question")).to_have_text("Three")
+
+
+def test_on_a_phone_the_settings_stand_between_the_conversation_and_earlier_chats(page: Any) -> None:
+    page.set_viewport_size({"width": 420, "height": 900})
+    send(page, "One", turns=1)
+    page.get_by_role("button", name="New chat").click()
+    parts = [".chat", ".mixer", ".sampling", ".earlier h2"]
+    tops = [page.locator(f"{part}:visible").bounding_box()["y"] for part in parts]
+    assert tops == sorted(tops)
 
 
 def test_a_link_brings_a_conversation_back(page: Any, chat_site: Site) -> None:

@@ -39,6 +39,7 @@ def described(compose: Compose) -> dict[str, Any]:
 
 def test_each_variable_has_its_widget_and_each_model_its_blends(chain: Compose) -> None:
     shown = described(chain)
+    assert shown["name"] == "model-compose"  # the page's title, as the file names neither the workflow nor itself
     assert {field["name"]: field["kind"] for field in shown["fields"]} == {
         "prompt": "text", "length": "integer", "heat": "slider", "draw": "boolean", "how.hints": "json",
     }  # fmt: skip

@@ -262,12 +262,29 @@ def test_temperature_length_and_seed_reach_the_engine(page: Any, site: Site) -> 
     assert subprocess.check_output([sys.executable, "-c", python]).decode() == f"{text}\n"
 
 
-def test_a_length_of_nothing_is_told_at_its_box(page: Any) -> None:
-    page.get_by_role("spinbutton", name="Max tokens").fill("0")
+@pytest.mark.parametrize(
+    ("name", "typed", "told"),
+    [
+        ("Max tokens", "0", "Max tokens must be a whole number of at least 1"),
+        ("Max tokens", "2.5", "Max tokens must be a whole number of at least 1"),
+        ("Temperature", "-1", "Temperature must be a number of at least 0"),
+        ("Seed", "9223372036854775808", "Seed must be a whole number from 0 to 9223372036854775807"),
+    ],
+)
+def test_a_wrong_number_is_told_at_its_box_and_not_sent(page: Any, name: str, typed: str, told: str) -> None:
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    box = page.get_by_role("spinbutton", name=name)
+    box.fill(typed)
     run(page, "Ahoy")
-    error = page.locator("[data-field='sampling.max_output_length']:visible").get_by_role("alert")
-    expect(error).to_contain_text("greater than or equal to 1")
-    assert page.get_by_role("spinbutton", name="Max tokens").get_attribute("aria-invalid") == "true"
+    expect(page.locator(".sampling:visible").get_by_role("alert")).to_have_text(told)
+    assert box.get_attribute("aria-invalid") == "true"
+    expect(box).to_be_focused()
+    assert sent == []
+    box.fill("9" if name == "Seed" else "1")
+    run(page, "Ahoy")
+    finished(page, DEFAULT)
+    assert len(sent) == 1
 
 
 # Errors.
@@ -277,7 +294,7 @@ def test_errors_are_sentences_beside_their_field(page: Any) -> None:
     box = page.get_by_role("textbox", name="prompt")
     run(page, "  ")
     error = page.locator("[data-field=prompt]:visible").get_by_role("alert")
-    expect(error).to_have_text("prompt is required (text)")
+    expect(error).to_have_text("prompt is required")
     expect(box).to_be_focused()
     assert box.get_attribute("aria-describedby") == error.get_attribute("id")
     expect(page.locator(".idle:visible")).to_have_count(1)
@@ -324,7 +341,7 @@ def test_a_chain_of_models_has_a_mixer_for_each(browser: Any, folder: Path) -> N
         expect(button).to_be_enabled()
         button.click()
         alerts = page.get_by_role("alert").filter(visible=True)
-        expect(alerts).to_have_text(["prompt is required (text)", "how.hints is required (json)"])
+        expect(alerts).to_have_text(["prompt is required", "how.hints is required"])
         expect(page.get_by_role("textbox", name="prompt")).to_be_focused()  # the first that is wrong
         page.get_by_role("textbox", name="prompt").fill("Ahoy")
         page.get_by_role("textbox", name="how.hints").fill('"be brief"')
@@ -376,6 +393,29 @@ def test_earlier_runs_survive_a_reload_and_their_weights_come_back(page: Any) ->
     expect(card).to_have_count(0)
 
 
+def test_the_line_under_an_earlier_text_stands_outside_of_what_scrolls(page: Any) -> None:
+    run(page, "Ahoy")
+    finished(page, DEFAULT)
+    page.reload()
+    card = page.locator(".earlier .run")
+    expect(card.locator(".facts")).to_contain_text(f"blend {DEFAULT}")
+    expect(card.locator(".scrolled .text")).to_have_count(1)
+    expect(card.locator(".scrolled .facts")).to_have_count(0)
+
+
+def test_a_run_shows_the_sampling_that_differs_from_the_file(page: Any) -> None:
+    for name, value in (("Temperature", "99"), ("Max tokens", "24"), ("Seed", "7")):  # 24 as in the file
+        page.get_by_role("spinbutton", name=name).fill(value)
+    run(page, "Ahoy")
+    finished(page, DEFAULT)
+    expect(page.locator(".stage .facts span").nth(1)).to_have_text("temperature 99 · seed 7")
+    page.get_by_role("tab", name="Long").click()
+    page.get_by_role("spinbutton", name="Seed").fill("8")
+    run(page, "Ahoy")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".stopped:visible .facts span").last).to_have_text("seed 8")
+
+
 def test_the_history_of_a_browser_is_bounded(page: Any) -> None:
     kept = page.evaluate(
         """async () => {
@@ -411,9 +451,35 @@ def test_a_link_brings_back_workflow_prompt_blend_and_sampling(page: Any, site: 
     assert other.get_by_role("textbox", name="prompt").input_value() == "Ahoy"
     assert picked(other) == "merged (ties) · alpaca 2"
     other.goto(f"{site.page}#blend=" + '{"alpaca":1.25,"gone":2}')
-    expect(other.get_by_role("alert")).to_have_text("There is no gone here any more; its weight is left out.")
+    gone = "The link gives a weight to 'gone', which this file does not have; that weight is left out."
+    expect(other.get_by_role("alert")).to_have_text(gone)
     assert [weight(other, name).input_value() for name in ("alpaca", "pirate")] == ["1.25", "0"]
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("fragment", "told"),
+    [
+        ("blend=nosuch", "names a blend 'nosuch' that this file does not have; the default blend is set"),
+        ("blend=5", "says blend=5, which is neither a name nor weights of adapters; the default blend is set"),
+        (
+            'blend={"alpaca": "hot"}',
+            'says that the weight of alpaca is "hot", which is not a number; the default blend is set',
+        ),
+        (
+            "temperature=hot",
+            "says temperature=hot, but Temperature must be a number of at least 0; the file's value is kept",
+        ),
+        ("colour=red", "says colour=red, but this form has no such field"),
+        ("workflow=gone", "names a workflow 'gone' that this page does not have; the first workflow is shown"),
+    ],
+)
+def test_what_a_link_says_and_the_page_cannot_set_is_told(page: Any, site: Site, fragment: str, told: str) -> None:
+    picker(page).select_option("strong · alpaca 2")
+    page.goto(f"{site.page}#blend=null&{fragment}")
+    expect(page.get_by_role("alert").filter(visible=True)).to_have_text(f"The link {told}.")
+    assert picked(page) == "Default · alpaca 0.7 · pirate 0.8"
+    assert page.get_by_role("spinbutton", name="Temperature").input_value() == ""
 
 
 def test_runs_can_be_saved_as_json_and_markdown(page: Any) -> None:
@@ -435,6 +501,32 @@ def test_runs_can_be_saved_as_json_and_markdown(page: Any) -> None:
     text = saved("Markdown")
     assert text.startswith("# Short\n\n## ")
     assert f"> Ahoy\n\n**generated**\n\n{second}\n\n*alpaca 2 (strong)*" in text
+
+
+SAVE = """async (run) => {
+    const { earlierRuns } = await import("/assets/earlier.js");
+    const kept = { all: () => [run] };
+    const { element, draw } = earlierRuns({ name: "Workshop", markdown: false }, kept, {});
+    draw(null);
+    const saved = [];
+    URL.createObjectURL = (blob) => (saved.push(blob), "blob:");
+    for (const button of element.querySelectorAll("button")) if (button.textContent.startsWith("Download")) button.click();
+    return Promise.all(saved.map((blob) => blob.text()));
+}"""
+
+
+def test_a_stopped_run_is_saved_with_what_was_asked_for_and_public_names(page: Any) -> None:
+    stopped = {
+        "id": "1", "time": 0, "workflow": "__workflow__", "values": {"prompt": "Ahoy"}, "blend": {"__component__": "x"},
+        "mixed": "alpaca 0.7", "texts": {"": "text"}, "answers": [], "notes": [], "status": "stopped", "seconds": 1,
+    }  # fmt: skip
+    as_json, as_markdown = page.evaluate(SAVE, stopped)
+    (saved,) = json.loads(as_json)
+    assert (saved["workflow"], saved["blend"]) == ("default", {"default": "x"})
+    assert as_markdown.startswith("# Workshop\n")
+    assert as_markdown.endswith("> Ahoy\n\ntext\n\n*stopped: alpaca 0.7*\n")
+    _, of_a_bare_model = page.evaluate(SAVE, stopped | {"mixed": ""})
+    assert of_a_bare_model.endswith("text\n\n*stopped*\n")
 
 
 # Loading and keys.

@@ -35,8 +35,9 @@ class Guard:
 
     def __init__(
         self, app: ASGIApp, hosts: "Hosts", max_body: int,
-        keys: "Keys | None" = None, open_paths: Iterable[str] = (), origins: Collection[str] = (),
+        keys: "Keys | None" = None, open_paths: Iterable[str] = (), origins: Collection[str] | None = (),
     ) -> None:  # fmt: skip
+        """origins: the web pages of other addresses that may call; None where the file cannot list any."""
         self._app, self._hosts, self._allowance = app, hosts, Allowance(max_body)
         self._keys, self._open, self._origins = keys, frozenset(open_paths), origins
 
@@ -73,7 +74,14 @@ class Guard:
         if origin is None or request.method == "GET" or content_type(request) == "application/json":
             return
         here = urlsplit(origin).netloc == request.headers.get("host")
-        if not (here or origin in self._origins or "*" in self._origins):
+        if here:
+            return
+        if self._origins is None:
+            raise Forbidden(
+                f"this request comes from a web page of {origin}, but this server takes forms from its own pages alone; "
+                "call the API instead, or, if a proxy stands before this server, let it pass on the Host header"
+            )
+        if origin not in self._origins and "*" not in self._origins:
             raise Forbidden(
                 f"this request comes from a web page of {origin}; list that under 'origins', or send application/json"
             )

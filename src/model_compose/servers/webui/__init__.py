@@ -43,7 +43,7 @@ def create_page(compose: Compose, api_address: str | None) -> ASGIApp:
     app = SafeHeaders(_create_app(compose, api_address if server else None))
     door = Door(app, server.api_keys, form.title(compose)) if server and server.api_keys else app
     max_body = server.max_body_size if server else DEFAULT_MAX_BODY
-    return Guard(door, Hosts(options.host, options.allowed_hosts), max_body)
+    return Guard(door, Hosts(options.host, options.allowed_hosts), max_body, origins=None)
 
 
 def _create_app(compose: Compose, api_address: str | None) -> FastAPI:

@@ -47,7 +47,7 @@ def describe_workflow(compose: Compose, workflow: WorkflowOptions) -> dict[str, 
     models = list(_models(compose, workflow))
     return {
         "id": workflow.id,
-        "name": _name(workflow) or workflow.id,
+        "name": _name(workflow) or title(compose),
         "description": workflow.description,
         "fields": [_describe_field(field, alone=len(fields) == 1) for field in fields],
         "models": [_describe_model(model, preset) for _, model, preset in models],

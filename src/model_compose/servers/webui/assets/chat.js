@@ -66,7 +66,10 @@ export function conversation(workflow, spec, { buttons, onSend, onAgain, onNew }
       h("label", { htmlFor: system.id }, "System prompt", h("small", {}, "optional")), system),
     write,
     show: (run) => write(run.values[spec.name], run),
-    check: () => true,
+    check() {
+      if (!box.value.trim()) fail(box, "type a message");
+      return Boolean(box.value.trim());
+    },
     focus: () => box.focus(),
     fail: (message) => fail(box, message),
     read() {

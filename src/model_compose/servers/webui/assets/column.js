@@ -32,15 +32,17 @@ export function column(workflow, stage) {
   return {
     settings,
     state,
-    /** Sets sliders and sampling as `state` gave them; "" stands for the only model. Returns the names unknown here. */
+    /** Sets sliders and sampling as `state` gave them; "" stands for the only model. Returns sentences about
+        what cannot be set, without their subject: the link or the run. */
     write(saved) {
-      sampling.write(saved.sampling);
-      return Object.entries(saved.blend).flatMap(([component, value]) => {
+      const blends = Object.entries(saved.blend).flatMap(([component, value]) => {
         const found = component ? mixers.find((each) => each.component === component) : mixers[0];
-        return found ? found.write(value) : [component || "blend"];
+        const missing = component ? `model '${component}' with adapters` : "model with adapters";
+        return found ? found.write(value) : [`has a blend, but this workflow has no ${missing}`];
       });
+      return [...blends, ...sampling.write(saved.sampling)];
     },
-    check: () => [...mixers, sampling].every((each) => each.check()),
+    check: () => [...mixers, sampling].map((each) => each.check()).every(Boolean),
     /** Shows an error at the control that `name` is about. Returns whether there is such a control. */
     fail(name, message) {
       if (name.startsWith("sampling.")) return Boolean(sampling.fail(name, message));
@@ -60,6 +62,7 @@ export function column(workflow, stage) {
         values,
         ...state(),
         mixed: mixers.map((each) => each.shown()).join("; "),
+        drawn: sampling.shown(),
         ...{ texts: {}, answers: [], notes: [], calls: [], status: "done" },
       };
       const said = Object.keys(run.sampling).length ? run.sampling : null;

@@ -1,14 +1,14 @@
 // The runs before the newest one, to compare with it and to save as files.
 import { announce, button, copyButton, download, h } from "./dom.js";
-import { asMarkdown, toLink } from "./history.js";
-import { allText, blendShown, endedRun } from "./output.js";
+import { asJson, asMarkdown, toLink } from "./history.js";
+import { allText, blendShown, endedText, factsShown } from "./output.js";
 
 /** {element, draw}. kept: the workflow's history. onOpen: continues a conversation; undefined for other workflows. */
 export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
   const element = h("section", { className: "earlier" });
   let shown = null;
   const save = {
-    json: () => download("runs.json", "application/json", JSON.stringify(kept.all(), null, 2)),
+    json: () => download("runs.json", "application/json", asJson(kept.all())),
     markdown: () => download("runs.md", "text/markdown", asMarkdown(workflow.name, kept.all(), { asked, blend })),
   };
   function clear() {
@@ -32,7 +32,8 @@ export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
   }
   const card = (run) => h("article", { className: "card run" },
     h("p", { className: "question" }, asked(run)),
-    h("div", { className: "scrolled", tabIndex: 0 }, endedRun(run, workflow.markdown)),
+    h("div", { className: "scrolled", tabIndex: 0 }, endedText(run, workflow.markdown)),
+    factsShown(run),
     h("div", { className: "bar" },
       onOpen ? button("Continue", () => onOpen(run)) : null,
       button("Use these weights", () => use(run)),
@@ -44,7 +45,8 @@ export function earlierRuns(workflow, kept, { onWeights, onOpen }) {
   return { element, draw };
 }
 
-const blend = (run) => run.answers.map((answer) => blendShown(answer.blend)).join("; ");
+/** The blends that answered; the weights that were asked for if the run ended before the server told its blends. */
+const blend = (run) => run.answers.map((answer) => blendShown(answer.blend)).join("; ") || run.mixed;
 
 /** The input of a run in words: the value itself if there is one field, else a line for each field. */
 function asked(run) {

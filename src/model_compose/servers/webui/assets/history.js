@@ -72,12 +72,25 @@ function readBlend(text) {
   }
 }
 
+/** Runs as JSON. A workflow or a component without an id is called "default", as in the API. */
+export function asJson(runs) {
+  const publicId = (id) => (id.startsWith("__") ? "default" : id);
+  const named = (run) => ({
+    ...run,
+    workflow: publicId(run.workflow),
+    blend: Object.fromEntries(Object.entries(run.blend).map(([id, value]) => [publicId(id), value])),
+    answers: run.answers.map((answer) => ({ ...answer, component: publicId(answer.component) })),
+  });
+  return JSON.stringify(runs.map(named), null, 2);
+}
+
 /** Runs as Markdown. asked, blend: functions that put a run's input and blend into words. */
 export function asMarkdown(title, runs, { asked, blend }) {
   const parts = runs.map((run) => {
     const texts = Object.entries(run.texts).map(([label, text]) => (label ? `**${label}**\n\n${text}` : text));
     const head = [`## ${new Date(run.time).toLocaleString()}`, `> ${asked(run).replaceAll("\n", "\n> ")}`];
-    return [...head, ...texts, `*${blend(run)}*`].join("\n\n");
+    const facts = [run.status === "done" ? "" : run.status, blend(run)].filter(Boolean).join(": ");
+    return [...head, ...texts, ...(facts ? [`*${facts}*`] : [])].join("\n\n");
   });
   return `# ${title}\n\n${parts.join("\n\n")}\n`;
 }

@@ -48,6 +48,17 @@ export function mixer(model, isNamed) {
     picked = choice();
     picker.value = picked ? choices.indexOf(picked) : CUSTOM;
   }
+  /** Why the sliders cannot be set to a blend, without the subject; null if they can. */
+  function problem(blend) {
+    if (typeof blend === "string") {
+      const isKnown = names.includes(blend) || choices.some((each) => each.value === blend);
+      return isKnown ? null : `names a blend '${blend}' that this file does not have`;
+    }
+    const isMapping = blend === null || (typeof blend === "object" && !Array.isArray(blend));
+    if (!isMapping) return `says blend=${JSON.stringify(blend)}, which is neither a name nor weights of adapters`;
+    const wrong = Object.entries(blend ?? {}).find(([, weight]) => !Number.isFinite(weight));
+    return wrong ? `says that the weight of ${wrong[0]} is ${JSON.stringify(wrong[1])}, which is not a number` : null;
+  }
   function stretch() {
     const [low, high] = RANGES[range.value];
     rows.forEach((each) => each.stretch(low, high));
@@ -70,20 +81,23 @@ export function mixer(model, isNamed) {
     /** The value that makes `write` set these sliders again: all weights, or the name of a blend by another method. */
     state: () => (choice()?.method ? choice().value : byName()),
     shown: () => mixed(byName()),
-    /** Sets the sliders. blend: null, a name, or {adapter: weight}. Returns the names that this model does not have. */
+    /** Sets the sliders. blend: null, a name, or {adapter: weight}. A blend that cannot be set gives the default blend.
+        Returns sentences about what cannot be set, without their subject: the link or the run. */
     write(blend) {
-      const named = blend === null ? choices[0] : choices.find((each) => each.value === blend);
-      const wanted = typeof blend === "string" && !named ? { [blend]: 1 } : (blend ?? {});
+      const wrong = problem(blend);
+      const named = wrong || blend === null ? choices[0] : choices.find((each) => each.value === blend);
+      const wanted = typeof blend === "string" ? { [blend]: 1 } : (blend ?? {});
       rows.forEach((each, at) => each.write(named ? named.weights[at] : (wanted[names[at]] ?? 0)));
       picked = named ?? picked;
       show();
-      return named ? [] : Object.keys(wanted).filter((name) => !names.includes(name));
+      if (wrong) return [`${wrong}; the default blend is set`];
+      const unknown = named ? [] : Object.keys(wanted).filter((name) => !names.includes(name));
+      return unknown.map((name) => `gives a weight to '${name}', which this file does not have; that weight is left out`);
     },
     check() {
       const empty = rows.filter((each) => each.number.value === "");
       const message = (name) => `the weight of ${name} is empty; type a number, 0 leaves the adapter out`;
       empty.forEach((each) => fail(each.number, message(each.name)));
-      empty[0]?.number.focus();
       return empty.length === 0;
     },
     fail: (message) => fail(picker, message),

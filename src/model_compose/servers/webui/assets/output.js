@@ -48,7 +48,10 @@ export function liveRun(workflow) {
 }
 
 /** The elements that show a finished run. run: as history keeps it. */
-export function endedRun(run, isMarkdown) {
+export const endedRun = (run, isMarkdown) => [...endedText(run, isMarkdown), ...factsShown(run)];
+
+/** Its texts, error and notes. */
+export function endedText(run, isMarkdown) {
   const texts = Object.entries(run.texts);
   const isTold = run.notes.length > 0 && texts.length === 1; // a note says already that the text is empty
   return [
@@ -59,9 +62,12 @@ export function endedRun(run, isMarkdown) {
     )),
     run.error ? h("p", { className: "error" }, run.error) : null,
     run.notes.map((note) => h("p", { className: "note" }, sentence(note))),
-    factLines(run).map((parts) => h("p", { className: "facts" }, parts.map((part) => h("span", {}, part)))),
   ].flat();
 }
+
+/** The lines about its blends, speed and sampling. */
+export const factsShown = (run) =>
+  factLines(run).map((parts) => h("p", { className: "facts" }, parts.map((part) => h("span", {}, part))));
 
 /** "the text is empty" as "The text is empty." */
 export const sentence = (note) => `${note[0].toUpperCase()}${note.slice(1)}.`;
@@ -81,12 +87,13 @@ export function blendShown({ name, weights, method }) {
   return `${mixed(weights)} (${[name ?? "custom", method].filter(Boolean).join(", ")})`;
 }
 
-/** The lines under a text, each a list of facts: blend, tokens, speed, time, identity. */
+/** The lines under a text, each a list of facts: blend, sampling, tokens, speed, time, identity. */
 function factLines(run) {
   if (run.status === "failed") return [];
   const blendFact = (text) => ["blend ", h("b", {}, text)];
+  const sampling = run.drawn || null; // runs that older versions kept have none
   if (run.status === "stopped") {
-    return [[`stopped after ${run.seconds.toFixed(1)} s`, ...(run.mixed ? [blendFact(run.mixed)] : [])]];
+    return [[`stopped after ${run.seconds.toFixed(1)} s`, run.mixed ? blendFact(run.mixed) : null, sampling].filter(Boolean)];
   }
   return run.answers.map(({ component, blend, usage }) => {
     const isPlain = !Object.keys(blend.weights).length && blend.name === "default"; // a model without adapters
@@ -94,6 +101,7 @@ function factLines(run) {
     return [
       run.answers.length > 1 ? component : null,
       isPlain ? null : blendFact(blendShown(blend)),
+      sampling,
       tokens,
       `${usage.tokens_per_second.toFixed(1)} tok/s`,
       `${run.seconds.toFixed(1)} s`,

@@ -16,9 +16,11 @@ async function open() {
   function follow() {
     if (!location.hash || !panels.length) return;
     const state = fromLink(location.hash);
-    const at = Math.max(page.workflows.findIndex((workflow) => workflow.id === state.workflow), 0);
-    choose?.show(at);
-    panels[at].write(state);
+    const found = page.workflows.findIndex((workflow) => workflow.id === state.workflow);
+    const isWrong = found < 0 && state.workflow !== null;
+    const missing = `names a workflow '${state.workflow}' that this page does not have; the first workflow is shown`;
+    choose?.show(Math.max(found, 0));
+    panels[Math.max(found, 0)].write(state, "The link", isWrong ? [missing] : []);
   }
   addEventListener("hashchange", follow);
   follow();

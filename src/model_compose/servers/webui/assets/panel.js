@@ -20,7 +20,7 @@ export function panel(workflow, page) {
   const one = column(workflow, { begin: (values) => (live = stage.begin(values)) });
   const problem = h("p", { className: "error", role: "alert", hidden: true });
   const calls = h("div");
-  const onWeights = (old) => write({ ...old, values: {} });
+  const onWeights = (old) => write({ ...old, values: {} }, "The run");
   const earlier = earlierRuns(workflow, kept, { onWeights, onOpen: chat && open });
   let live = null; // where the stage shows a run that goes on
   let current = null; // the run, or the conversation, that the stage shows
@@ -54,7 +54,10 @@ export function panel(workflow, page) {
     if (!isReady) announce("The models are still loading");
     if (!isEnabled(run)) return;
     tell("");
-    if (![...fields, one].every((each) => each.check())) return;
+    if ([...fields, one].map((each) => each.check()).includes(false)) {
+      element.querySelector("[aria-invalid=true]").focus();
+      return;
+    }
     setRunning(true);
     announce("Running");
     const { input, fields: wrong = [], calls: shown, ...ended } = await one.run(
@@ -108,11 +111,14 @@ export function panel(workflow, page) {
     earlier.draw(current);
   }
 
-  /** Sets fields, sliders and sampling. state: as a link or an earlier run has it. */
-  function write(state) {
-    fields.forEach((each) => each.name in state.values && each.write(state.values[each.name]));
-    const unknown = one.write(state);
-    tell(unknown.length ? `There is no ${unknown.join(", ")} here any more; its weight is left out.` : "");
+  /** Sets fields, sliders and sampling, and tells what cannot be set. state: as a link or an earlier run has it.
+      source: "The link" or "The run". problems: sentences about the source, without this subject. */
+  function write(state, source, problems = []) {
+    const named = (name) => fields.find((each) => each.name === name);
+    const wrong = Object.entries(state.values).flatMap(([name, value]) => (named(name)
+      ? named(name).write(value) ?? []
+      : [`says ${name}=${value}, but this form has no such field`]));
+    tell([...problems, ...wrong, ...one.write(state)].map((each) => `${source} ${each}.`).join(" "));
   }
 
   return {
