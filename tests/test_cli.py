@@ -225,6 +225,20 @@ def test_version_and_help(folder: Path) -> None:
         assert all(f"\n  {command} " in out for command in ("up", "down", "run", "validate", "schema"))
 
 
+def test_help_wraps_the_sentences_of_commands_in_a_narrow_terminal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    for command in ((), ("adapters",)):
+        code, out, _ = called(*command, "--help", cwd=folder)
+        assert code == 0
+        assert "..." not in out.partition("Commands:")[2]
+        assert max(map(len, out.splitlines())) <= 60
+    code, out, _ = called("--help", cwd=folder)
+    assert " down Stop the service of this file, after its running requests. run Run a" in " ".join(out.split())
+    assert "start" not in [line.split()[0] for line in out.splitlines() if line.startswith("  ")]  # hidden
+
+
 COMMANDS = [
     "init", "up", "down", "run", "ps", "status", "logs", "validate", "plan", "schema", "export", "setup",
     "adapters list", "adapters inspect",

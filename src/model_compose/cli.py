@@ -23,6 +23,7 @@ from model_compose.commands.options import (
     EnvFiles,
     EnvPairs,
     Files,
+    Group,
     Verbose,
     global_files,
     load_files,
@@ -37,7 +38,7 @@ from model_compose.errors import ComposeError, LoadError
 INTERRUPTED = 130
 
 app = typer.Typer(
-    name="model-compose", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    name="model-compose", cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Serve a base language model with several weighted LoRA adapters, blended exactly, from one YAML file.",
     epilog="Start with: model-compose init",

@@ -13,6 +13,7 @@ from model_compose.commands.options import (
     EnvFiles,
     EnvPairs,
     Files,
+    Group,
     Verbose,
     all_files,
     blend_option,
@@ -41,7 +42,9 @@ NOTES = {
     "inputs, outputs": "how far the subspaces that A reads and B writes overlap, 0 to 1; chance: of random adapters",
 }
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Inspect adapters without loading a model.")
+app = typer.Typer(
+    cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Inspect adapters without loading a model."
+)
 
 Component = Annotated[str | None, component_option("The model. Default: all models")]
 BlendOption = Annotated[

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from model_compose.commands import completion
 from model_compose.errors import InputError
@@ -39,6 +40,15 @@ def blend_option(help: str) -> Any:
 
 def component_option(help: str) -> Any:
     return typer.Option("--component", metavar="ID", help=help, autocompletion=completion.components)
+
+
+class Group(TyperGroup):
+    """Commands whose help wraps the first sentence of each command. typer cuts what is longer than one line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        commands = [(name, self.commands[name]) for name in self.list_commands(ctx) if not self.commands[name].hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.get_short_help_str(len(one.help or ""))) for name, one in commands])
 
 
 global_files: list[Path] = []
