@@ -176,6 +176,15 @@ async def test_the_server_inherits_no_secret(python: str, project: Path, monkeyp
     assert not given.keys() & {"OPENAI_API_KEY", "HF_TOKEN", "PYTHONPATH"}
 
 
+@pytest.mark.parametrize("is_trusted", [True, False])
+async def test_the_server_runs_a_repositorys_code_only_if_the_file_says_so(
+    python: str, project: Path, is_trusted: bool
+) -> None:
+    async with opened(project.parent, python=python, trust_remote_code=is_trusted) as engine:
+        assert engine._child is not None
+        assert ("--trust-remote-code" in engine._child._command) == is_trusted
+
+
 async def test_what_does_not_fit_the_base_is_found_before_the_server_starts(project: Path, python: str) -> None:
     other = tiny.llama_config(hidden_size=64)
     base = tiny.save_base(project.parent / "another-base", other)
